@@ -1,0 +1,106 @@
+"""What an adapter is made of: plain dataclasses, free of torch.
+
+The command line and YAML build these through `make_adapter_config`; Python
+users write `qk.LoRA(rank=16)` themselves.
+"""
+
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
+
+from qlora_kit.core.errors import ConfigError
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoRA:
+    """Low-rank adaptation, ΔW = s·B·A (arXiv:2106.09685); s = alpha/rank.
+
+    Example:
+        >>> LoRA(rank=8, alpha=16).scale(8, 16)
+        2.0
+    """
+
+    rank: int = 16
+    """Columns of A and rows of B."""
+    alpha: float = 32.0
+    """Numerator of the scale; twice the rank by default."""
+    dropout: float = 0.0
+    """Probability of dropping an input of A while training."""
+    targets: str | tuple[str, ...] = ALL_LINEAR
+    """`all-linear` (every linear of the blocks, not the output head), or name endings, or `re:` and a regular expression."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Pattern to rank, for modules that differ from `rank`."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Pattern to alpha, for modules that differ from `alpha`."""
+    rslora: bool = False
+    """Scale by alpha/√rank (arXiv:2312.03732) instead of alpha/rank."""
+    init: str = "kaiming"
+    """How A starts: `kaiming` (uniform, a = √5, as the reference code) or `gaussian` (as the paper)."""
+    dtype: str = "float32"
+    """Dtype of the trained A and B; the low-rank product runs in the dtype of x."""
+
+    @property
+    def freeze_a(self) -> bool:
+        """Whether A keeps its random start and only B is trained."""
+        return False
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot train.
+
+        Raises:
+            ConfigError: a field is out of range.
+        """
+        if self.rank < 1:
+            raise ConfigError(f"rank must be at least 1, got {self.rank}.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout must be in [0, 1), got {self.dropout}.")
+        if self.init not in ("kaiming", "gaussian"):
+            raise ConfigError(f"init must be kaiming or gaussian, got {self.init!r}.")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ConfigError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}.")
+
+    def scale(self, rank: int, alpha: float) -> float:
+        """Factor on B·A for one module, after its patterns were applied."""
+        return alpha / rank**0.5 if self.rslora else alpha / rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoRAFA(LoRA):
+    """LoRA with A frozen at its random start (arXiv:2308.03303): saves only X·Aᵀ for the backward."""
+
+    @property
+    def freeze_a(self) -> bool:
+        """Whether A keeps its random start and only B is trained."""
+        return True
+
+
+METHODS: dict[str, type[LoRA]] = {"lora": LoRA, "rslora": LoRA, "lora_fa": LoRAFA}
+"""Method name, as in `method:` of a run, to its configuration class."""
+
+
+def make_adapter_config(method: str, fields: LoRA) -> LoRA:
+    """Build the configuration of a named method from the shared fields.
+
+    Args:
+        method: a key of `METHODS`.
+        fields: values for the fields all LoRA-like methods share.
+
+    Returns:
+        The method's own configuration.
+
+    Raises:
+        ConfigError: the method is unknown.
+
+    Example:
+        >>> make_adapter_config("lora_fa", LoRA(rank=4)).freeze_a
+        True
+    """
+    if method not in METHODS:
+        near = get_close_matches(method, METHODS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"unknown method {method!r}; known: {', '.join(METHODS)}.{hint}")
+    values = asdict(fields)
+    if method == "rslora":
+        values["rslora"] = True
+    return METHODS[method](**values)

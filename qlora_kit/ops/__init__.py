@@ -1,0 +1,1 @@
+"""Operations as torch custom ops, each with interchangeable backends."""

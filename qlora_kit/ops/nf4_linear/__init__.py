@@ -1,0 +1,1 @@
+"""Linear layer on an NF4 weight with the LoRA branch inside: op, reference."""

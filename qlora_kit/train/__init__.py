@@ -1,0 +1,1 @@
+"""Data, trainer, evaluation and the run report."""
