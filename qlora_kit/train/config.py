@@ -48,6 +48,8 @@ class DataConfig:
     """A .jsonl, .json, .csv or .parquet file, a `datasets` folder, or a hub id."""
     eval: str | None = None
     """Held-out rows, in the same notation. None: take `eval_fraction` of `train`."""
+    eval_sets: dict[str, str] = field(default_factory=dict)
+    """More held-out rows, each measured and reported under its name."""
     train_split: str = "train"
     """Split to read from a data set that has several."""
     eval_split: str = "validation"
@@ -62,6 +64,8 @@ class DataConfig:
     """Put before every conversation that has no system message."""
     max_length: int = 1024
     """Longest example in tokens; longer ones are cut at the end and counted."""
+    long_text: Literal["split", "cut"] = "split"
+    """Raw text longer than max_length: split it into several examples, or cut it."""
     packing: bool = False
     """Fill each row with several examples; attention stays within each example."""
     loss_on: Literal["completion", "assistant", "all"] = "completion"
