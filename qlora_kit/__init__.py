@@ -10,7 +10,9 @@ Example:
     4.127
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -74,8 +76,30 @@ _HOMES = {
 """Public name to the module that defines it. A test keeps it equal to the imports above."""
 
 
+class _Package(ModuleType):
+    """This package, with `qk.load` kept a function although a room has the same name.
+
+    When the room `qlora_kit.load` is imported, Python binds it as an attribute of
+    this package, over the function. Names in `_HOMES` refuse such a binding;
+    `from qlora_kit.load.model import load` is unaffected.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
 def __getattr__(name: str) -> object:
     """Import a public name the first time it is asked for.
+
+    Args:
+        name: attribute that the package does not have yet.
+
+    Returns:
+        The public class or function.
 
     Raises:
         AttributeError: the name is not public.
