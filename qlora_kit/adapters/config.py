@@ -6,10 +6,19 @@ users write `qk.LoRA(rank=16)` themselves.
 
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
+from typing import TypeVar
 
 from qlora_kit.core.errors import ConfigError
+from qlora_kit.core.patterns import matches
 
 ALL_LINEAR = "all-linear"
+
+
+T = TypeVar("T")
+
+
+def _first_match(name: str, patterns: dict[str, T], default: T) -> T:
+    return next((value for pattern, value in patterns.items() if matches(name, pattern)), default)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,15 +37,17 @@ class LoRA:
     dropout: float = 0.0
     """Probability of dropping an input of A while training."""
     targets: str | tuple[str, ...] = ALL_LINEAR
-    """`all-linear` (every linear of the blocks, not the output head), or name endings, or `re:` and a regular expression."""
+    """`all-linear` (every linear of the blocks, not the head), name endings, or `re:` patterns."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Pattern to rank, for modules that differ from `rank`."""
+    """Pattern to rank, for modules that differ from `rank`; the first match counts."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """Pattern to alpha, for modules that differ from `alpha`."""
+    """Pattern to alpha, for modules that differ from `alpha`; the first match counts."""
+    train_modules: tuple[str, ...] = ()
+    """Modules trained and saved whole, in the same notation; a classifier's head always is."""
     rslora: bool = False
     """Scale by alpha/√rank (arXiv:2312.03732) instead of alpha/rank."""
     init: str = "kaiming"
-    """How A starts: `kaiming` (uniform, a = √5, as the reference code) or `gaussian` (as the paper)."""
+    """How A starts: `kaiming` (uniform, a = √5, the reference code) or `gaussian` (the paper)."""
     dtype: str = "float32"
     """Dtype of the trained A and B; the low-rank product runs in the dtype of x."""
 
@@ -53,6 +64,9 @@ class LoRA:
         """
         if self.rank < 1:
             raise ConfigError(f"rank must be at least 1, got {self.rank}.")
+        for pattern, rank in self.rank_pattern.items():
+            if rank < 1:
+                raise ConfigError(f"rank_pattern[{pattern!r}] must be at least 1, got {rank}.")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout}.")
         if self.init not in ("kaiming", "gaussian"):
@@ -64,10 +78,33 @@ class LoRA:
         """Factor on B·A for one module, after its patterns were applied."""
         return alpha / rank**0.5 if self.rslora else alpha / rank
 
+    def rank_of(self, module_name: str) -> int:
+        """Rank of one module: the first entry of `rank_pattern` that matches, else `rank`."""
+        return _first_match(module_name, self.rank_pattern, self.rank)
+
+    def alpha_of(self, module_name: str) -> float:
+        """Alpha of one module: the first entry of `alpha_pattern` that matches, else `alpha`."""
+        return _first_match(module_name, self.alpha_pattern, self.alpha)
+
+    def scale_of(self, module_name: str) -> float:
+        """Factor on B·A for one module.
+
+        Args:
+            module_name: its dotted name.
+
+        Returns:
+            s, of its own rank and alpha.
+
+        Example:
+            >>> LoRA(rank=8, alpha=16, alpha_pattern={"v_proj": 4}).scale_of("layers.0.v_proj")
+            0.5
+        """
+        return self.scale(self.rank_of(module_name), self.alpha_of(module_name))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoRAFA(LoRA):
-    """LoRA with A frozen at its random start (arXiv:2308.03303): saves only X·Aᵀ for the backward."""
+    """LoRA with A frozen at its random start (arXiv:2308.03303): only X·Aᵀ is kept for B."""
 
     @property
     def freeze_a(self) -> bool:
@@ -104,3 +141,21 @@ def make_adapter_config(method: str, fields: LoRA) -> LoRA:
     if method == "rslora":
         values["rslora"] = True
     return METHODS[method](**values)
+
+
+def method_name(config: LoRA) -> str:
+    """Name of the method a configuration stands for.
+
+    Args:
+        config: of any method.
+
+    Returns:
+        A key of `METHODS`.
+
+    Example:
+        >>> method_name(LoRAFA()), method_name(LoRA(rslora=True)), method_name(LoRA())
+        ('lora_fa', 'rslora', 'lora')
+    """
+    if isinstance(config, LoRAFA):
+        return "lora_fa"
+    return "rslora" if config.rslora else "lora"

@@ -1,0 +1,305 @@
+"""An adapter that is on a model: what one does with it, the same for every method.
+
+`inject.attach` and `inject.load_adapter` make these. The object holds the installed
+pieces (see `protocol`) and treats them alike: names and counts for an optimizer, state
+for a checkpoint, switching off for a comparison, removal, and saving in PEFT's format.
+
+Gradients reach every piece through non-reentrant gradient checkpointing as they are
+(`use_reentrant=False`, the default of transformers): no hook that makes the embeddings'
+output require a gradient is needed. `without_gradient` names what a backward pass did
+not reach, for a trainer to check once instead of training in vain.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.adapters.config import LoRA
+from qlora_kit.adapters.lora import LoRALinear, stores_transposed
+from qlora_kit.adapters.peft_config import BaseInfo
+from qlora_kit.adapters.peft_format import AdapterFiles, LowRank, write_adapter
+from qlora_kit.adapters.protocol import Piece, TrainedCopy, load_stored_state, stored_state
+from qlora_kit.adapters.targets import compact_names, task_type
+from qlora_kit.core.errors import AdapterError
+from qlora_kit.nn.linear import NF4Linear
+from qlora_kit.quant.config import QuantConfig
+
+
+class AttachedAdapter:
+    """An adapter installed on a model.
+
+    Example:
+        >>> from qlora_kit.adapters.inject import attach
+        >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 4)])})
+        >>> adapter = attach(model, LoRA(rank=2))
+        >>> adapter.num_trainable, [name for name, _ in adapter.named_parameters()]
+        (24, ['layers.0.lora_A', 'layers.0.lora_B'])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LoRA,
+        name: str,
+        pieces: Sequence[Piece],
+        frozen: Sequence[nn.Parameter],
+    ) -> None:
+        """Collect installed pieces; users call `attach` or `load_adapter` instead.
+
+        Args:
+            model: the adapted model.
+            config: of the method.
+            name: for messages.
+            pieces: already installed.
+            frozen: parameters that were trainable before, to restore on removal.
+        """
+        self.model = model
+        self.config = config
+        self.name = name
+        self.pieces = tuple(pieces)
+        self._frozen = tuple(frozen)
+        self._installed = True
+
+    @property
+    def num_trainable(self) -> int:
+        """Number of trained values."""
+        return sum(parameter.numel() for _, parameter in self.named_parameters())
+
+    @property
+    def module_names(self) -> tuple[str, ...]:
+        """Dotted names of the modules the adapter acts on."""
+        return tuple(piece.place for piece in self.pieces)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Go through what the optimizer updates.
+
+        Yields:
+            (`<module>.<key>`, parameter), in the model's order.
+        """
+        for piece in self.pieces:
+            for key, parameter in piece.trainable().items():
+                yield f"{piece.place}.{key}", parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Go through what the optimizer updates, without names."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Give everything that has to be saved, a frozen A included.
+
+        Returns:
+            `<module>.<key>` to detached tensor, sharing storage.
+        """
+        return {name: tensor.detach() for name, tensor in stored_state(self.pieces).items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy saved values in, all of them or none.
+
+        Args:
+            state: as `state_dict` gives it; any float dtype, any device.
+
+        Raises:
+            AdapterError: a name is missing, unknown, or of another shape.
+        """
+        load_stored_state(self.pieces, state)
+
+    def without_gradient(self) -> tuple[str, ...]:
+        """Name trained parameters that have no gradient: call it after a backward pass.
+
+        Returns:
+            Names; empty when the whole adapter learns. A gradient of zero counts as one:
+            that of A is zero until B leaves its start.
+
+        Example:
+            >>> from qlora_kit.adapters.inject import attach
+            >>> model = nn.ModuleList([nn.Linear(8, 4), nn.Linear(8, 4)])
+            >>> adapter = attach(model, LoRA(rank=2, targets=("0", "1")))
+            >>> model[0](torch.ones(1, 8)).sum().backward()  # the second layer is never used
+            >>> adapter.without_gradient()
+            ('1.lora_A', '1.lora_B')
+        """
+        return tuple(name for name, p in self.named_parameters() if p.grad is None)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Make the model answer as the base does, for the length of a `with` block.
+
+        Example:
+            >>> from qlora_kit.adapters.inject import attach
+            >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 4)])})
+            >>> adapter = attach(model, LoRA(rank=2))
+            >>> with adapter.disabled():
+            ...     _ = model["layers"][0](torch.ones(1, 8))
+        """
+        before = [piece.enabled for piece in self.pieces]
+        for piece in self.pieces:
+            piece.enabled = False
+        try:
+            yield
+        finally:
+            for piece, was in zip(self.pieces, before, strict=True):
+                piece.enabled = was
+
+    def detach_from_model(self) -> None:
+        """Put the original modules, the same objects, and their trainability back.
+
+        Raises:
+            AdapterError: it was detached before.
+
+        Example:
+            >>> from qlora_kit.adapters.inject import attach
+            >>> linear = nn.Linear(8, 4)
+            >>> from qlora_kit.adapters.inject import attach
+            >>> model = nn.ModuleDict({"layers": nn.ModuleList([linear])})
+            >>> attach(model, LoRA(rank=2)).detach_from_model()
+            >>> model["layers"][0] is linear
+            True
+        """
+        if not self._installed:
+            raise AdapterError(f"the adapter {self.name!r} is not on the model any more.")
+        for piece in reversed(self.pieces):
+            piece.uninstall(self.model)
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._installed = False
+
+    def merge_delta(self, module_name: str) -> Tensor | None:
+        """Compute what the adapter adds to one module's weight.
+
+        Args:
+            module_name: dotted name, as in the model before it was adapted.
+
+        Returns:
+            (out, in) float32, also for layers that store their weight transposed. None
+            where the adapter adds nothing: the module is not adapted, or is trained whole
+            (its values are in `state_dict`).
+
+        Raises:
+            AdapterError: the method cannot be merged.
+
+        Example:
+            >>> from qlora_kit.adapters.inject import attach
+            >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 4)])})
+            >>> attach(model, LoRA(rank=2)).merge_delta("layers.0").shape
+            torch.Size([4, 8])
+        """
+        piece = next((piece for piece in self.pieces if piece.place == module_name), None)
+        return None if piece is None else piece.merge_delta()
+
+    def files(self, base: BaseInfo | None = None) -> AdapterFiles:
+        """Describe the adapter as it would be saved; tensors are shared, not copied.
+
+        Args:
+            base: where the base came from; None: what the model itself knows.
+
+        Returns:
+            The content of an adapter folder.
+        """
+        low_rank = [piece for piece in self.pieces if isinstance(piece, LoRALinear)]
+        whole = [piece for piece in self.pieces if isinstance(piece, TrainedCopy)]
+        existing = _original_names(self.model, self.pieces)
+        return AdapterFiles(
+            config=self.config,
+            deltas={p.place: LowRank(p.lora_A, p.lora_B, p.scale) for p in low_rank},
+            modules={name: t.detach() for name, t in stored_state(whole).items()},
+            module_names=tuple(piece.place for piece in whole),
+            base=base_info(self.model) if base is None else base,
+            task_type=task_type(self.model),
+            fan_in_fan_out=any(stores_transposed(piece.base) for piece in low_rank),
+            target_modules=compact_names((p.place for p in low_rank), existing),
+        )
+
+    def save(
+        self,
+        folder: Path | str,
+        *,
+        base_model: str | None = None,
+        revision: str | None = None,
+        quant: QuantConfig | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Write the adapter as a folder that PEFT, vLLM and this package load.
+
+        Args:
+            folder: created if needed; other files in it stay.
+            base_model: folder or hub id of the base; None: what the model says.
+            revision: of a hub id.
+            quant: how the base is stored; None: read off the model's own layers.
+            overwrite: replace an adapter that is already there.
+
+        Raises:
+            SourceError: an adapter is already there and overwrite is False.
+
+        Example:
+            >>> import tempfile
+            >>> from qlora_kit.adapters.inject import attach
+            >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 4)])})
+            >>> folder = Path(tempfile.mkdtemp()) / "adapter"
+            >>> attach(model, LoRA(rank=2)).save(folder, base_model="models/base")
+            >>> (folder / "adapter_config.json").exists()
+            True
+        """
+        own = base_info(self.model)
+        base = replace(
+            own,
+            path=base_model if base_model is not None else own.path,
+            revision=revision,
+            quant=quant if quant is not None else own.quant,
+        )
+        write_adapter(folder, self.files(base), overwrite=overwrite)
+
+    def __repr__(self) -> str:
+        """Say what is attached, in one line."""
+        return (
+            f"AttachedAdapter({self.name!r}, {type(self.config).__name__}, "
+            f"{len(self.pieces)} modules, {self.num_trainable:,} trained values)"
+        )
+
+
+def base_info(model: nn.Module) -> BaseInfo:
+    """Collect what a model knows about itself: where it came from, how it is stored.
+
+    Args:
+        model: with or without an adapter.
+
+    Returns:
+        Path, quantization and dtype of the base.
+
+    Example:
+        >>> base_info(nn.Linear(8, 4)).dtype
+        'float32'
+    """
+    layer = next((m for m in model.modules() if isinstance(m, NF4Linear)), None)
+    if layer is not None:
+        dtype = layer.dtype
+    else:
+        base = (p for n, p in model.named_parameters() if ".lora_" not in n)
+        dtype = next((p.dtype for p in base if p.is_floating_point()), torch.float32)
+    path = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return BaseInfo(
+        path=path or None,
+        quant=None if layer is None else _model_quant(model, layer),
+        dtype=str(dtype).removeprefix("torch."),
+        recorded=True,
+    )
+
+
+def _model_quant(model: nn.Module, layer: NF4Linear) -> QuantConfig:
+    """The configuration the model was loaded with, where it says; else one layer's."""
+    loaded = getattr(getattr(model, "config", None), "quantization_config", None)
+    skip, target = getattr(loaded, "skip", None), getattr(loaded, "target", None)
+    if skip is None or target is None:
+        return layer.config
+    return replace(layer.config, skip=tuple(skip), target=tuple(target))
+
+
+def _original_names(model: nn.Module, pieces: Sequence[Piece]) -> set[str]:
+    """Module names as they were before the pieces, outside modules trained whole."""
+    inside = tuple(f"{piece.place}." for piece in pieces)
+    whole = {piece.place for piece in pieces if isinstance(piece, TrainedCopy)}
+    names = {name for name, _ in model.named_modules() if name and not name.startswith(inside)}
+    return names - whole

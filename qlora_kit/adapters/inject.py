@@ -1,0 +1,193 @@
+"""Putting an adapter on a model: a new one, or one from a folder.
+
+`attach` freezes the base, builds the pieces of the configured method, installs them
+and hands back an `AttachedAdapter`. The model stays the user's own object: the same
+class, the same `forward`; only the adapted modules are replaced, each by a wrapper that
+keeps the original. `detach_from_model` puts those very objects back, and the original
+`requires_grad` flags too.
+
+One adapter per model at a time: a second `attach` is refused with the place of the first.
+Two low-rank branches on one linear are one branch of the summed rank, so nothing is lost.
+
+A later method adds its configuration and a builder to `_BUILDERS`, and a reader and a
+writer for its files; nothing else here knows which method it installs.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.adapters.attached import AttachedAdapter, base_info
+from qlora_kit.adapters.config import ALL_LINEAR, LoRA, LoRAFA
+from qlora_kit.adapters.lora import LoRALinear, linear_shape
+from qlora_kit.adapters.peft_format import AdapterFiles, LowRank, read_adapter
+from qlora_kit.adapters.protocol import ModuleWrapper, Piece, TrainedCopy, load_stored_state
+from qlora_kit.adapters.targets import linear_targets, whole_modules
+from qlora_kit.core.errors import AdapterError
+from qlora_kit.core.log import log_once
+from qlora_kit.quant.config import QuantConfig
+
+
+def attach(model: nn.Module, config: LoRA, name: str = "default", seed: int = 0) -> AttachedAdapter:
+    """Freeze a model and put a new adapter on it, in place.
+
+    Args:
+        model: quantized or not; any `nn.Module` with linear layers.
+        config: the method, its size and where it goes.
+        name: for messages.
+        seed: of the random start, together with each module's name.
+
+    Returns:
+        The adapter. Until it is trained the model computes what it did before.
+
+    Raises:
+        AdapterError: the model already has an adapter, or the targets do not fit it.
+
+    Example:
+        >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 4)])})
+        >>> attach(model, LoRA(rank=2, targets=("q_proj",)))
+        Traceback (most recent call last):
+        ...
+        qlora_kit.core.errors.AdapterError: targets: 'q_proj' matches no linear layer ...
+    """
+    _refuse_second(model)
+    return _install(model, config, name, _BUILDERS[type(config)](model, config, seed))
+
+
+def load_adapter(model: nn.Module, folder: Path | str, name: str = "default") -> AttachedAdapter:
+    """Put a saved adapter on a model, in place: ours, or a LoRA that PEFT saved.
+
+    Args:
+        model: the base it was trained on, without an adapter.
+        folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+        name: for messages.
+
+    Returns:
+        The adapter, ready to answer and to train on.
+
+    Raises:
+        SourceError: a file is missing.
+        FormatError: the files are malformed or of a method that is not supported.
+        AdapterError: the adapter does not fit the model, or the model already has one.
+
+    Example:
+        >>> import tempfile
+        >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 4)])})
+        >>> folder = Path(tempfile.mkdtemp()) / "adapter"
+        >>> adapter = attach(model, LoRA(rank=2))
+        >>> adapter.save(folder)
+        >>> adapter.detach_from_model()
+        >>> load_adapter(model, folder)
+        AttachedAdapter('default', LoRA, 1 modules, 24 trained values)
+    """
+    _refuse_second(model)
+    files = read_adapter(folder)
+    _check_fit(model, files, Path(folder))
+    dtype = getattr(torch, files.config.dtype)
+    pieces: list[Piece] = [
+        LoRALinear(
+            model.get_submodule(module),
+            module,
+            files.config,
+            seed=0,
+            rank=pair.a.shape[0],
+            scale=pair.scale,
+        )
+        for module, pair in files.deltas.items()
+    ]
+    pieces += [TrainedCopy(model.get_submodule(m), m, dtype) for m in _whole_places(model, files)]
+    state = {f"{m}.{key}": t for m, p in files.deltas.items() for key, t in _named(p)}
+    load_stored_state(pieces, state | files.modules)
+    return _install(model, files.config, name, pieces)
+
+
+def _lora_pieces(model: nn.Module, config: LoRA, seed: int) -> list[Piece]:
+    whole = whole_modules(model, config)
+    linears = linear_targets(model, config.targets, outside=whole)
+    if config.targets == ALL_LINEAR:
+        _tell_about_experts(model)
+    pieces: list[Piece] = [
+        LoRALinear(module, place, config, seed=seed) for place, module in linears.items()
+    ]
+    dtype = getattr(torch, config.dtype)
+    return pieces + [TrainedCopy(model.get_submodule(m), m, dtype) for m in whole]
+
+
+_BUILDERS: dict[type[LoRA], Callable[[nn.Module, LoRA, int], list[Piece]]] = {
+    LoRA: _lora_pieces,
+    LoRAFA: _lora_pieces,
+}
+
+
+def _install(model: nn.Module, config: LoRA, name: str, pieces: Sequence[Piece]) -> AttachedAdapter:
+    trained = {id(p) for piece in pieces for p in piece.trainable().values()}
+    frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in trained]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    for piece in pieces:
+        piece.install(model)
+    return AttachedAdapter(model, config, name, pieces, frozen)
+
+
+def _refuse_second(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, ModuleWrapper):
+            raise AdapterError(
+                f"the model already carries an adapter (at {module.place}). Call its "
+                "detach_from_model() first, or merge it into the base."
+            )
+
+
+def _check_fit(model: nn.Module, files: AdapterFiles, folder: Path) -> None:
+    modules = dict(model.named_modules())
+    missing = [name for name in files.deltas if name not in modules]
+    if missing:
+        raise AdapterError(
+            f"{folder} adapts {missing[0]}"
+            + (f" and {len(missing) - 1} more modules" if len(missing) > 1 else "")
+            + f" that {type(model).__name__} does not have. It was made for another model"
+            + (f" ({files.base.path})." if files.base.path else ".")
+        )
+    for name, pair in files.deltas.items():
+        n, k = linear_shape(modules[name])
+        if pair.a.shape[1] != k or pair.b.shape[0] != n:
+            raise AdapterError(
+                f"{folder} adapts {name} as a ({pair.b.shape[0]}, {pair.a.shape[1]}) weight, but "
+                f"the model's is ({n}, {k}). It was made for a model of another size."
+            )
+    if files.base.recorded:
+        trained_on, now = files.base.quant, base_info(model).quant
+        if (trained_on is None) != (now is None):
+            log_once(
+                f"{folder} was trained on a {_stored(trained_on)} base and is loaded onto a "
+                f"{_stored(now)} one; answers may differ slightly."
+            )
+
+
+def _stored(quant: QuantConfig | None) -> str:
+    return "16- or 32-bit" if quant is None else "4-bit"
+
+
+def _whole_places(model: nn.Module, files: AdapterFiles) -> list[str]:
+    """The full names of the modules saved whole: PEFT lists them by their ending."""
+    return [
+        place
+        for place, _ in model.named_modules()
+        if any(place == m or place.endswith(f".{m}") for m in files.module_names)
+        and any(name.startswith(f"{place}.") for name in files.modules)
+    ]
+
+
+def _named(pair: LowRank) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
+    return ("lora_A", pair.a), ("lora_B", pair.b)
+
+
+def _tell_about_experts(model: nn.Module) -> None:
+    fused = [n for n, p in model.named_parameters() if ".experts." in n and p.ndim == 3]
+    if fused:
+        log_once(
+            f"all-linear adapts the attention and dense layers of {type(model).__name__}; its "
+            "experts, which are fused in three-dimensional parameters, stay as they are."
+        )

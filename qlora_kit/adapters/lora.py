@@ -1,0 +1,230 @@
+"""LoRA on one linear layer: y = base(x) + s·(x Aᵀ) Bᵀ, and its frozen-A variant.
+
+Shapes: x (..., K), A (r, K), B (N, r), y (..., N); A starts random, B at zero, so that
+the adapted model starts as the base. Gradients, with g = dL/dy and X, g flattened to
+rows: dB = s gᵀ(X Aᵀ), dA = s (g B)ᵀX, and dX = g Ŵ + s (g B) A. rsLoRA only changes s
+(alpha/√r); LoRA-FA only freezes A, after which nothing needs X: X Aᵀ (rows, r) is all
+that is kept for the backward.
+
+Three paths, by base:
+
+- `NF4Linear` without dropout: one call, `base(x, A, B, s)`; the op saves x (or X Aᵀ)
+  once and folds the low-rank product into its pass.
+- `NF4Linear` with dropout, which gives A another input than the base has: the base
+  alone, then the low-rank product in plain torch.
+- A dense base (`nn.Linear`, GPT-2's `Conv1D`): plain torch as well. A frozen dense
+  weight makes autograd keep no x for it, so x is kept by A alone, or by nobody.
+
+A and B are masters in the configured dtype (float32 by default) and are cast to the
+dtype of x for the product; their gradients arrive in the master dtype.
+
+A's random start comes from a generator seeded with the run's seed and the module's
+name: it does not depend on the order of modules, on which others are adapted, on the
+device or on the global random state.
+
+Source: arXiv:2106.09685 (LoRA), arXiv:2312.03732 (rsLoRA), arXiv:2308.03303 (LoRA-FA).
+"""
+
+import hashlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from qlora_kit.adapters.config import LoRA
+from qlora_kit.adapters.protocol import ModuleWrapper
+from qlora_kit.core.errors import AdapterError
+from qlora_kit.nn.linear import NF4Linear
+
+LINEARS = (NF4Linear, nn.Linear, Conv1D)
+"""Modules a LoRA can wrap."""
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """Give a linear's (out_features, in_features), however it stores its weight.
+
+    Args:
+        module: one of `LINEARS`.
+
+    Returns:
+        (N, K).
+
+    Raises:
+        AdapterError: the module is not a linear we know.
+
+    Example:
+        >>> linear_shape(Conv1D(nf=6, nx=4)), linear_shape(nn.Linear(4, 6))
+        ((6, 4), (6, 4))
+    """
+    if isinstance(module, Conv1D):
+        return module.weight.shape[1], module.weight.shape[0]
+    if isinstance(module, NF4Linear | nn.Linear):
+        return module.out_features, module.in_features
+    raise AdapterError(
+        f"LoRA wraps NF4Linear, nn.Linear and transformers' Conv1D, not {type(module).__name__}."
+    )
+
+
+def stores_transposed(module: nn.Module) -> bool:
+    """Tell whether a linear's checkpoint holds its weight as (in, out), like GPT-2's Conv1D.
+
+    Args:
+        module: one of `LINEARS`.
+
+    Returns:
+        True for a Conv1D and for an NF4Linear made from one.
+
+    Example:
+        >>> stores_transposed(Conv1D(nf=6, nx=4)), stores_transposed(nn.Linear(4, 6))
+        (True, False)
+    """
+    return isinstance(module, Conv1D) or (isinstance(module, NF4Linear) and module.transposed)
+
+
+def initial_a(config: LoRA, name: str, rank: int, in_features: int, seed: int) -> Tensor:
+    """Draw the random start of one A.
+
+    `kaiming` is uniform in ±1/√K, what kaiming_uniform with a = √5 gives; `gaussian` has
+    the standard deviation 1/r.
+
+    Args:
+        config: decides the distribution.
+        name: the module's dotted name.
+        rank: r.
+        in_features: K.
+        seed: the run's.
+
+    Returns:
+        (r, K) float32 on the CPU; the same for the same arguments, on every machine.
+
+    Example:
+        >>> first = initial_a(LoRA(), "layers.0.q_proj", 4, 64, seed=0)
+        >>> torch.equal(first, initial_a(LoRA(), "layers.0.q_proj", 4, 64, seed=0))
+        True
+        >>> bool(first.abs().max() <= 1 / 64**0.5)
+        True
+    """
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+    a = torch.empty(rank, in_features)
+    if config.init == "gaussian":
+        return a.normal_(0.0, 1.0 / rank, generator=generator)
+    bound = 1.0 / math.sqrt(in_features)
+    return a.uniform_(-bound, bound, generator=generator)
+
+
+class LoRALinear(ModuleWrapper):
+    """A linear with a low-rank branch beside it; takes the linear's place in the model.
+
+    Attributes:
+        base: the frozen linear.
+        lora_A: (r, K) in the master dtype; does not require a gradient in LoRA-FA.
+        lora_B: (N, r) in the master dtype; zero at the start.
+        scale: s.
+
+    Example:
+        >>> linear = nn.Linear(8, 4)
+        >>> adapted = LoRALinear(linear, "proj", LoRA(rank=2), seed=0)
+        >>> x = torch.ones(3, 8)
+        >>> torch.equal(adapted(x), linear(x))  # B is zero
+        True
+        >>> adapted.lora_A.shape, adapted.lora_B.shape, adapted.scale
+        (torch.Size([2, 8]), torch.Size([4, 2]), 16.0)
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        place: str,
+        config: LoRA,
+        *,
+        seed: int,
+        rank: int | None = None,
+        scale: float | None = None,
+    ) -> None:
+        """Wrap one linear; freezing it is left to `attach`, which can also undo it.
+
+        Args:
+            base: one of `LINEARS`. Not modified.
+            place: its dotted name in the model.
+            config: rank, scale, dropout, start and dtype, by the patterns that match `place`.
+            seed: the run's.
+            rank: instead of the configuration's, for an adapter read from a file.
+            scale: likewise.
+
+        Raises:
+            AdapterError: base is not a linear we know.
+        """
+        super().__init__(base, place)
+        out_features, in_features = linear_shape(base)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = config.rank_of(place) if rank is None else rank
+        self.scale = config.scale_of(place) if scale is None else scale
+        self.dropout = config.dropout
+        device = next(base.parameters()).device
+        dtype = getattr(torch, config.dtype)
+        if device.type == "meta":
+            a = torch.empty(self.rank, in_features, dtype=dtype, device=device)
+        else:
+            a = initial_a(config, place, self.rank, in_features, seed).to(device, dtype)
+        self.lora_A = nn.Parameter(a, requires_grad=not config.freeze_a)
+        self.lora_B = nn.Parameter(torch.zeros(out_features, self.rank, dtype=dtype, device=device))
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's stored weight: model code reads its dtype or device."""
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias, if any."""
+        bias = self.base.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the base and, unless switched off, the low-rank branch.
+
+        Args:
+            x: (..., K).
+
+        Returns:
+            (..., N) in the dtype the base answers with.
+        """
+        if not self.enabled:
+            return self.base(x)
+        dropping = self.training and self.dropout > 0.0
+        if isinstance(self.base, NF4Linear) and not dropping:
+            return self.base(x, self.lora_A, self.lora_B, self.scale)
+        y = self.base(x)
+        branch_input = F.dropout(x, self.dropout) if dropping else x
+        z = F.linear(branch_input, self.lora_A.to(x.dtype)).reshape(-1, self.rank)
+        b = self.lora_B.to(z.dtype)
+        return torch.addmm(y.reshape(-1, self.out_features), z, b.T, alpha=self.scale).view(y.shape)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """A and B, or B alone when A is frozen."""
+        both = {"lora_A": self.lora_A, "lora_B": self.lora_B}
+        return {key: p for key, p in both.items() if p.requires_grad}
+
+    def state(self) -> dict[str, Tensor]:
+        """A and B; a frozen A as well, since a merge and another machine need it."""
+        return {"lora_A": self.lora_A, "lora_B": self.lora_B}
+
+    def merge_delta(self) -> Tensor:
+        """Compute s·B·A.
+
+        Returns:
+            (N, K) float32, on the device of A.
+        """
+        a, b = self.lora_A.detach().float(), self.lora_B.detach().float()
+        return torch.mm(b, a).mul_(self.scale)
+
+    def extra_repr(self) -> str:
+        """Show what distinguishes this branch."""
+        return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"

@@ -1,0 +1,325 @@
+"""Adapter folders in PEFT's format: written whole or not at all, read without a model.
+
+A folder holds `adapter_config.json` and `adapter_model.safetensors`, which PEFT 0.21
+loads, and our `qlora_kit.json` (see `peft_config`). The tensor names are defined here
+and nowhere else:
+
+    base_model.model.<module>.lora_A.weight   (r, in)    <module>.lora_A
+    base_model.model.<module>.lora_B.weight   (out, r)   <module>.lora_B
+    base_model.model.<name>                              <name>, of a module saved whole
+
+`read_adapter` needs no model, so that a merge can stream; `AdapterFiles.deltas` holds
+the low-rank pairs with their scale already worked out. The shapes of the tensors and
+the ranks of the configuration must agree: a file that contradicts itself is refused.
+Pickle files (`adapter_model.bin`) are never opened.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qlora_kit import __version__
+from qlora_kit.adapters.config import LoRA
+from qlora_kit.adapters.peft_config import (
+    BaseInfo,
+    parse_peft_config,
+    parse_side_file,
+    peft_config_json,
+    read_json,
+    side_file_json,
+)
+from qlora_kit.core.atomic import atomic_directory, atomic_write_text
+from qlora_kit.core.errors import FormatError, SourceError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+SIDE_FILE = "qlora_kit.json"
+
+_PREFIX = "base_model.model."
+_PAIR = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight"}
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """One module's change s·B·A.
+
+    Example:
+        >>> LowRank(torch.ones(1, 3), torch.ones(2, 1), 0.5).delta()
+        tensor([[0.5000, 0.5000, 0.5000],
+                [0.5000, 0.5000, 0.5000]])
+    """
+
+    a: Tensor
+    """(r, in)."""
+    b: Tensor
+    """(out, r)."""
+    scale: float
+    """s."""
+
+    def delta(self) -> Tensor:
+        """Compute the change of the weight, (out, in) float32."""
+        return torch.mm(self.b.float(), self.a.float()).mul_(self.scale)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterFiles:
+    """An adapter folder in memory, independent of any model."""
+
+    config: LoRA
+    """Method and sizes. `targets` names every adapted module."""
+    deltas: dict[str, LowRank]
+    """Module name to its low-rank change."""
+    modules: dict[str, Tensor] = field(default_factory=dict)
+    """Parameter name to value, for modules saved whole (`classifier.weight`)."""
+    module_names: tuple[str, ...] = ()
+    """The modules that `modules` belongs to (`classifier`)."""
+    base: BaseInfo = field(default_factory=BaseInfo)
+    """The base the adapter was trained against."""
+    task_type: str | None = None
+    """PEFT's name of the task."""
+    fan_in_fan_out: bool = False
+    """Whether the checkpoint of the base stores the adapted weights as (in, out)."""
+    target_modules: tuple[str, ...] = ()
+    """Short endings for PEFT that select the same modules; empty: full names are written."""
+
+
+def peft_key(name: str) -> str:
+    r"""Translate a parameter name of ours into PEFT's.
+
+    Args:
+        name: `<module>.lora_A`, `<module>.lora_B`, or a parameter of a module saved whole.
+
+    Returns:
+        The key in `adapter_model.safetensors`.
+
+    Example:
+        >>> print(peft_key("model.layers.0.q_proj.lora_A"), peft_key("classifier.weight"), sep="\n")
+        base_model.model.model.layers.0.q_proj.lora_A.weight
+        base_model.model.classifier.weight
+    """
+    module, _, last = name.rpartition(".")
+    return f"{_PREFIX}{module}{_PAIR[last]}" if last in _PAIR else f"{_PREFIX}{name}"
+
+
+def own_name(key: str) -> str | None:
+    """Translate a key of PEFT's file into our parameter name.
+
+    Args:
+        key: as in `adapter_model.safetensors`.
+
+    Returns:
+        The name, or None for a key that is not PEFT's.
+
+    Example:
+        >>> own_name("base_model.model.model.layers.0.q_proj.lora_A.weight")
+        'model.layers.0.q_proj.lora_A'
+    """
+    if not key.startswith(_PREFIX):
+        return None
+    name = key.removeprefix(_PREFIX)
+    for last, ending in _PAIR.items():
+        if name.endswith(ending):
+            return f"{name.removesuffix(ending)}.{last}"
+    return name
+
+
+def write_adapter(folder: Path | str, files: AdapterFiles, *, overwrite: bool = False) -> None:
+    """Write an adapter folder that PEFT and `read_adapter` read.
+
+    A new folder appears whole. Inside an existing folder (a training checkpoint, say) the
+    files are replaced one by one and `adapter_config.json`, without which nobody takes
+    the folder for an adapter, comes last.
+
+    Args:
+        folder: created if needed.
+        files: what to write. Tensors keep their dtype.
+        overwrite: replace an adapter that is already there.
+
+    Raises:
+        SourceError: an adapter is already there and overwrite is False.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp()) / "adapter"
+        >>> pair = LowRank(torch.ones(2, 8), torch.ones(4, 2), 1.0)
+        >>> write_adapter(folder, AdapterFiles(config=LoRA(rank=2, alpha=2), deltas={"proj": pair}))
+        >>> sorted(p.name for p in folder.iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors', 'qlora_kit.json']
+    """
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        if (folder / CONFIG_FILE).exists() and not overwrite:
+            raise SourceError(
+                f"{folder} already holds an adapter. Choose another folder, remove it, or allow "
+                "overwriting."
+            )
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
+        _write_files(folder, files)
+        return
+    with atomic_directory(folder) as partial:
+        _write_files(partial, files)
+
+
+def _write_files(folder: Path, files: AdapterFiles) -> None:
+    tensors = {peft_key(name): _own(t) for name, t in files.modules.items()}
+    for module, pair in files.deltas.items():
+        tensors[peft_key(f"{module}.lora_A")] = _own(pair.a)
+        tensors[peft_key(f"{module}.lora_B")] = _own(pair.b)
+    partial = folder / f"{WEIGHTS_FILE}.partial-{os.getpid()}"
+    try:
+        save_file(dict(sorted(tensors.items())), partial, metadata={"format": "pt"})
+        partial.replace(folder / WEIGHTS_FILE)
+    finally:
+        partial.unlink(missing_ok=True)
+    atomic_write_text(folder / SIDE_FILE, side_file_json(files.config, files.base, __version__))
+    text = peft_config_json(
+        files.config,
+        target_modules=files.target_modules or tuple(sorted(files.deltas)),
+        modules_to_save=files.module_names,
+        task_type=files.task_type,
+        fan_in_fan_out=files.fan_in_fan_out,
+        base=files.base,
+    )
+    atomic_write_text(folder / CONFIG_FILE, text)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().clone()
+
+
+def read_adapter(folder: Path | str) -> AdapterFiles:
+    """Read an adapter folder, ours or one that PEFT wrote, without any model.
+
+    Args:
+        folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+
+    Returns:
+        The adapter; tensors on the CPU in the file's dtype.
+
+    Raises:
+        SourceError: a file is missing, or the weights are a pickle.
+        FormatError: not a LoRA adapter, a variant we would compute differently, unknown
+            or missing tensors, or shapes and configuration that contradict each other.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp()) / "adapter"
+        >>> pair = LowRank(torch.ones(2, 8), torch.ones(4, 2), 1.0)
+        >>> write_adapter(folder, AdapterFiles(config=LoRA(rank=2, alpha=2), deltas={"proj": pair}))
+        >>> read_adapter(folder).deltas["proj"].scale
+        1.0
+    """
+    folder = Path(folder)
+    weights = _weights_path(folder)
+    where = folder / CONFIG_FILE
+    fields = read_json(where)
+    method, base = "lora", BaseInfo()
+    if (folder / SIDE_FILE).exists():
+        method, base = parse_side_file(read_json(folder / SIDE_FILE), where=folder / SIDE_FILE)
+    if base.path is None:
+        path, revision = fields.get("base_model_name_or_path"), fields.get("revision")
+        base = replace(base, path=path, revision=revision)
+    config = parse_peft_config(fields, method=method, where=where)
+    try:
+        tensors = load_file(weights)
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{weights} is not a readable safetensors file: {error}.") from error
+    saved = tuple(fields.get("modules_to_save") or ())
+    pairs, modules = _sort_tensors(tensors, saved, weights)
+    deltas = _pair_up(pairs, config, weights)
+    config = replace(
+        config,
+        targets=tuple(deltas),
+        train_modules=tuple(m for m in saved if _belongs(m, modules)),
+        dtype=_dtype_name(next(iter(deltas.values())).a.dtype, weights),
+    )
+    return AdapterFiles(
+        config=config,
+        deltas=deltas,
+        modules=modules,
+        module_names=config.train_modules,
+        base=base,
+        task_type=fields.get("task_type"),
+        fan_in_fan_out=bool(fields.get("fan_in_fan_out", False)),
+        target_modules=_listed(fields.get("target_modules")),
+    )
+
+
+def _weights_path(folder: Path) -> Path:
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if (folder / name).is_file():
+            continue
+        if name == WEIGHTS_FILE and (folder / "adapter_model.bin").exists():
+            raise SourceError(
+                f"{folder} holds its weights as a pickle (adapter_model.bin), which is not opened "
+                "because it can run code. Load it with the library that made it and save it "
+                "again with safe_serialization=True."
+            )
+        raise SourceError(f"{folder} is not an adapter folder: {name} is missing.")
+    return folder / WEIGHTS_FILE
+
+
+def _sort_tensors(
+    tensors: Mapping[str, Tensor], saved: tuple[str, ...], where: Path
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    pairs: dict[str, dict[str, Tensor]] = {}
+    modules: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = own_name(key)
+        module, _, last = (name or "").rpartition(".")
+        if name is not None and last in _PAIR:
+            pairs.setdefault(module, {})[last] = tensor
+        elif name is not None and any(_belongs(m, (name,)) for m in saved):
+            modules[name] = tensor
+        else:
+            raise FormatError(
+                f"{where}: unexpected tensor {key!r}. Expected lora_A and lora_B pairs and the "
+                f"modules named in modules_to_save ({', '.join(saved) or 'none'})."
+            )
+    return pairs, modules
+
+
+def _belongs(module: str, names: Mapping[str, Tensor] | tuple[str, ...]) -> bool:
+    """Whether a parameter lies in a module given by its name or the ending of it."""
+    return any(f".{module}." in f".{name}" for name in names)
+
+
+def _pair_up(
+    pairs: Mapping[str, Mapping[str, Tensor]], config: LoRA, where: Path
+) -> dict[str, LowRank]:
+    if not pairs:
+        raise FormatError(f"{where} holds no lora_A and lora_B pair.")
+    deltas = {}
+    for module, pair in pairs.items():
+        if len(pair) != 2:
+            raise FormatError(f"{where}: {module} has only {next(iter(pair))}; its pair is gone.")
+        a, b, rank = pair["lora_A"], pair["lora_B"], config.rank_of(module)
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
+            raise FormatError(
+                f"{where}: {module} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}, but "
+                f"its rank is {rank} by {CONFIG_FILE}; expected (r, in) and (out, r)."
+            )
+        _dtype_name(a.dtype, where), _dtype_name(b.dtype, where)
+        deltas[module] = LowRank(a, b, config.scale_of(module))
+    return deltas
+
+
+def _dtype_name(dtype: torch.dtype, where: Path) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if name not in ("float32", "bfloat16", "float16"):
+        raise FormatError(
+            f"{where}: tensors are {name}; expected float32, bfloat16 or float16. Save the "
+            "adapter again in one of these."
+        )
+    return name
+
+
+def _listed(value: object) -> tuple[str, ...]:
+    """PEFT's `target_modules`: a list, or one regular expression, which we expand to names."""
+    return tuple(str(v) for v in value) if isinstance(value, list) else ()
