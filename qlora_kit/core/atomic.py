@@ -38,7 +38,8 @@ def atomic_directory(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     if not overwrite and final.exists() and (final.is_file() or any(final.iterdir())):
         raise SourceError(
-            f"{final} already exists. Choose another output folder, remove it, or allow overwriting."
+            f"{final} already exists. Choose another output folder, remove it, "
+            "or allow overwriting."
         )
     final.parent.mkdir(parents=True, exist_ok=True)
     partial = final.with_name(f"{final.name}.partial-{os.getpid()}")

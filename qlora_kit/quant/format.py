@@ -123,8 +123,8 @@ def from_bnb_tensors(tensors: Mapping[str, Tensor], *, name: str) -> NF4Weight:
     """
     state = _read_state(tensors, name)
     nested = "nested_offset" in state
-    needed = ("", ".absmax", ".quant_map")
-    needed += (".nested_absmax", ".nested_quant_map") if nested else ()
+    needed = ["", ".absmax", ".quant_map"]
+    needed += [".nested_absmax", ".nested_quant_map"] if nested else []
     missing = [suffix or "the packed weight" for suffix in needed if suffix not in tensors]
     if missing:
         raise FormatError(f"{name}: {', '.join(missing)} missing. The checkpoint is incomplete.")

@@ -99,7 +99,7 @@ class TrainConfig:
     max_grad_norm: float = 0.3
     """Gradients are clipped to this norm; 0 turns clipping off."""
     optimizer: str = "adamw_torch"
-    """A Transformers optimizer: adamw_torch, adamw_8bit, paged_adamw_8bit, paged_adamw_32bit, ..."""
+    """A Transformers optimizer: adamw_torch, adamw_8bit, paged_adamw_8bit, ..."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more time."""
     group_by_length: bool = True

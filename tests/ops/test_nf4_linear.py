@@ -63,7 +63,9 @@ def test_forward_and_gradients_match_float64(backend, device, dtype, m, n, k, ra
         broken = nf4_linear(x, replace_packed(weight, swapped), bias)
     bound = 4 * EPS[dtype] if dtype != torch.float32 else 2e-6
     assert relative_error(y, wanted) < bound
-    for name, leaf, gradient in zip("x a b bias".split(), (x, a, b, bias), gradients, strict=True):
+    for name, leaf, gradient in zip(
+        ["x", "a", "b", "bias"], (x, a, b, bias), gradients, strict=True
+    ):
         assert relative_error(leaf.grad, gradient) < bound, name
     assert relative_error(broken, wanted) > 10 * bound  # the bound bites
 

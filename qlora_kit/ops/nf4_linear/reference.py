@@ -18,7 +18,7 @@ def forward(
     lora_b: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """y = x·Wᵀ + scale·(x·Aᵀ)·Bᵀ + bias.
+    """Compute y = x·Wᵀ + scale·(x·Aᵀ)·Bᵀ + bias.
 
     Args:
         x: (M, K), the compute dtype.
@@ -95,7 +95,9 @@ def backward(
             dx = dyb @ lora_a.to(dy.dtype)
             dx.addmm_(dy, dense)
     if need_da:
-        assert dyb is not None and x is not None and lora_a is not None
+        assert dyb is not None
+        assert x is not None
+        assert lora_a is not None
         da = (dyb.T @ x).to(lora_a.dtype)
     if need_db:
         assert lora_b is not None
