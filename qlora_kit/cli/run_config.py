@@ -11,6 +11,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -87,10 +88,12 @@ def _known_field(name: str, command: str, own: Sequence[str]) -> SchemaField:
     """Find the field a flag names; `-` and `_` are the same."""
     field = leaves().get(name.replace("-", "_"))
     if field is None:
-        hint = nearest(f"--{name}", [f"--{key}" for key in (*leaves(), *own, "config")])
+        section, _, last = name.rpartition(".")
+        hint = _near_in(section, last, prefix="--")
+        if not hint:
+            hint = nearest(f"--{name}", [f"--{key}" for key in (*own, "config")])
         raise ConfigError(
-            f"--{name} is not a known flag.{hint or _elsewhere(name)} "
-            f"`qlora-kit {command} --help` lists all."
+            f"--{name} is not a known flag.{hint} `qlora-kit {command} --help` lists all."
         )
     return field
 
@@ -126,7 +129,8 @@ def check_keys(content: Any) -> dict[str, Any]:
         )
     for key, value in content.items():
         if key not in top:
-            hint = nearest(str(key), top) or _elsewhere(str(key)) or f" Known: {', '.join(top)}."
+            hint = nearest(str(key), top) or _near_in("", str(key))
+            hint = hint or f" Known: {', '.join(top)}."
             raise ConfigError(f"{key!r} is not a known key.{hint}")
         _check_section(key, value)
     return {key: value for key, value in content.items() if value is not None}
@@ -144,26 +148,23 @@ def _check_section(name: str, value: Any) -> None:
         )
     for key in map(str, value):
         if key not in known:
-            hint = _near_in(name, key, known) or f" Known in {name!r}: {', '.join(known)}."
+            hint = _near_in(name, key) or f" Known in {name!r}: {', '.join(known)}."
             raise ConfigError(f"'{name}.{key}' is not a known key.{hint}")
 
 
-def _near_in(section: str, name: str, known: list[str]) -> str:
-    """Suggest a name in the same section, else in another."""
-    return nearest(f"{section}.{name}", [f"{section}.{key}" for key in known]) or _elsewhere(name)
+def _near_in(section: str, name: str, prefix: str = "") -> str:
+    """Suggest a name in the same section, else the same name in another."""
+    known = {key.split(".")[-1]: key for key in leaves() if key.startswith(f"{section}.")}
+    ends = {key: key.split(".")[-1] for key in leaves()}
+    keys = [known[key] for key in get_close_matches(name, list(known), n=1, cutoff=0.7)]
+    keys = keys or [key for key, end in ends.items() if end == name]
+    keys = keys or [key for key, end in ends.items() if get_close_matches(name, [end], cutoff=0.8)]
+    return f" Did you mean {' or '.join(prefix + key for key in keys)}?" if keys else ""
 
 
 def _top_level_names() -> list[str]:
     top, *rest = sections()
     return [section.name for section in rest] + [field.key for field in top.fields]
-
-
-def _elsewhere(name: str) -> str:
-    """Suggest a like name in another section."""
-    last = {key: key.split(".")[-1] for key in leaves()}
-    keys = [key for key, end in last.items() if end == name.split(".")[-1]]
-    keys = keys or [key for key, end in last.items() if nearest(name, [end])]
-    return f" Did you mean {' or '.join(keys)}?" if keys else ""
 
 
 def flag_value(field: SchemaField, text: str) -> Any:
