@@ -1,0 +1,82 @@
+# Sourced by the other scripts: find a Python, make a virtual environment, install once.
+# Works with bash 3.2 (macOS) and later; sets no options of its own.
+
+# Print the first interpreter that is Python 3.11 or newer, or explain and fail.
+# A name on PATH is not enough: version managers put shims there that do not run.
+find_python() {
+  local candidate
+  for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python; do
+    [ -n "$candidate" ] || continue
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+      command -v "$candidate"
+      return 0
+    fi
+  done
+  echo "qlora_kit needs Python 3.11 or newer, and found $(python3 --version 2>&1 || echo none)." >&2
+  echo "Install one (python.org, your package manager, pyenv, uv) or name it: PYTHON=/path/to/python3.12 bash $0" >&2
+  return 1
+}
+
+# make_venv FOLDER: create it unless it is there and works.
+make_venv() {
+  local folder=$1 python
+  if [ -x "$folder/bin/python" ] && "$folder/bin/python" -c 'import pip' >/dev/null 2>&1; then
+    return 0
+  fi
+  python=$(find_python) || return 1
+  echo "-- $folder with $("$python" --version) ($python)"
+  rm -rf "$folder"
+  if ! "$python" -m venv "$folder" >/dev/null; then
+    rm -rf "$folder"
+    echo "$python cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv" >&2
+    return 1
+  fi
+}
+
+CPU_WHEELS=https://download.pytorch.org/whl/cpu
+
+# pick_torch FOLDER: which build of torch. constraints.txt pins its version only. On Linux, pip's default index serves
+# the CUDA build (several GB with its libraries); without an NVIDIA GPU that is a waste, so the CPU
+# build is installed first, if its index can be reached. Everywhere else, and with a GPU, the
+# default index has the right build and nothing is forced.
+pick_torch() {
+  local folder=$1 choice=${QLORA_KIT_TORCH:-auto} version
+  [ "$(uname -s)" = Linux ] || return 0
+  if [ "$choice" = auto ]; then
+    choice=cpu
+    if nvidia-smi -L 2>/dev/null | grep -q GPU; then choice=cuda; fi
+  fi
+  if [ "$choice" = cuda ]; then return 0; fi
+  if "$folder/bin/python" -c 'import torch' >/dev/null 2>&1; then return 0; fi
+  version=$(sed -n 's/^torch==//p' constraints.txt)
+  if "$folder/bin/python" - "$CPU_WHEELS" 2>/dev/null <<'PY'; then
+import sys, urllib.request
+urllib.request.urlopen(sys.argv[1] + "/torch/", timeout=5).close()
+PY
+    echo "-- torch $version for CPUs (no NVIDIA GPU found; QLORA_KIT_TORCH=cuda overrides)"
+    "$folder/bin/python" -m pip install -qq --disable-pip-version-check \
+      --index-url "$CPU_WHEELS" "torch==$version" || true # the default index is tried next
+  fi
+}
+
+# fingerprint FILE...: changes when an install has to be repeated.
+fingerprint() {
+  cat "$@" | cksum
+}
+
+# install_once FOLDER LABEL PIP_ARGUMENTS...: skipped while pyproject.toml, constraints.txt and
+# the arguments are those of the last success.
+install_once() {
+  local folder=$1 label=$2 stamp mark
+  shift 2
+  stamp="$folder/.installed"
+  mark="$(fingerprint pyproject.toml constraints.txt) $PWD $*"
+  if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$mark" ]; then
+    echo "-- $label: unchanged since the last install"
+    return 0
+  fi
+  echo "-- installing $label (several hundred MB the first time)"
+  rm -f "$stamp"
+  "$folder/bin/python" -m pip install -qq --disable-pip-version-check -c constraints.txt "$@" || return 1
+  printf '%s' "$mark" >"$stamp"
+}

@@ -1,0 +1,42 @@
+"""What every test can rely on: no network, caches of its own, GPU tests only with a GPU."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# Before any test imports transformers or datasets, which read these at import.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+_CACHES = tempfile.TemporaryDirectory(prefix="qlora-kit-tests-")
+os.environ["HF_HOME"] = str(Path(_CACHES.name) / "huggingface")
+os.environ["QLORA_KIT_CACHE"] = str(Path(_CACHES.name) / "qlora_kit")
+
+import pytest  # noqa: E402
+
+EXPECTED = "QLORA_KIT_EXPECT_TRANSFORMERS"
+"""Set by scripts/test.sh: the transformers that this run is meant to test."""
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Name the versions under test, and refuse to test others than were asked for."""
+    import torch
+    import transformers
+
+    expected = os.environ.get(EXPECTED)
+    if expected and transformers.__version__ != expected:
+        pytest.exit(f"meant to test transformers {expected}, found {transformers.__version__}", 3)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return f"torch {torch.__version__}, transformers {transformers.__version__}, {device}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what this machine has no device for, and say so."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for item in items:
+        if item.get_closest_marker("gpu") and count < 1:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("multi_gpu") and count < 2:
+            item.add_marker(pytest.mark.skip(reason="needs two CUDA devices"))
