@@ -168,6 +168,7 @@ class NF4Linear(nn.Module):
         self.out_features = out_features
         self.config = config
         self.dtype = dtype
+        self.weight_dtype = dtype  # of the weight it was quantized from; goes into checkpoints
         self.transposed = transposed
         shape = (out_features, in_features)
         register_bytes(self, "weight", shape, config, device=device)
@@ -232,7 +233,7 @@ class NF4Linear(nn.Module):
     def nf4_weight(self) -> NF4Weight:
         """The weight, sharing storage with the parameters."""
         return bytes_to_weight(
-            self, "weight", shape=self.shape, config=self.config, dtype=self.dtype
+            self, "weight", shape=self.shape, config=self.config, dtype=self.weight_dtype
         )
 
     def set_weight(self, weight: NF4Weight) -> None:
@@ -253,6 +254,7 @@ class NF4Linear(nn.Module):
             )
         for name, data in weight_to_bytes(weight, "weight").items():
             setattr(self, name, nn.Parameter(data, requires_grad=False))
+        self.weight_dtype = weight.dtype
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Decode the weight.
@@ -263,7 +265,7 @@ class NF4Linear(nn.Module):
         Returns:
             (N, K).
         """
-        return self.nf4_weight.dequantize(dtype)
+        return self.nf4_weight.dequantize(dtype or self.dtype)
 
     def forward(
         self,

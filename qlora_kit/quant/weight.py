@@ -149,8 +149,8 @@ class NF4Weight:
             expert: index into the first of three dimensions.
 
         Returns:
-            The expert's (N, K) weight. Its scales are decoded to float32, since
-            groups of 256 run across experts.
+            The expert's (N, K) weight, sharing this one's storage. Where a group of
+            256 scales runs across experts, its scales are decoded to float32 instead.
 
         Raises:
             ShapeError: the weight is not a stack, or an expert does not start at a block.
@@ -164,11 +164,17 @@ class NF4Weight:
                 f"are not a multiple of block_size {self.block_size}."
             )
         blocks = size // self.block_size
+        absmax, nested, offset = self.absmax, self.nested_absmax, self.offset
+        if nested is not None and blocks % GROUP_SIZE == 0:
+            groups = blocks // GROUP_SIZE
+            nested = nested[expert * groups : (expert + 1) * groups]
+        else:
+            absmax, nested, offset = self.scales(), None, None
         return NF4Weight(
             packed=self.packed[expert * size // 2 : (expert + 1) * size // 2],
-            absmax=self.scales()[expert * blocks : (expert + 1) * blocks],
-            nested_absmax=None,
-            offset=None,
+            absmax=absmax[expert * blocks : (expert + 1) * blocks],
+            nested_absmax=nested,
+            offset=offset,
             shape=self.shape[1:],
             block_size=self.block_size,
             dtype=self.dtype,
