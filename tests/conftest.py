@@ -17,6 +17,9 @@ import pytest  # noqa: E402
 EXPECTED = "QLORA_KIT_EXPECT_TRANSFORMERS"
 """Set by scripts/test.sh: the transformers that this run is meant to test."""
 
+COMPAT_FOLDERS = {"load", "adapters"}
+"""Folders whose tests all run with the oldest supported transformers as well."""
+
 
 def pytest_report_header(config: pytest.Config) -> str:
     """Name the versions under test, and refuse to test others than were asked for."""
@@ -30,12 +33,15 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"torch {torch.__version__}, transformers {transformers.__version__}, {device}"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what this machine has no device for, and say so."""
+    """Skip what this machine has no device for; mark the folders that touch transformers."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
+        if any(folder in COMPAT_FOLDERS for folder in item.path.parts):
+            item.add_marker(pytest.mark.transformers_compat)
         if item.get_closest_marker("gpu") and count < 1:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("multi_gpu") and count < 2:
