@@ -153,7 +153,6 @@ class AttachedAdapter:
         Example:
             >>> from qlora_kit.adapters.inject import attach
             >>> linear = nn.Linear(8, 4)
-            >>> from qlora_kit.adapters.inject import attach
             >>> model = nn.ModuleDict({"layers": nn.ModuleList([linear])})
             >>> attach(model, LoRA(rank=2)).detach_from_model()
             >>> model["layers"][0] is linear

@@ -80,6 +80,7 @@ class ModuleWrapper(nn.Module):
         self.base = base
         self.place = place
         self.enabled = True
+        self.training = base.training  # a new module would start in training mode
 
     def install(self, model: nn.Module) -> None:
         """Put this wrapper where `base` is in the model."""

@@ -181,9 +181,11 @@ def _refuse_tied(model: nn.Module, found: dict[str, nn.Module]) -> None:
 
 
 def _inside(name: str, containers: set[str]) -> bool:
-    """Whether the name is one of the containers or lies below one."""
+    """Whether the name is one of the containers or lies below one; "" contains everything."""
     parts = name.split(".")
-    return any(".".join(parts[:i]) in containers for i in range(1, len(parts) + 1))
+    return "" in containers or any(
+        ".".join(parts[:i]) in containers for i in range(1, len(parts) + 1)
+    )
 
 
 def _endings(name: str) -> list[str]:
