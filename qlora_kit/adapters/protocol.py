@@ -80,10 +80,11 @@ class ModuleWrapper(nn.Module):
         self.base = base
         self.place = place
         self.enabled = True
-        self.training = base.training  # a new module would start in training mode
 
     def install(self, model: nn.Module) -> None:
-        """Put this wrapper where `base` is in the model."""
+        """Put this wrapper where `base` is in the model, in the mode of its surroundings."""
+        parent = model.get_submodule(self.place.rpartition(".")[0])
+        self.training = parent.training  # a new module would start in training mode
         model.set_submodule(self.place, self, strict=True)
 
     def uninstall(self, model: nn.Module) -> None:

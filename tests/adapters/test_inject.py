@@ -25,10 +25,9 @@ BLOCK_LINEARS = {  # last name parts, and linears per layer
     "bert": {"query", "key", "value", "dense"},
     "mixtral": {"q_proj", "k_proj", "v_proj", "o_proj"},
 }
-BLOCK_LINEARS |= {
-    family: BLOCK_LINEARS["llama"]
-    for family in ("llama_tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
-}
+BLOCK_LINEARS |= dict.fromkeys(
+    ("llama_tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"), BLOCK_LINEARS["llama"]
+)
 BLOCK_LINEARS |= {"roberta": BLOCK_LINEARS["bert"], "qwen3_moe": BLOCK_LINEARS["mixtral"]}
 
 
