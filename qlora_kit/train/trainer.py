@@ -1,0 +1,348 @@
+"""The training loop: `transformers.Trainer`, with what an adapter on a frozen base needs.
+
+What is different from the parent, and why:
+
+- The loss is computed at the positions that count only (`loss.py`), normalised by
+  the number of predicted tokens of all accumulated batches.
+- A checkpoint holds the adapter, the optimizer, the schedule and the random state,
+  never the base. It appears whole or not at all, and resuming gives the same bits as
+  never having stopped: the order of rows depends on seed and epoch alone
+  (`sampling.py`), everything else is restored.
+- Evaluation weighs tokens, not batches, and never gathers logits.
+- The first update checks that the adapter receives gradients at all.
+- Logs carry tokens per second and memory.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import EvalLoopOutput
+
+from qlora_kit.adapters.inject import AttachedAdapter
+from qlora_kit.core.atomic import atomic_directory
+from qlora_kit.core.errors import AdapterError
+from qlora_kit.core.units import GIB
+from qlora_kit.train.callbacks import GradientGuard, memory_bytes
+from qlora_kit.train.checkpoints import (
+    STATE_FILE,
+    last_checkpoint,
+    prune_checkpoints,
+    restore_adapter,
+)
+from qlora_kit.train.held_out import loss_totals
+from qlora_kit.train.loss import causal_lm_loss, count_targets
+from qlora_kit.train.sampling import EpochSampler, SortedSampler
+
+Batch = dict[str, Tensor]
+
+
+def row_lengths(dataset: Dataset[Any]) -> list[int]:
+    """Tokens of each row, from the data set's `lengths` or by counting.
+
+    Args:
+        dataset: map-style; rows are mappings with `input_ids`.
+
+    Returns:
+        One length per row.
+
+    Example:
+        >>> row_lengths([{"input_ids": [1, 2]}, {"input_ids": [1]}])
+        [2, 1]
+    """
+    known = getattr(dataset, "lengths", None)
+    if known is not None:
+        return [int(length) for length in known]
+    return [len(dataset[row]["input_ids"]) for row in range(len(dataset))]  # type: ignore[arg-type]
+
+
+class Trainer(transformers.Trainer):
+    """A `transformers.Trainer` for an adapter on a frozen, quantized or 16-bit base.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from qlora_kit.adapters.config import LoRA
+        >>> from qlora_kit.adapters.inject import attach
+        >>> tiny = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16))
+        >>> adapter = attach(tiny, LoRA(rank=2))
+        >>> args = TrainingArguments(
+        ...     tempfile.mkdtemp(), max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True,
+        ...     logging_strategy="no", save_strategy="no")
+        >>> row = {"input_ids": torch.tensor([1, 2, 3]), "labels": torch.tensor([-100, 2, 3])}
+        >>> trainer = Trainer(tiny, adapter, args, train_dataset=[row])
+        >>> trainer.train().global_step
+        1
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        adapter: AttachedAdapter,
+        args: TrainingArguments,
+        *,
+        train_dataset: Dataset[Any] | Sequence[Any] | None = None,
+        eval_dataset: Dataset[Any] | dict[str, Any] | Sequence[Any] | None = None,
+        data_collator: Callable[[list[Any]], Batch] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        group_by_length: bool = True,
+        base_model: str | None = None,
+    ) -> None:
+        """Prepare to train an adapter.
+
+        Args:
+            model: a causal language model or a sequence classifier, adapter attached.
+            adapter: what was attached; the only part of the model that is saved.
+            args: Transformers' own arguments.
+            train_dataset: rows of token lists; see `train.data`.
+            eval_dataset: held-out rows, or several named sets of them.
+            data_collator: makes a padded batch of rows.
+            callbacks: more Transformers callbacks.
+            group_by_length: batch rows of similar length together.
+            base_model: folder or hub id written into saved adapters; None: what the model says.
+
+        Raises:
+            AdapterError: nothing in the adapter is trainable.
+        """
+        self.adapter = adapter
+        self.base_model = base_model
+        self.group_by_length = group_by_length
+        trainable = list(adapter.named_parameters())
+        if not trainable:
+            raise AdapterError(
+                "the adapter has no trainable parameters. Attach it before making the Trainer."
+            )
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=[GradientGuard(trainable), *callbacks],
+        )
+        self.remove_callback(transformers.PrinterCallback)
+        self.causal = "SequenceClassification" not in type(model).__name__
+        # True: the loss is a sum over tokens divided by `num_items_in_batch`, so it is not
+        # divided again by the number of accumulated batches.
+        self.model_accepts_loss_kwargs = self.causal
+        self._tokens = torch.zeros((), dtype=torch.int64)
+        self._mark_s = time.perf_counter()
+        self._window_tokens = 0
+        self._paused_s = 0.0
+
+    # Data
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        if dataset is None or not hasattr(dataset, "__len__"):
+            return None
+        return EpochSampler(
+            row_lengths(dataset),
+            batch_size=self._train_batch_size * self.args.world_size,
+            group_by_length=self.group_by_length,
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+        )
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
+        if self.args.world_size > 1:
+            sampler: Sampler[int] | None = super()._get_eval_sampler(eval_dataset)
+            return sampler
+        return SortedSampler(row_lengths(eval_dataset))
+
+    # Loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Loss of one batch; see `transformers.Trainer.compute_loss`.
+
+        Args:
+            model: the model, possibly wrapped for several devices.
+            inputs: a collated batch.
+            return_outputs: also return an (empty) dictionary of outputs.
+            num_items_in_batch: predicted tokens of all accumulated batches.
+
+        Returns:
+            () float32, or a pair with the outputs.
+        """
+        if self.causal and self.label_smoother is None:
+            bare = self.accelerator.unwrap_model(model)
+            loss = causal_lm_loss(bare, inputs, num_items_in_batch, forward=model)
+            if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+                loss = loss * self.accelerator.num_processes
+            return (loss, {}) if return_outputs else loss
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[Batch], device: torch.device
+    ) -> Tensor | int | None:
+        if not self.causal or not batch_samples or "labels" not in batch_samples[0]:
+            return None
+        count = torch.stack([count_targets(batch["labels"]) for batch in batch_samples]).sum()
+        count = count.to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        return count.clamp_min(1)
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Forward and backward of one batch; counts its tokens.
+
+        Args:
+            model: the model.
+            inputs: a collated batch.
+            num_items_in_batch: predicted tokens of all accumulated batches.
+
+        Returns:
+            () the detached loss.
+        """
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        padded = mask is not None and mask.shape == ids.shape
+        count = mask.sum() if padded and mask is not None else torch.tensor(ids.numel())
+        self._tokens = self._tokens.to(count.device) + count  # read at the next log: no sync here
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """Return 0: Transformers' estimate counts packed bytes as weights."""
+        return 0
+
+    # Logs
+
+    def _flush_tokens(self) -> None:
+        new = int(self._tokens.item())
+        self._tokens = torch.zeros_like(self._tokens)
+        self._window_tokens += new
+        self.state.num_input_tokens_seen += new
+
+    @contextmanager
+    def _outside_training(self) -> Iterator[None]:
+        """Time spent here does not count in tokens per second."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused_s += time.perf_counter() - start
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add throughput and memory to a training log line, and hand it to the loggers.
+
+        Args:
+            logs: values to log; extended in place.
+            start_time: start of the training.
+        """
+        if "loss" in logs:
+            self._flush_tokens()
+            now = time.perf_counter()
+            elapsed = now - self._mark_s - self._paused_s
+            logs["tokens_per_s"] = round(self._window_tokens / max(elapsed, 1e-9), 1)
+            logs["tokens"] = self.state.num_input_tokens_seen
+            logs["memory_gib"] = round(memory_bytes(self.args.device) / GIB, 3)
+            self._mark_s, self._window_tokens, self._paused_s = now, 0, 0.0
+        super().log(logs, start_time)
+
+    # Evaluation
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Token-weighted loss and perplexity (or accuracy) of held-out rows.
+
+        Args:
+            dataloader: collated batches.
+            description: ignored.
+            prediction_loss_only: ignored; logits are never kept.
+            ignore_keys: ignored.
+            metric_key_prefix: put before every metric's name.
+
+        Returns:
+            Metrics only; predictions are None.
+        """
+        with self._outside_training():
+            totals = loss_totals(self.model, dataloader, causal=self.causal)
+        if self.args.world_size > 1:
+            totals = totals.summed(self.accelerator)
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in totals.metrics().items()}
+        return EvalLoopOutput(
+            predictions=None, label_ids=None, metrics=metrics, num_samples=max(1, totals.rows)
+        )
+
+    # Checkpoints
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train; see `transformers.Trainer.train`.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the newest whole one.
+            trial: hyperparameter search trial.
+            ignore_keys_for_eval: ignored; logits are never kept.
+
+        Returns:
+            Transformers' `TrainOutput`.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(last_checkpoint(Path(self.args.output_dir)))
+        self._mark_s, self._paused_s = time.perf_counter(), 0.0
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        self.adapter.save(folder, base_model=self.base_model, overwrite=True)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self._outside_training():
+            self._flush_tokens()
+            run_folder = Path(self._get_output_dir(trial))
+            final = run_folder / f"checkpoint-{self.state.global_step}"
+            if self.state.best_global_step:
+                best = run_folder / f"checkpoint-{self.state.best_global_step}"
+                if best == final or best.is_dir():
+                    self.state.best_model_checkpoint = str(best)
+            with atomic_directory(final, overwrite=True) as folder:
+                self._save(str(folder))
+                self._save_optimizer_and_scheduler(str(folder))
+                self._save_scaler(str(folder))
+                self._save_rng_state(str(folder))
+                self._record_callbacks()
+                self.state.save_to_json(str(folder / STATE_FILE))
+            prune_checkpoints(
+                run_folder, self.args.save_total_limit, self.state.best_model_checkpoint
+            )
+
+    def _record_callbacks(self) -> None:
+        stateful = [*self.callback_handler.callbacks, self.control]
+        for callback in stateful:
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        restore_adapter(self.adapter, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        restore_adapter(self.adapter, Path(self.state.best_model_checkpoint))
