@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.core.errors import ShapeError
+from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize
 from qlora_kit.ops.nf4_linear.op import nf4_linear
 from qlora_kit.quant.config import QuantConfig
 from qlora_kit.quant.double_quant import GROUP_SIZE
@@ -265,7 +266,7 @@ class NF4Linear(nn.Module):
         Returns:
             (N, K).
         """
-        return self.nf4_weight.dequantize(dtype or self.dtype)
+        return nf4_dequantize(self.nf4_weight, dtype or self.dtype)
 
     def forward(
         self,

@@ -20,13 +20,15 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from qlora_kit.core.errors import ShapeError
+from qlora_kit.ops import jit
 from qlora_kit.ops.backend import Backend, register_backend, resolve
-from qlora_kit.ops.nf4_linear import reference
+from qlora_kit.ops.nf4_linear import cuda, reference
 from qlora_kit.quant.weight import NF4Weight
 
 OP = "nf4_linear"
 
 register_backend(OP, Backend("reference", reference, lambda x: True, lambda: True))
+register_backend(OP, Backend("cuda", cuda, cuda.serves, jit.is_available))
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -1,13 +1,18 @@
 """`nf4_linear` in plain torch: the truth the kernels are held against.
 
 The weight is decoded for each call and dropped, never kept: a cached copy would
-be the dense weight this package exists to avoid. Runs on any device.
+be the dense weight this package exists to avoid. Runs on any device. A backend
+that only decodes faster passes its own `decode`.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from qlora_kit.quant.weight import NF4Weight
+
+Decode = Callable[[NF4Weight, torch.dtype], Tensor]
 
 
 def forward(
@@ -17,6 +22,7 @@ def forward(
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     scale: float,
+    decode: Decode = NF4Weight.dequantize,
 ) -> tuple[Tensor, Tensor]:
     """Compute y = x·Wᵀ + scale·(x·Aᵀ)·Bᵀ + bias.
 
@@ -27,12 +33,13 @@ def forward(
         lora_a: (r, K) or None.
         lora_b: (N, r) or None.
         scale: factor on the low-rank product.
+        decode: how the weight becomes dense, (N, K) of a dtype.
 
     Returns:
         y: (M, N) in the dtype of x.
         xa: (M, r) = x·Aᵀ in the dtype of x; (M, 0) without LoRA.
     """
-    dense = weight.dequantize(x.dtype)
+    dense = decode(weight, x.dtype)
     if lora_a is None or lora_b is None:
         xa = x.new_empty((x.shape[0], 0))
         y = x @ dense.T
@@ -58,6 +65,7 @@ def backward(
     need_da: bool,
     need_db: bool,
     need_dbias: bool,
+    decode: Decode = NF4Weight.dequantize,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `forward`; what is not needed comes back empty.
 
@@ -75,6 +83,7 @@ def backward(
         need_da: whether dA is wanted.
         need_db: whether dB is wanted.
         need_dbias: whether the bias gradient is wanted.
+        decode: how the weight becomes dense, (N, K) of a dtype.
 
     Returns:
         dx: (M, K) in the dtype of dy.
@@ -88,7 +97,7 @@ def backward(
     if lora_a is not None and lora_b is not None and (need_dx or need_da):
         dyb = (dy @ lora_b.to(dy.dtype)) * scale
     if need_dx:
-        dense = weight.dequantize(dy.dtype)
+        dense = decode(weight, dy.dtype)
         if dyb is None or lora_a is None:
             dx = dy @ dense
         else:

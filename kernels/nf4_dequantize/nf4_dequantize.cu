@@ -1,0 +1,114 @@
+// W = dtype(NF4 value x scale), the nested 8-bit scales decoded on the way: one launch, one pass.
+// Shapes    packed (ceil(n/2)) u8 | absmax (blocks) u8 or f32 | out (n) bf16/fp16/f32
+// Format    qlora_kit/quant/nf4.py and double_quant.py; NF4_VALUES and DYNAMIC_MAP_VALUES are
+//           generated from there and put before this file
+// Requires  sm_80+, packed 4-byte and out 16-byte aligned; checked in
+//           qlora_kit/ops/nf4_dequantize/cuda.py
+// Tile      8 weights per thread and step, 4 steps in flight, 256 threads, grid-stride
+// Numerics  f32 product per scale, f32 sum, f32 product per weight, one rounding: the reference's bits
+// Truth     qlora_kit/quant/nf4.py: dequantize_nf4
+
+constexpr int THREADS = 256;
+constexpr int STEPS = 4;
+constexpr int WEIGHTS = 8;  // per thread and step: 4 bytes in, 16 (or 32) bytes out
+
+struct Scales {
+    const void* absmax;   // codes (nested) or float32 scales
+    const float* nested;  // per 256 blocks; null without double quantization
+    const float* offset;
+    int block_shift;  // log2 of the block size
+
+    __device__ __forceinline__ float at(long long weight, const float* map) const {
+        const long long block = weight >> block_shift;
+        if (nested == nullptr) return __ldg(static_cast<const float*>(absmax) + block);
+        const u8 code = __ldg(static_cast<const u8*>(absmax) + block);
+        return __fadd_rn(__fmul_rn(map[code], __ldg(nested + (block >> 8))), __ldg(offset));
+    }
+};
+
+template <typename T>
+__device__ __forceinline__ void store(void* out, long long weight, const float (&v)[WEIGHTS]) {
+    uint4 packed = {T::pack(v[0], v[1]), T::pack(v[2], v[3]), T::pack(v[4], v[5]),
+                    T::pack(v[6], v[7])};
+    *reinterpret_cast<uint4*>(static_cast<u16*>(out) + weight) = packed;
+}
+
+struct Float32 {};
+
+template <>
+__device__ __forceinline__ void store<Float32>(void* out, long long weight,
+                                               const float (&v)[WEIGHTS]) {
+    float4* to = reinterpret_cast<float4*>(static_cast<float*>(out) + weight);
+    to[0] = {v[0], v[1], v[2], v[3]};
+    to[1] = {v[4], v[5], v[6], v[7]};
+}
+
+template <typename T>
+__device__ __forceinline__ void store_one(void* out, long long weight, float v) {
+    static_cast<u16*>(out)[weight] = static_cast<u16>(T::pack(v, 0.f));
+}
+
+template <>
+__device__ __forceinline__ void store_one<Float32>(void* out, long long weight, float v) {
+    static_cast<float*>(out)[weight] = v;
+}
+
+template <typename T>
+__device__ __forceinline__ void dequantize(const u8* packed, const Scales& scales, void* out,
+                                           long long n) {
+    __shared__ float map[256];
+    __shared__ float2 pairs[256];  // both values of a byte
+    const int t = threadIdx.x;
+    map[t] = DYNAMIC_MAP_VALUES[t];
+    pairs[t] = {NF4_VALUES[t >> 4], NF4_VALUES[t & 15]};
+    __syncthreads();
+
+    const long long chunks = n / WEIGHTS;
+    const long long stride = static_cast<long long>(gridDim.x) * THREADS * STEPS;
+    for (long long base = static_cast<long long>(blockIdx.x) * THREADS * STEPS + t; base < chunks;
+         base += stride) {
+        u32 bytes[STEPS];
+        float scale[STEPS];
+#pragma unroll
+        for (int s = 0; s < STEPS; ++s) {
+            const long long chunk = base + s * THREADS;
+            if (chunk < chunks) {
+                bytes[s] = __ldg(reinterpret_cast<const u32*>(packed) + chunk);
+                scale[s] = scales.at(chunk * WEIGHTS, map);
+            }
+        }
+#pragma unroll
+        for (int s = 0; s < STEPS; ++s) {
+            const long long chunk = base + s * THREADS;
+            if (chunk < chunks) {
+                float v[WEIGHTS];
+#pragma unroll
+                for (int i = 0; i < WEIGHTS / 2; ++i) {
+                    const float2 pair = pairs[(bytes[s] >> (8 * i)) & 255];
+                    v[2 * i] = __fmul_rn(pair.x, scale[s]);
+                    v[2 * i + 1] = __fmul_rn(pair.y, scale[s]);
+                }
+                store<T>(out, chunk * WEIGHTS, v);
+            }
+        }
+    }
+
+    // The last few weights of an odd size.
+    if (blockIdx.x == 0 && t < n % WEIGHTS) {
+        const long long weight = chunks * WEIGHTS + t;
+        const float2 pair = pairs[packed[weight / 2]];
+        const float value = (weight & 1) ? pair.y : pair.x;
+        store_one<T>(out, weight, __fmul_rn(value, scales.at(weight, map)));
+    }
+}
+
+#define NF4_DEQUANTIZE(NAME, T)                                                                   \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                        \
+        NAME(const u8* packed, const void* absmax, const float* nested, const float* offset,     \
+             void* out, long long n, long long block_shift) {                                          \
+        dequantize<T>(packed, Scales{absmax, nested, offset, static_cast<int>(block_shift)}, out, n);              \
+    }
+
+NF4_DEQUANTIZE(nf4_dequantize_bfloat16, BFloat16)
+NF4_DEQUANTIZE(nf4_dequantize_float16, Float16)
+NF4_DEQUANTIZE(nf4_dequantize_float32, Float32)
