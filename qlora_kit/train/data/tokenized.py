@@ -89,22 +89,21 @@ class Chooser:
     system_prompt: str | None
     """As the set was made with."""
 
-    def first_token(self, answer: str) -> int:
-        """Tokenize an answer and give its first token.
+    def tokens(self, answer: str) -> list[int]:
+        """Tokenize an answer, its end token included.
 
         Args:
             answer: text in place of the conversation's answer.
 
         Returns:
-            A token id.
+            Token ids.
 
         Example:
-            See `TokenizedSet.choice_tokens`.
+            See `TokenizedSet.choice_ids`.
         """
-        tokens = answer_tokens(
+        return answer_tokens(
             self.tokenizer, self.conversation, answer, system_prompt=self.system_prompt
         )
-        return tokens[0]
 
 
 class TokenizedSet:
@@ -180,19 +179,14 @@ class TokenizedSet:
             DataError: the set has no prompts, or two choices start with the same token.
 
         Example:
-            >>> class FirstLetter:  # in place of a tokenizer and a prompt
-            ...     def first_token(self, answer):
-            ...         return ord(answer[0])
+            >>> class Letters:  # in place of a tokenizer and a prompt
+            ...     def tokens(self, answer):
+            ...         return [ord(letter) for letter in answer]
             >>> TokenizedSet([], report=None, task="causal_lm", packed=False, pad_token_id=0,
-            ...     chooser=FirstLetter()).choice_tokens(["no", "yes"])
+            ...     chooser=Letters()).choice_tokens(["no", "yes"])
             [110, 121]
         """
-        if self._chooser is None:
-            raise DataError(
-                f"{self.report.source} holds no prompts and answers, so there is nothing to "
-                f"choose between. Use eval.task: perplexity."
-            )
-        tokens = [self._chooser.first_token(choice) for choice in choices]
+        tokens = [ids[0] for ids in self.choice_ids(choices)]
         for i, token in enumerate(tokens):
             if token in tokens[:i]:
                 raise DataError(
@@ -201,3 +195,30 @@ class TokenizedSet:
                     f"words, or eval.task: exact_match."
                 )
         return tokens
+
+    def choice_ids(self, choices: Sequence[str]) -> list[list[int]]:
+        """All tokens of each choice, end token included, as they would follow this set's prompts.
+
+        Args:
+            choices: answers; they may begin alike.
+
+        Returns:
+            Token ids of each choice.
+
+        Raises:
+            DataError: the set has no prompts.
+
+        Example:
+            >>> class Letters:  # in place of a tokenizer and a prompt
+            ...     def tokens(self, answer):
+            ...         return [ord(letter) for letter in answer]
+            >>> TokenizedSet([], report=None, task="causal_lm", packed=False, pad_token_id=0,
+            ...     chooser=Letters()).choice_ids(["ab", "a"])
+            [[97, 98], [97]]
+        """
+        if self._chooser is None:
+            raise DataError(
+                f"{self.report.source} holds no prompts and answers, so there is nothing to "
+                f"choose between. Use eval.task: perplexity."
+            )
+        return [self._chooser.tokens(choice) for choice in choices]
