@@ -86,16 +86,11 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = "default") ->
     files = read_adapter(folder)
     _check_fit(model, files, Path(folder))
     dtype = getattr(torch, files.config.dtype)
+    # in the model's order, as `attach` does: optimizers match their state by position
     pieces: list[Piece] = [
-        LoRALinear(
-            model.get_submodule(module),
-            module,
-            files.config,
-            seed=0,
-            rank=pair.a.shape[0],
-            scale=pair.scale,
-        )
-        for module, pair in files.deltas.items()
+        LoRALinear(module, place, files.config, seed=0, rank=pair.a.shape[0], scale=pair.scale)
+        for place, module in model.named_modules()
+        if (pair := files.deltas.get(place)) is not None
     ]
     pieces += [TrainedCopy(model.get_submodule(m), m, dtype) for m in _whole_places(model, files)]
     state = {f"{m}.{key}": t for m, p in files.deltas.items() for key, t in _named(p)}

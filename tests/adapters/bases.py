@@ -12,7 +12,6 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.core.patterns import matches_any
 from qlora_kit.nn.linear import NF4Linear
 from qlora_kit.quant.config import QuantConfig
 
@@ -48,7 +47,7 @@ def freeze(module: nn.Module) -> nn.Module:
 def quantize(model: nn.Module, config: QuantConfig | None = None) -> nn.Module:
     """Replace every linear but the heads by its NF4 twin, in place."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear | Conv1D) and not matches_any(name, SKIP):
+        if isinstance(module, nn.Linear | Conv1D) and not set(SKIP) & set(name.split(".")):
             twin = NF4Linear.from_linear(module, config or QuantConfig(), name=name)
             model.set_submodule(name, twin)
     return model
