@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from qlora_kit.cli.logs import setup_logging
 from qlora_kit.cli.run_config import load_config, parse_words
 from qlora_kit.cli.run_help import run_help
 from qlora_kit.core.errors import ConfigError
@@ -40,6 +41,7 @@ def run(argv: Sequence[str]) -> int:
     if not rows.isdecimal():
         raise ConfigError(f"--rows takes a whole number, got {rows!r}.")
 
+    setup_logging()
     from qlora_kit.cli.dry_run import load_tokenizer
     from qlora_kit.train.data.dataset import build_dataset
     from qlora_kit.train.data.preview import print_preview

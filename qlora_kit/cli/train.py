@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from qlora_kit.cli.logs import setup_logging
 from qlora_kit.cli.run_config import load_config, parse_words, to_yaml
 from qlora_kit.cli.run_help import run_help
 
@@ -38,6 +39,7 @@ def run(argv: Sequence[str]) -> int:
     if "print-config" in line.options:
         print(to_yaml(config), end="")
         return 0
+    setup_logging()
     if "dry-run" in line.options:
         from qlora_kit.cli.dry_run import dry_run
 

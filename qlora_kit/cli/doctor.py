@@ -1,0 +1,54 @@
+"""`qlora-kit doctor`: is this machine and this installation fit to train, and if not, why.
+
+Each line is `ok`, `note` (works, worth knowing) or `FAIL` (something will not
+work), with what to do about it. The self-test is small but real: known NF4
+codes, and every available backend of every op against float64 arithmetic.
+"""
+
+from collections.abc import Sequence
+
+from qlora_kit.cli.arguments import Parser
+from qlora_kit.cli.checks import Check, check_environment, check_kernels, check_storage, check_torch
+from qlora_kit.cli.logs import setup_logging
+
+_ABOUT = """\
+Check this machine and this installation: Python, torch, GPU and driver, package
+versions, backends of each op, caches, and a self-test of the 4-bit codec and of
+every op against float64. Include its output when you report a problem."""
+_EPILOG = "exit code: 0 when everything works, 2 when something has to be repaired"
+
+
+def run(argv: Sequence[str]) -> int:
+    """Check; see `qlora-kit doctor --help`.
+
+    Args:
+        argv: the words after `qlora-kit doctor`.
+
+    Returns:
+        0, or 2 if a check failed.
+    """
+    Parser("doctor", _ABOUT, _EPILOG).parse_args(argv)
+    setup_logging()
+    failed = 0
+    for title, checks in (
+        ("environment", check_environment),
+        ("torch and devices", check_torch),
+        ("storage", check_storage),
+        ("ops and self-test", check_kernels),
+    ):
+        print(f"# {title}")
+        for check in checks():
+            _print(check)
+            failed += check.status == "FAIL"
+        print()
+    if failed:
+        print(f"{failed} of the checks failed: see the lines marked FAIL")
+        return 2
+    print("everything works")
+    return 0
+
+
+def _print(check: Check) -> None:
+    print(f"  {check.status:<5} {check.name:<18} {check.found}")
+    if check.advice:
+        print(f"        {'':<18} -> {check.advice}")

@@ -1,0 +1,27 @@
+"""What of all the logging reaches the terminal.
+
+This package's own messages (choices made automatically, each said once) are shown.
+Libraries speak up from WARNING on, but for one false alarm.
+"""
+
+import logging
+
+
+def setup_logging() -> None:
+    """Send this package's log lines to standard error; called by commands that do work.
+
+    Example:
+        >>> setup_logging()
+        >>> logging.getLogger("qlora_kit").level == logging.INFO
+        True
+    """
+    logger = logging.getLogger("qlora_kit")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    # On a CPU bitsandbytes complains at import that the optional package `kernels` is missing. It
+    # would serve bitsandbytes' own 4-bit layers, which we do not use.
+    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
