@@ -29,8 +29,6 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantizer
 
 from qlora_kit.core.errors import AdapterError, ConfigError, UserError
-from qlora_kit.load.config import QUANT_METHOD
-from qlora_kit.load.config import NF4Config as NF4Config
 from qlora_kit.load.conversion import (
     ListExperts,
     QuantizeOnLoad,
@@ -40,6 +38,8 @@ from qlora_kit.load.conversion import (
     split_name,
     stored_patterns,
 )
+from qlora_kit.load.nf4_config import QUANT_METHOD
+from qlora_kit.load.nf4_config import NF4Config as NF4Config
 from qlora_kit.load.stored import StoredTensor, StoredWeight, read_headers, stored_weights
 from qlora_kit.nn.experts import PROJECTIONS, NF4Experts
 from qlora_kit.nn.linear import NF4Linear, byte_specs

@@ -19,6 +19,7 @@ or with a norm of their own stay dense, and the loader says so.
 import copy
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -190,7 +191,7 @@ class NF4Experts(nn.Module):
         for name, shape in self.shapes.items():
             register_bytes(self, name, shape, config, device=device)
         # In a tuple, so that it is no submodule: it has no parameters, only a gate.
-        self._source = (_without_parameters(source),)
+        self._source: tuple[Any] = (_without_parameters(source),)
 
     @classmethod
     def from_experts(
@@ -279,7 +280,7 @@ class NF4Experts(nn.Module):
         Returns:
             A dense module on the same device.
         """
-        dense = copy.copy(self._source[0])
+        dense: nn.Module = copy.copy(self._source[0])
         dense._parameters = {
             name: nn.Parameter(self.dequantize(name, dtype)) for name in PROJECTIONS
         }
