@@ -12,6 +12,9 @@ struct BFloat16 {
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
         return packed;
     }
+    static __device__ __forceinline__ float read(u16 bits) {
+        return __uint_as_float(static_cast<u32>(bits) << 16);
+    }
 };
 
 struct Float16 {
@@ -19,5 +22,10 @@ struct Float16 {
         u32 packed;
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
         return packed;
+    }
+    static __device__ __forceinline__ float read(u16 bits) {
+        float value;
+        asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+        return value;
     }
 };

@@ -12,20 +12,6 @@ constexpr int THREADS = 256;
 constexpr int STEPS = 4;
 constexpr int WEIGHTS = 8;  // per thread and step: 4 bytes in, 16 (or 32) bytes out
 
-struct Scales {
-    const void* absmax;   // codes (nested) or float32 scales
-    const float* nested;  // per 256 blocks; null without double quantization
-    const float* offset;
-    int block_shift;  // log2 of the block size
-
-    __device__ __forceinline__ float at(long long weight, const float* map) const {
-        const long long block = weight >> block_shift;
-        if (nested == nullptr) return __ldg(static_cast<const float*>(absmax) + block);
-        const u8 code = __ldg(static_cast<const u8*>(absmax) + block);
-        return __fadd_rn(__fmul_rn(map[code], __ldg(nested + (block >> 8))), __ldg(offset));
-    }
-};
-
 template <typename T>
 __device__ __forceinline__ void store(void* out, long long weight, const float (&v)[WEIGHTS]) {
     uint4 packed = {T::pack(v[0], v[1]), T::pack(v[2], v[3]), T::pack(v[4], v[5]),
@@ -54,13 +40,13 @@ __device__ __forceinline__ void store_one<Float32>(void* out, long long weight, 
 }
 
 template <typename T>
-__device__ __forceinline__ void dequantize(const u8* packed, const Scales& scales, void* out,
+__device__ __forceinline__ void dequantize(const u8* packed, const NF4Scales& scales, void* out,
                                            long long n) {
     __shared__ float map[256];
-    __shared__ float2 pairs[256];  // both values of a byte
-    const int t = threadIdx.x;
+    __shared__ NF4Table table;
+    const int t = threadIdx.x, lane = t & 31;
     map[t] = DYNAMIC_MAP_VALUES[t];
-    pairs[t] = {NF4_VALUES[t >> 4], NF4_VALUES[t & 15]};
+    table.fill(t, THREADS);
     __syncthreads();
 
     const long long chunks = n / WEIGHTS;
@@ -83,11 +69,8 @@ __device__ __forceinline__ void dequantize(const u8* packed, const Scales& scale
             if (chunk < chunks) {
                 float v[WEIGHTS];
 #pragma unroll
-                for (int i = 0; i < WEIGHTS / 2; ++i) {
-                    const float2 pair = pairs[(bytes[s] >> (8 * i)) & 255];
-                    v[2 * i] = __fmul_rn(pair.x, scale[s]);
-                    v[2 * i + 1] = __fmul_rn(pair.y, scale[s]);
-                }
+                for (int i = 0; i < WEIGHTS; ++i)
+                    v[i] = __fmul_rn(table.at(bytes[s], i, lane), scale[s]);
                 store<T>(out, chunk * WEIGHTS, v);
             }
         }
@@ -96,8 +79,7 @@ __device__ __forceinline__ void dequantize(const u8* packed, const Scales& scale
     // The last few weights of an odd size.
     if (blockIdx.x == 0 && t < n % WEIGHTS) {
         const long long weight = chunks * WEIGHTS + t;
-        const float2 pair = pairs[packed[weight / 2]];
-        const float value = (weight & 1) ? pair.y : pair.x;
+        const float value = table.at(packed[weight / 2], weight & 1, lane);
         store_one<T>(out, weight, __fmul_rn(value, scales.at(weight, map)));
     }
 }
@@ -106,7 +88,7 @@ __device__ __forceinline__ void dequantize(const u8* packed, const Scales& scale
     extern "C" __global__ void __launch_bounds__(THREADS)                                        \
         NAME(const u8* packed, const void* absmax, const float* nested, const float* offset,     \
              void* out, long long n, long long block_shift) {                                          \
-        dequantize<T>(packed, Scales{absmax, nested, offset, static_cast<int>(block_shift)}, out, n);              \
+        dequantize<T>(packed, NF4Scales{absmax, nested, offset, static_cast<int>(block_shift)}, out, n);              \
     }
 
 NF4_DEQUANTIZE(nf4_dequantize_bfloat16, BFloat16)

@@ -28,7 +28,7 @@ from qlora_kit.quant.nf4 import NF4_VALUES
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 """What every kernel must compile for."""
 
-_HEADERS = ("common/convert.cuh",)
+_HEADERS = ("common/convert.cuh", "common/nf4.cuh")
 
 
 def cache_folder() -> Path:

@@ -48,7 +48,8 @@ def truth(x, weight, a, b, bias, dy, dtype):
 @pytest.mark.parametrize("backend", available_backends("nf4_linear"))
 @pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize(
-    ("m", "n", "k", "rank"), [(1, 128, 64, 8), (7, 96, 192, 3), (33, 130, 320, 16), (5, 31, 77, 4)]
+    ("m", "n", "k", "rank"),
+    [(1, 128, 64, 8), (7, 96, 192, 3), (33, 130, 320, 16), (5, 31, 77, 4), (9, 100, 1152, 16)],
 )
 def test_forward_and_gradients_match_float64(backend, device, dtype, m, n, k, rank):
     """Each result carries at most a few roundings of the compute dtype."""
@@ -223,3 +224,52 @@ def test_a_forced_backend_that_is_missing_raises(monkeypatch):
     with pytest.raises(BackendError, match="no op is called"):
         available_backends("nf5_linear")
     assert "nf4_linear" in known_ops()
+
+
+SHAPES = [  # (N, K) of Llama-3 8B and 70B, Qwen3 8B, Gemma 3 4B, and awkward ones
+    (4096, 4096),
+    (1024, 4096),
+    (14336, 4096),
+    (4096, 14336),
+    (8192, 8192),
+    (12288, 4096),
+    (10240, 2560),
+    (2560, 2048),
+    (1000, 576),
+    (17, 8256),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cuda_at_real_sizes(n, k, dtype):
+    """Both ways of the CUDA backend, poisoned memory under every output, two runs of equal bits."""
+    for m in (1, 2, 3, 8, 9, 16, 17, 64, 129, 1025):
+        x, weight, a, b, bias, dy = make_case(m, n, k, 16, dtype, "cuda")
+        wanted, gradients = truth(x, weight, a, b, bias, dy, dtype)
+        with force_backend("cuda"):
+            poison = [torch.full((m, n), float("nan"), device="cuda", dtype=dtype) for _ in "ab"]
+            del poison  # the allocator hands the same memory to the outputs
+            y = nf4_linear(x, weight, bias, lora_a=a, lora_b=b, scale=SCALE)
+            y.backward(dy)
+            again = nf4_linear(x, weight, bias, lora_a=a, lora_b=b, scale=SCALE)
+        assert relative_error(y, wanted) < 2 * EPS[dtype], m
+        assert torch.equal(y, again), m
+        for leaf, gradient in zip((x, a, b, bias), gradients, strict=True):
+            assert relative_error(leaf.grad, gradient) < 4 * EPS[dtype], m
+
+
+@pytest.mark.gpu
+def test_cuda_takes_unaligned_rows_and_passes_nan_through():
+    weight = NF4Weight.quantize(torch.randn(256, 512)).to("cuda")
+    storage = torch.randn(8 * 512 + 1, device="cuda", dtype=torch.bfloat16)
+    x = storage[1:].view(8, 512)
+    wanted = x.double() @ weight.dequantize(torch.bfloat16).double().T
+    assert relative_error(nf4_linear(x, weight), wanted) < 2 * EPS[torch.bfloat16]
+    x[3, 5] = float("nan")
+    x[4, 6] = float("inf")
+    y = nf4_linear(x, weight)
+    assert y[3].isnan().all()
+    assert not torch.isfinite(y[4]).any()
+    assert torch.isfinite(y[[0, 1, 2, 5, 6, 7]]).all()

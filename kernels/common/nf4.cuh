@@ -1,0 +1,37 @@
+// Decoding NF4 in a kernel: a table without bank conflicts, and the nested scales.
+// NF4_VALUES and DYNAMIC_MAP_VALUES are generated from qlora_kit/quant and put before this file.
+#pragma once
+
+// The 16 values once per lane: entry e of lane l lies in bank l, so a warp's 32 look-ups, whatever
+// their indices, take one cycle. Random indices into one shared copy would collide.
+struct NF4Table {
+    float values[16][32];
+
+    // All threads of the block call this, then synchronize.
+    __device__ __forceinline__ void fill(int thread, int threads) {
+        for (int i = thread; i < 16 * 32; i += threads) values[i / 32][i % 32] = NF4_VALUES[i / 32];
+    }
+
+    // Value of nibble i (0..7) of a word, in storage order: the high nibble of each byte first.
+    __device__ __forceinline__ float at(u32 word, int i, int lane) const {
+        const int bit = (i / 2) * 8 + ((i & 1) ? 0 : 4);
+        const u32 row = (bit >= 7 ? word >> (bit - 7) : word << (7 - bit)) & 0x780u;  // index x 128
+        const char* base = reinterpret_cast<const char*>(values);
+        return *reinterpret_cast<const float*>(base + (row | (lane * 4)));
+    }
+};
+
+struct NF4Scales {
+    const void* absmax;   // codes (nested) or float32 scales
+    const float* nested;  // per 256 blocks; null without double quantization
+    const float* offset;
+    int block_shift;  // log2 of the block size
+
+    // Two roundings, product then sum, as the format says.
+    __device__ __forceinline__ float at(long long weight, const float* map) const {
+        const long long block = weight >> block_shift;
+        if (nested == nullptr) return __ldg(static_cast<const float*>(absmax) + block);
+        const u8 code = __ldg(static_cast<const u8*>(absmax) + block);
+        return __fadd_rn(__fmul_rn(map[code], __ldg(nested + (block >> 8))), __ldg(offset));
+    }
+};
