@@ -155,8 +155,7 @@ def _lines(
     )
     name_width = max(len(name) for name, _ in pairs) + 2
     for name, value in pairs:
-        line = Text(f"{name:{name_width}}", style="bold")
-        yield line.append(value, style="not bold")
+        yield Text.assemble((f"{name:{name_width}}", "bold"), value)
 
 
 def _row_lines(
@@ -215,4 +214,4 @@ def _wrapped(tokens: Sequence[str], in_loss: bool, width: int) -> Iterator[Text]
 
 
 def _styled(text: str, in_loss: bool) -> Text:
-    return Text(_GUTTER[in_loss], style="dim").append(text, style=_STYLE[in_loss])
+    return Text.assemble((_GUTTER[in_loss], "dim"), (text, _STYLE[in_loss]))
