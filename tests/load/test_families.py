@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tests import tiny_models
 
 from qlora_kit.load.model import load
 from qlora_kit.nn.experts import PROJECTIONS, NF4Experts
 from qlora_kit.nn.linear import NF4Linear
 from qlora_kit.nn.swap import nf4_modules
+from tests import tiny_models
 
 EPS = torch.finfo(torch.float32).eps
 # Both sides multiply the same numbers; only the order of summation may differ (a transposed
@@ -26,9 +26,7 @@ def options(family):
 
 
 def built(family):
-    return tiny_models.build(
-        family, num_labels=LABELS if family in tiny_models.ENCODERS else None
-    )
+    return tiny_models.build(family, num_labels=LABELS if family in tiny_models.ENCODERS else None)
 
 
 @pytest.fixture(scope="module")
