@@ -7,7 +7,9 @@ from qlora_kit.cli.run_config import load_config, parse_words
 from qlora_kit.cli.run_help import run_help
 from qlora_kit.core.errors import ConfigError
 
-_USAGE = "qlora-kit preview RUN.yaml [--rows N] [--set NAME] [--section.field VALUE ...]"
+_USAGE = """\
+qlora-kit preview RUN.yaml [--rows N] [--set NAME]
+                         [--section.field VALUE ...]"""
 _ABOUT = """\
 Show examples as the model will see them: every token, and whether it counts in
 the loss; then what was cut, packed or dropped. Takes the run file and the flags
