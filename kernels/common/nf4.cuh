@@ -27,11 +27,25 @@ struct NF4Scales {
     const float* offset;
     int block_shift;  // log2 of the block size
 
-    // Two roundings, product then sum, as the format says.
-    __device__ __forceinline__ float at(long long weight, const float* map) const {
+    // What memory holds for the block of a weight, to be decoded once it has arrived.
+    struct Stored {
+        float group;  // the group's scale, or the scale itself without double quantization
+        u8 code;
+    };
+
+    __device__ __forceinline__ Stored load(long long weight) const {
         const long long block = weight >> block_shift;
-        if (nested == nullptr) return __ldg(static_cast<const float*>(absmax) + block);
-        const u8 code = __ldg(static_cast<const u8*>(absmax) + block);
-        return __fadd_rn(__fmul_rn(map[code], __ldg(nested + (block >> 8))), __ldg(offset));
+        if (nested == nullptr) return {__ldg(static_cast<const float*>(absmax) + block), 0};
+        return {__ldg(nested + (block >> 8)), __ldg(static_cast<const u8*>(absmax) + block)};
+    }
+
+    // Two roundings, product then sum, as the format says. `mean` is *offset, read once.
+    __device__ __forceinline__ float decode(Stored stored, float mean, const float* map) const {
+        if (nested == nullptr) return stored.group;
+        return __fadd_rn(__fmul_rn(map[stored.code], stored.group), mean);
+    }
+
+    __device__ __forceinline__ float mean() const {
+        return nested == nullptr ? 0.f : __ldg(offset);
     }
 };

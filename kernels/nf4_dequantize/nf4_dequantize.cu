@@ -47,6 +47,7 @@ __device__ __forceinline__ void dequantize(const u8* packed, const NF4Scales& sc
     const int t = threadIdx.x, lane = t & 31;
     map[t] = DYNAMIC_MAP_VALUES[t];
     table.fill(t, THREADS);
+    const float mean = scales.mean();
     __syncthreads();
 
     const long long chunks = n / WEIGHTS;
@@ -54,23 +55,24 @@ __device__ __forceinline__ void dequantize(const u8* packed, const NF4Scales& sc
     for (long long base = static_cast<long long>(blockIdx.x) * THREADS * STEPS + t; base < chunks;
          base += stride) {
         u32 bytes[STEPS];
-        float scale[STEPS];
+        NF4Scales::Stored stored[STEPS];
 #pragma unroll
         for (int s = 0; s < STEPS; ++s) {
             const long long chunk = base + s * THREADS;
             if (chunk < chunks) {
                 bytes[s] = __ldg(reinterpret_cast<const u32*>(packed) + chunk);
-                scale[s] = scales.at(chunk * WEIGHTS, map);
+                stored[s] = scales.load(chunk * WEIGHTS);
             }
         }
 #pragma unroll
         for (int s = 0; s < STEPS; ++s) {
             const long long chunk = base + s * THREADS;
             if (chunk < chunks) {
+                const float scale = scales.decode(stored[s], mean, map);
                 float v[WEIGHTS];
 #pragma unroll
                 for (int i = 0; i < WEIGHTS; ++i)
-                    v[i] = __fmul_rn(table.at(bytes[s], i, lane), scale[s]);
+                    v[i] = __fmul_rn(table.at(bytes[s], i, lane), scale);
                 store<T>(out, chunk * WEIGHTS, v);
             }
         }
@@ -80,7 +82,8 @@ __device__ __forceinline__ void dequantize(const u8* packed, const NF4Scales& sc
     if (blockIdx.x == 0 && t < n % WEIGHTS) {
         const long long weight = chunks * WEIGHTS + t;
         const float value = table.at(packed[weight / 2], weight & 1, lane);
-        store_one<T>(out, weight, __fmul_rn(value, scales.at(weight, map)));
+        const float scale = scales.decode(scales.load(weight), mean, map);
+        store_one<T>(out, weight, __fmul_rn(value, scale));
     }
 }
 

@@ -1,7 +1,7 @@
 // Y = X @ dequant(W)^T + (XA)(sB)^T + bias for few rows of X: the weight is read once, in 4 bits.
 // Shapes    x (M,K) | packed (N*K/2) u8 | xa (M,r) | lora_b (N,r) | y (M,N); row-major, M <= 16
 // Format    qlora_kit/quant/nf4.py and double_quant.py
-// Requires  sm_80+, K % 64 == 0, block size >= 32, 16-byte alignment; checked in
+// Requires  sm_80+, K % 64 == 0, r % 16 == 0, block size >= 32, 16-byte alignment; checked in
 //           qlora_kit/ops/nf4_linear/cuda.py
 // Tile      16 rows of W per block; 8 warps share K, 128 (or 64) columns a step each; their sums
 //           meet in shared memory. W is the 16-row operand of mma.m16n8k16, X the 8-column one.
@@ -42,11 +42,11 @@ __device__ __forceinline__ void Mma::run<Float16>(float (&c)[4], const u32 (&a)[
 template <int TILES, int SHARE>
 struct Step {
     u32 w[2][SHARE / 8];
-    float scale[2];
+    NF4Scales::Stored stored[2];
     u32 x[TILES][SHARE / 2];
 
     __device__ __forceinline__ void load(const u16* x_rows, const u8* packed,
-                                         const NF4Scales& scales, const float* map,
+                                         const NF4Scales& scales,
                                          const long long (&row)[2], long long m, long long k_total,
                                          long long k, int g) {
 #pragma unroll
@@ -58,7 +58,7 @@ struct Step {
             } else {
                 *reinterpret_cast<uint2*>(w[h]) = __ldg(reinterpret_cast<const uint2*>(from));
             }
-            scale[h] = scales.at(weight, map);
+            stored[h] = scales.load(weight);
         }
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
@@ -74,7 +74,10 @@ struct Step {
 
     template <typename T>
     __device__ __forceinline__ void multiply(float (&c)[TILES][4], const NF4Table& table,
-                                             int lane) const {
+                                             const NF4Scales& scales, float mean,
+                                             const float* map, int lane) const {
+        const float scale[2] = {scales.decode(stored[0], mean, map),
+                                scales.decode(stored[1], mean, map)};
 #pragma unroll
         for (int j = 0; j < SHARE / 4; ++j) {  // four weights of each row per product
             u32 a[4];
@@ -96,6 +99,29 @@ struct Step {
     }
 };
 
+// The low-rank product of 16 rows of W's B with all columns: c = B (XA)^T, r a multiple of 16.
+template <typename T, int TILES>
+__device__ __forceinline__ void low_rank(float (&c)[TILES][4], const u16* xa, const u16* lora_b,
+                                         const long long (&row)[2], long long m, int rank, int g,
+                                         int q) {
+    for (int r = 2 * q; r < rank; r += 16) {
+        u32 a[4];
+#pragma unroll
+        for (int part = 0; part < 2; ++part)
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+                a[2 * part + h] =
+                    *reinterpret_cast<const u32*>(lora_b + row[h] * rank + r + 8 * part);
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+            const long long column = tile * 8 + g;
+            const u32* from = reinterpret_cast<const u32*>(xa + column * rank + r);
+            const u32 b0 = column < m ? from[0] : 0, b1 = column < m ? from[4] : 0;
+            Mma::run<T>(c[tile], a, b0, b1);
+        }
+    }
+}
+
 template <typename T, int TILES, int SHARE>
 __device__ __forceinline__ void small_m(const u16* x, const u8* packed, const NF4Scales& scales,
                                         const u16* bias, const u16* xa, const u16* lora_b, u16* y,
@@ -106,24 +132,34 @@ __device__ __forceinline__ void small_m(const u16* x, const u8* packed, const NF
     __shared__ float sums[WARPS][ROWS][TILES * 8 + 1];
     const int t = threadIdx.x, lane = t & 31, warp = t / 32;
     const int g = lane / 4, q = lane % 4;
-    map[t] = DYNAMIC_MAP_VALUES[t];
-    table.fill(t, WARPS * 32);
-    __syncthreads();
 
     const long long first = static_cast<long long>(blockIdx.x) * ROWS;
     const long long last = n - 1;
     const long long row[2] = {first + g < last ? first + g : last,
                               first + g + 8 < last ? first + g + 8 : last};
-    float c[TILES][4] = {};
     constexpr int WIDTH = 4 * SHARE;
     const long long stride = static_cast<long long>(WARPS) * WIDTH;
     long long k = static_cast<long long>(warp) * WIDTH + q * SHARE;
+    // The first reads are on their way while the tables are made.
     Step<TILES, SHARE> now, next;
-    if (k < k_total) now.load(x, packed, scales, map, row, m, k_total, k, g);
+    if (k < k_total) now.load(x, packed, scales, row, m, k_total, k, g);
+    const float mean = scales.mean();
+    map[t] = DYNAMIC_MAP_VALUES[t];
+    table.fill(t, WARPS * 32);
+    float c[TILES][4] = {};
+    if (warp == WARPS - 1) {  // the warp with the least of K to do
+        low_rank<T, TILES>(c, xa, lora_b, row, m, rank, g, q);
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) c[tile][i] *= lora_scale;
+    }
+    __syncthreads();
+
     for (; k < k_total; k += stride) {
         const bool more = k + stride < k_total;
-        if (more) next.load(x, packed, scales, map, row, m, k_total, k + stride, g);
-        now.template multiply<T>(c, table, lane);
+        if (more) next.load(x, packed, scales, row, m, k_total, k + stride, g);
+        now.template multiply<T>(c, table, scales, mean, map, lane);
         if (more) now = next;
     }
 
@@ -138,14 +174,9 @@ __device__ __forceinline__ void small_m(const u16* x, const u8* packed, const NF
         const int r = i % ROWS, column = i / ROWS;
         const long long out = first + r;
         if (out >= n || column >= m) continue;
-        float sum = 0.f;
+        float sum = bias != nullptr ? T::read(bias[out]) : 0.f;
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) sum += sums[w][r][column];
-        float low_rank = 0.f;
-        for (int j = 0; j < rank; ++j)
-            low_rank += T::read(xa[column * rank + j]) * T::read(lora_b[out * rank + j]);
-        sum += lora_scale * low_rank;
-        if (bias != nullptr) sum += T::read(bias[out]);
         y[column * n + out] = static_cast<u16>(T::pack(sum, 0.f));
     }
 }

@@ -81,15 +81,18 @@ def _small_m(
     if x.data_ptr() % 16:
         x = x.clone()
     rank = 0
-    xa = x.new_empty((m, 0))
+    xa = padded = x.new_empty((m, 0))
     if lora_a is not None and lora_b is not None:
-        rank = lora_a.shape[0]
         xa = x @ lora_a.to(x.dtype).T
+        columns = -lora_a.shape[0] % 16  # the kernel takes ranks in sixteens
+        rank = lora_a.shape[0] + columns
+        padded = torch.nn.functional.pad(xa, (0, columns)) if columns else xa
+        lora_b = torch.nn.functional.pad(lora_b, (0, columns)) if columns else lora_b
         lora_b = lora_b.to(x.dtype).contiguous()
     y = x.new_empty((m, n))
-    columns = 8 if m <= 8 else 16
+    tile = 8 if m <= 8 else 16
     _KERNELS.launch(
-        f"nf4_small_m_{_NAMES[x.dtype]}_{columns}{'_wide' if k % 128 == 0 else ''}",
+        f"nf4_small_m_{_NAMES[x.dtype]}_{tile}{'_wide' if k % 128 == 0 else ''}",
         -(-n // _ROWS),
         _THREADS,
         (
@@ -99,7 +102,7 @@ def _small_m(
             weight.nested_absmax,
             weight.offset,
             None if bias is None else bias.to(x.dtype).contiguous(),
-            xa if rank else None,
+            padded if rank else None,
             lora_b if rank else None,
             y,
             m,
