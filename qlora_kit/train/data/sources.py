@@ -50,6 +50,12 @@ class Rows:
     def place(self, index: int) -> str:
         """Where entry `index` stands, such as `train.jsonl, line 7`.
 
+        Args:
+            index: position in `data`, from 0.
+
+        Returns:
+            Text for messages.
+
         Example:
             >>> Rows(source="a.csv", data=[{}, {}], unit="line", numbers=[2, 3]).place(1)
             'a.csv, line 3'
@@ -59,6 +65,9 @@ class Rows:
 
     def columns(self) -> tuple[str, ...]:
         """Column names: of the table, or of the first hundred rows together.
+
+        Returns:
+            Names in the order they appear.
 
         Example:
             >>> Rows(source="x", data=[{"text": "a"}, {"text": "b", "label": 1}]).columns()
