@@ -104,6 +104,22 @@ class Source:
             ):
                 yield name
 
+    def weight_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a weight, for one stored as NF4 that of the matrix it stands for.
+
+        Args:
+            name: one of `weight_names`.
+
+        Returns:
+            The shape.
+
+        Raises:
+            FormatError: there is no such weight, or its NF4 state is malformed.
+        """
+        if name not in self._quantized:
+            return self._info(name).shape
+        return self.read_weight(name).shape
+
     def read(self, name: str) -> Tensor:
         """Read one stored tensor.
 
@@ -116,9 +132,12 @@ class Source:
         Raises:
             FormatError: there is no such tensor, or its file is broken.
         """
+        return read_tensor(self.folder, self._info(name))
+
+    def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
             raise FormatError(f"{self.folder} holds no tensor {name!r}.")
-        return read_tensor(self.folder, self.tensors[name])
+        return self.tensors[name]
 
     def read_weight(self, name: str) -> Tensor | NF4Weight:
         """Read one weight, gathering the tensors an NF4 weight consists of.

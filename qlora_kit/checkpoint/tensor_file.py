@@ -120,15 +120,20 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return infos
 
 
-def read_tensor(folder: Path, info: TensorInfo) -> Tensor:
-    """Read one tensor into its own memory.
+def read_tensor(
+    folder: Path, info: TensorInfo, start: int = 0, stop: int | None = None
+) -> Tensor:
+    """Read one tensor, or some of its rows, into its own memory.
 
     Args:
         folder: the folder `info.file` lies in.
         info: as `read_header` returned it.
+        start: first index along the first dimension.
+        stop: index after the last one; None for all.
 
     Returns:
-        The tensor on the CPU, writable, shape and dtype as stored.
+        The tensor on the CPU, writable, in the stored dtype; (stop - start, ...) of
+        its shape.
 
     Raises:
         FormatError: the file became shorter since its header was read.
@@ -141,17 +146,24 @@ def read_tensor(folder: Path, info: TensorInfo) -> Tensor:
         ...     read_tensor(path.parent, read_header(path)["w"])
         tensor([0, 1, 2])
     """
-    raw = torch.empty(info.nbytes, dtype=torch.uint8)
-    if info.nbytes:
+    shape, offset, nbytes = info.shape, info.offset, info.nbytes
+    if start or stop is not None:
+        stop = shape[0] if stop is None else stop
+        assert 0 <= start <= stop <= shape[0], (info, start, stop)
+        row_bytes = nbytes // shape[0] if shape[0] else 0
+        shape, nbytes = (stop - start, *shape[1:]), (stop - start) * row_bytes
+        offset += start * row_bytes
+    raw = torch.empty(nbytes, dtype=torch.uint8)
+    if nbytes:
         with (folder / info.file).open("rb") as file:
-            file.seek(info.offset)
+            file.seek(offset)
             got = file.readinto(memoryview(raw.numpy()))
-        if got != info.nbytes:
+        if got != nbytes:
             raise FormatError(
-                f"{folder / info.file} ends inside tensor {info.name!r}: needed {info.nbytes} "
+                f"{folder / info.file} ends inside tensor {info.name!r}: needed {nbytes} "
                 f"bytes, got {got}. Download it again."
             )
-    return raw.view(info.dtype).reshape(info.shape)
+    return raw.view(info.dtype).reshape(shape)
 
 
 def _parse_json(raw: bytes, path: Path) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class ShardWriter:
         """
         self.folder = Path(folder)
         self._planned: dict[str, TensorInfo] = {}
-        self._missing: set[str] = set()
+        self._done: dict[str, int] = {}
         shards = _split(infos, max_shard_bytes)
         self.files = [
             SINGLE_NAME if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
@@ -101,7 +101,7 @@ class ShardWriter:
             self._planned[info.name] = TensorInfo(
                 info.name, info.shape, info.dtype, file_name, start
             )
-            self._missing.add(info.name)
+            self._done[info.name] = 0
             start += info.nbytes
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -116,22 +116,45 @@ class ShardWriter:
                 tensor is not what was planned.
         """
         info = self._planned.get(name)
-        if info is None or name not in self._missing:
-            state = "was not planned" if info is None else "was already written"
-            raise FormatError(f"tensor {name!r} {state}; each planned tensor is written once.")
-        if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
+        if info is not None and (tuple(tensor.shape) != info.shape or self._done[name]):
+            state = "was begun already" if self._done[name] else f"got {tuple(tensor.shape)}"
+            raise FormatError(f"tensor {name!r} was planned as {info.shape}, {state}.")
+        self.write_part(name, tensor)
+
+    def write_part(self, name: str, part: Tensor) -> None:
+        """Write the next part of a tensor; parts follow one another in row-major order.
+
+        Args:
+            name: a planned name.
+            part: any shape, of the planned dtype, on any device. Not modified.
+
+        Raises:
+            FormatError: the name was not planned, or its parts are too many or of
+                another dtype.
+        """
+        info = self._planned.get(name)
+        if info is None:
+            raise FormatError(f"tensor {name!r} was not planned.")
+        done = self._done[name]
+        if part.dtype != info.dtype or done + part.nbytes > info.nbytes:
             raise FormatError(
-                f"tensor {name!r} was planned as {info.shape} {info.dtype}, "
-                f"got {tuple(tensor.shape)} {tensor.dtype}."
+                f"tensor {name!r} was planned as {info.shape} {info.dtype}, {info.nbytes} bytes; "
+                f"after {done} bytes came {tuple(part.shape)} {part.dtype}."
             )
-        if info.nbytes:
-            raw = tensor.detach().cpu().contiguous().reshape(-1)
+        if part.nbytes:
+            raw = part.detach().cpu().contiguous().reshape(-1)
             with (self.folder / info.file).open("r+b", buffering=0) as file:
-                file.seek(info.offset)
+                file.seek(info.offset + done)
                 view = memoryview(raw.view(dtype=torch.uint8).numpy())
                 while view:  # an unbuffered write may take only a part
                     view = view[file.write(view) :]
-        self._missing.discard(name)
+            done += part.nbytes
+        self._done[name] = done
+
+    @property
+    def infos(self) -> list[TensorInfo]:
+        """Every planned tensor with its file and place."""
+        return list(self._planned.values())
 
     def close(self) -> None:
         """Check that every planned tensor was written, and write the index of several files.
@@ -139,11 +162,12 @@ class ShardWriter:
         Raises:
             FormatError: planned tensors were never written.
         """
-        if self._missing:
-            some = ", ".join(sorted(self._missing)[:5])
+        missing = [n for n, info in self._planned.items() if self._done[n] != info.nbytes]
+        if missing:
+            some = ", ".join(sorted(missing)[:5])
             raise FormatError(
-                f"{len(self._missing)} planned tensors were not written to {self.folder}: {some}"
-                f"{', ...' if len(self._missing) > 5 else ''}."
+                f"{len(missing)} planned tensors were not written in full to {self.folder}: {some}"
+                f"{', ...' if len(missing) > 5 else ''}."
             )
         if len(self.files) > 1:
             index = {

@@ -35,6 +35,14 @@ def test_every_dtype_equals_what_the_library_wrote(tmp_path, dtype):
     assert read_tensor(tmp_path, infos["scalar"]).shape == ()
 
 
+def test_rows_equal_slices(tmp_path):
+    tensor = torch.arange(24, dtype=torch.int16).reshape(4, 3, 2)
+    save_file({"other": torch.ones(3), "t": tensor}, tmp_path / "a.safetensors")
+    info = read_header(tmp_path / "a.safetensors")["t"]
+    for start, stop in ((0, 4), (1, 3), (2, None), (4, 4), (0, 0)):
+        assert torch.equal(read_tensor(tmp_path, info, start, stop), tensor[start:stop])
+
+
 def test_empty_tensors_and_metadata(tmp_path):
     save_file({"none": torch.empty(0, 4)}, tmp_path / "a.safetensors", metadata={"format": "pt"})
     infos = read_header(tmp_path / "a.safetensors")

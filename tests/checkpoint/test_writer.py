@@ -91,14 +91,32 @@ def test_missing_extra_and_wrong_tensors_are_refused(tmp_path):
     writer = ShardWriter(tmp_path, infos_of(tensors))
     with pytest.raises(FormatError, match="was not planned"):
         writer.write("other", torch.zeros(1))
-    with pytest.raises(FormatError, match=r"planned as \(3, 5\) torch.bfloat16"):
+    with pytest.raises(FormatError, match=r"planned as \(3, 5\), got \(5, 3\)"):
         writer.write("b.weight", torch.zeros(5, 3).bfloat16())
     with pytest.raises(FormatError, match="planned as"):
         writer.write("b.weight", torch.zeros(3, 5))
     writer.write("b.weight", tensors["b.weight"])
-    with pytest.raises(FormatError, match="already written"):
+    with pytest.raises(FormatError, match="begun already"):
         writer.write("b.weight", tensors["b.weight"])
-    with pytest.raises(FormatError, match=r"5 planned tensors were not written.*a\.bytes"):
+    with pytest.raises(FormatError, match=r"4 planned tensors were not written.*a\.bytes"):
+        writer.close()
+
+
+def test_parts_follow_one_another(tmp_path):
+    tensor = torch.arange(20.0).reshape(5, 4)
+    writer = ShardWriter(tmp_path, infos_of({"t": tensor, "u": tensor}))
+    for start in range(0, 5, 2):
+        writer.write_part("t", tensor[start : start + 2])
+        writer.write_part("u", tensor[start : start + 2].clone())
+    writer.close()
+    assert_equal(load_file(tmp_path / SINGLE_NAME), {"t": tensor, "u": tensor})
+    with pytest.raises(FormatError, match=r"80 bytes; after 80 bytes came \(1,\)"):
+        writer.write_part("t", torch.zeros(1))
+    writer = ShardWriter(tmp_path, infos_of({"t": tensor}))
+    writer.write_part("t", tensor[:2])
+    with pytest.raises(FormatError, match="begun already"):
+        writer.write("t", tensor)
+    with pytest.raises(FormatError, match="1 planned tensors were not written in full"):
         writer.close()
 
 
