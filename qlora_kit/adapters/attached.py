@@ -25,6 +25,7 @@ from qlora_kit.adapters.peft_format import AdapterFiles, LowRank, write_adapter
 from qlora_kit.adapters.protocol import Piece, TrainedCopy, load_stored_state, stored_state
 from qlora_kit.adapters.targets import compact_names, task_type
 from qlora_kit.core.errors import AdapterError
+from qlora_kit.nn.experts import NF4Experts
 from qlora_kit.nn.linear import NF4Linear
 from qlora_kit.quant.config import QuantConfig
 
@@ -272,7 +273,7 @@ def base_info(model: nn.Module) -> BaseInfo:
         >>> base_info(nn.Linear(8, 4)).dtype
         'float32'
     """
-    layer = next((m for m in model.modules() if isinstance(m, NF4Linear)), None)
+    layer = next((m for m in model.modules() if isinstance(m, NF4Linear | NF4Experts)), None)
     if layer is not None:
         dtype = layer.dtype
     else:
@@ -287,7 +288,7 @@ def base_info(model: nn.Module) -> BaseInfo:
     )
 
 
-def _model_quant(model: nn.Module, layer: NF4Linear) -> QuantConfig:
+def _model_quant(model: nn.Module, layer: NF4Linear | NF4Experts) -> QuantConfig:
     """The configuration the model was loaded with, where it says; else one layer's."""
     loaded = getattr(getattr(model, "config", None), "quantization_config", None)
     skip, target = getattr(loaded, "skip", None), getattr(loaded, "target", None)
