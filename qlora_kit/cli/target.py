@@ -1,0 +1,187 @@
+"""What `eval`, `chat` and `merge` are pointed at: a model, an adapter, or the folder of a run.
+
+An adapter says which base it was trained on and how that base was stored, so
+naming the adapter is enough. `--base-model` wins where the base has moved.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+
+from qlora_kit.cli.arguments import Parser
+from qlora_kit.core.errors import ConfigError, DataError
+from qlora_kit.quant.config import QuantConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from qlora_kit.adapters.inject import AttachedAdapter
+
+Task = Literal["causal_lm", "sequence_classification"]
+ADAPTER_FILE = "adapter_config.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A base and, perhaps, an adapter for it."""
+
+    base: str
+    """Folder, `.gguf` file or hub id."""
+    revision: str | None
+    """Of a hub id."""
+    adapter: Path | None
+    """Folder of the adapter."""
+    quant: QuantConfig | None
+    """How the base is stored; None: as it is."""
+    task: Task
+    """What the model is for."""
+    num_labels: int | None
+    """Classes of a classifier that the adapter holds."""
+
+
+def add_loading_arguments(parser: Parser) -> None:
+    """Add the flags that say how a target is loaded.
+
+    Args:
+        parser: of a command.
+    """
+    group = parser.add_argument_group("loading")
+    group.add_argument("--base-model", metavar="PATH", help="base of the adapter, if it has moved")
+    group.add_argument(
+        "--bits",
+        choices=("4", "16"),
+        help="store the base as NF4, or leave it as it is (default: as the adapter was trained; "
+        "a model without adapter: as it is)",
+    )
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        help="compute dtype (default: bfloat16 on a GPU, float32 on a CPU)",
+    )
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+
+
+def find_adapter(path: str) -> Path | None:
+    """Find the adapter a path names: its folder, or `adapter/` in the folder of a run.
+
+    Args:
+        path: what the user wrote.
+
+    Returns:
+        The adapter's folder; None when the path names a model.
+
+    Example:
+        >>> find_adapter("no/such/folder") is None
+        True
+    """
+    for folder in (Path(path), Path(path) / "adapter"):
+        if (folder / ADAPTER_FILE).is_file():
+            return folder
+    return None
+
+
+def resolve_target(path: str, options: argparse.Namespace) -> Target:
+    """Read what an adapter says of its base, or take the path for a model.
+
+    Args:
+        path: a model, an adapter or the folder of a run.
+        options: the flags of `add_loading_arguments`.
+
+    Returns:
+        The target; nothing is loaded yet.
+
+    Raises:
+        ConfigError: the adapter does not name its base, or a base is given for a model.
+    """
+    folder = find_adapter(path)
+    if folder is None:
+        if options.base_model:
+            raise ConfigError(f"--base-model goes with an adapter, and {path} is none.")
+        in_nf4 = options.bits == "4" or (options.bits is None and _stored_as_nf4(path))
+        return Target(
+            base=path,
+            revision=None,
+            adapter=None,
+            quant=QuantConfig() if in_nf4 else None,
+            task=_task(path),
+            num_labels=None,
+        )
+    from qlora_kit.adapters.peft_format import read_adapter
+
+    files = read_adapter(folder)
+    base = options.base_model or files.base.path
+    if base is None:
+        raise ConfigError(f"{folder} does not name its base. Give it with --base-model PATH.")
+    quant = files.base.quant if files.base.recorded else QuantConfig()
+    if options.bits == "16":
+        quant = None
+    elif options.bits == "4":
+        quant = quant or QuantConfig()
+    heads = [v.shape[0] for k, v in files.modules.items() if k.endswith(".weight")]
+    classifier = files.task_type == "SEQ_CLS"
+    return Target(
+        base=base,
+        revision=None if options.base_model else files.base.revision,
+        adapter=folder,
+        quant=quant,
+        task="sequence_classification" if classifier else "causal_lm",
+        num_labels=heads[-1] if classifier and heads else None,
+    )
+
+
+def _stored_as_nf4(path: str) -> bool:
+    from qlora_kit.checkpoint.source import open_source
+
+    return open_source(path).is_nf4
+
+
+def _task(path: str) -> Task:
+    """A classifier says so in its configuration."""
+    from qlora_kit.checkpoint.source import open_source
+
+    names = open_source(path).config.get("architectures") or []
+    is_classifier = any(str(name).endswith("ForSequenceClassification") for name in names)
+    return "sequence_classification" if is_classifier else "causal_lm"
+
+
+def load_target(
+    target: Target, options: argparse.Namespace
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, AttachedAdapter | None]":
+    """Load a target.
+
+    Args:
+        target: from `resolve_target`.
+        options: the flags of `add_loading_arguments`.
+
+    Returns:
+        model: in evaluation mode.
+        tokenizer: saved with the adapter if there is one, else the base's.
+        adapter: None when the target has none.
+
+    Raises:
+        DataError: there is no tokenizer.
+    """
+    from qlora_kit.adapters.inject import load_adapter
+    from qlora_kit.load.model import load
+    from qlora_kit.load.tokenizer import load_tokenizer
+
+    model, tokenizer = load(
+        target.base,
+        quant=target.quant,
+        dtype=options.dtype,
+        device=options.device,
+        task=target.task,
+        num_labels=target.num_labels,
+        revision=target.revision,
+    )
+    adapter = None
+    if target.adapter is not None:
+        adapter = load_adapter(model, target.adapter)
+        if (target.adapter / "tokenizer_config.json").is_file():
+            tokenizer = load_tokenizer(target.adapter) or tokenizer
+    model.eval()
+    if tokenizer is None:
+        raise DataError(f"{target.base} has no tokenizer. Copy its tokenizer files there.")
+    return model, cast("PreTrainedTokenizerBase", tokenizer), adapter
