@@ -6,9 +6,11 @@ embeddings lie outside. A model without any `ModuleList` has all its linears tak
 the heads. Names and `re:` patterns select linears anywhere, by the one rule in
 `core.patterns`; a pattern that selects nothing is an error that lists what exists.
 
-Modules that are trained whole are chosen here too: what `train_modules` names, and the
-new head of a sequence classification model, without which nothing could be learned.
-They are left out of the low-rank targets.
+Modules that are trained whole are chosen here too: what `train_modules` names, the new
+head of a sequence classification model, without which nothing could be learned, and
+whatever else a loader had to start at random (BERT's pooler, when the checkpoint is a
+language model): frozen and not saved, it would be another one at the next load. They
+are left out of the low-rank targets.
 """
 
 from collections.abc import Iterable
@@ -22,6 +24,9 @@ from qlora_kit.core.patterns import matches, matches_any
 
 CLASSIFIER_HEADS = ("classifier", "score")
 """Names of the new head in transformers' sequence classification models."""
+
+NEW_MODULES = "qlora_kit_new_modules"
+"""Attribute of a model: names of modules the checkpoint had no weights for; set by `load`."""
 
 
 def task_type(model: nn.Module) -> str | None:
@@ -70,6 +75,7 @@ def whole_modules(model: nn.Module, config: LoRA) -> tuple[str, ...]:
     chosen = {name for name in names if matches_any(name, config.train_modules)}
     if task_type(model) == "SEQ_CLS":
         chosen |= {name for name, _ in model.named_children() if name in CLASSIFIER_HEADS}
+        chosen |= set(getattr(model, NEW_MODULES, ()))
     return tuple(name for name in names if name in chosen and not _inside(name, chosen - {name}))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,9 +27,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from qlora_kit.checkpoint.source import Source, open_source
-from qlora_kit.core.errors import ConfigError, FormatError, SourceError
-from qlora_kit.core.log import logger
+from qlora_kit.core.errors import ConfigError, FormatError
 from qlora_kit.load.hf_quantizer import NF4Config
+from qlora_kit.load.report import check_report
 from qlora_kit.load.tokenizer import load_tokenizer, settle_pad_token
 from qlora_kit.quant.config import QuantConfig
 
@@ -171,7 +172,7 @@ def _config(source: Source, task: str, num_labels: int | None) -> PreTrainedConf
     options = {} if num_labels is None else {"num_labels": num_labels}
     try:
         config = AutoConfig.from_pretrained(source.folder, **options)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise FormatError(f"{source.folder / 'config.json'} cannot be used: {error}") from error
     if type(config) not in _AUTO[task]._model_mapping:
         raise ConfigError(
@@ -206,41 +207,6 @@ def _from_pretrained(
         raise ConfigError(f"loading needs a package that is not installed: {error}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    _check_report(model, report, source)
+    check_report(model, report, source.folder)
     assert isinstance(model, PreTrainedModel)
     return model
-
-
-def _check_report(model: PreTrainedModel, report: dict[str, Any], source: Source) -> None:
-    """Raise for weights that are missing or do not fit, except those of a new head."""
-    inside = {id(parameter) for parameter in model.base_model.parameters()}
-    base = {name for name, parameter in model.named_parameters() if id(parameter) in inside}
-    is_language_model = model.get_output_embeddings() is not None
-    tied = {} if not is_language_model else model.all_tied_weights_keys
-
-    def expected_new(name: str) -> bool:
-        return not is_language_model and (name not in base or ".pooler." in f".{name}")
-
-    mismatched = [entry for entry in report["mismatched_keys"] if not expected_new(entry[0])]
-    if mismatched:
-        name, came, wanted = mismatched[0]
-        raise FormatError(
-            f"{len(mismatched)} weights in {source.folder} do not fit config.json; {name} has "
-            f"shape {tuple(came)}, needed {tuple(wanted)}. config.json and the weights do not "
-            "belong together."
-        )
-    missing = sorted(n for n in report["missing_keys"] if n not in tied and not expected_new(n))
-    if missing:
-        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if missing[4:] else "")
-        raise FormatError(
-            f"{source.folder} lacks {len(missing)} weights of {type(model).__name__}: {shown}. The "
-            "download is incomplete, or the weights belong to another architecture."
-        )
-    new = sorted(report["missing_keys"] | {entry[0] for entry in report["mismatched_keys"]})
-    if new:
-        logger.info("new, untrained weights: %s", ", ".join(new))
-    if report["unexpected_keys"]:
-        logger.info("not part of the model: %s", ", ".join(sorted(report["unexpected_keys"])))
-
-
-__all__ = ["SourceError", "Task", "load"]

@@ -62,7 +62,9 @@ def load_nf4(folder: Path, *, classifier: bool = False) -> nn.Module:
     return quantize(load_plain(folder, classifier=classifier))
 
 
-def load_bitsandbytes(folder: Path, *, classifier: bool = False) -> PreTrainedModel:
+def load_bitsandbytes(
+    folder: Path, *, classifier: bool = False, skip: tuple[str, ...] = SKIP, **options: int
+) -> PreTrainedModel:
     """The same folder with bitsandbytes' NF4 and double quantization, float32 compute.
 
     In training mode: in evaluation mode bitsandbytes repacks weights for CPUs with
@@ -74,11 +76,11 @@ def load_bitsandbytes(folder: Path, *, classifier: bool = False) -> PreTrainedMo
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
-        llm_int8_skip_modules=list(SKIP),
+        llm_int8_skip_modules=list(skip),
     )
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     model = auto.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=config, device_map={"": "cpu"}
+        folder, dtype=torch.float32, quantization_config=config, device_map={"": "cpu"}, **options
     )
     return model.train()
 

@@ -201,6 +201,17 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
         load_adapter(tiny_models.build("llama", intermediate_size=192), tmp_path / "out")
 
 
+@pytest.mark.parametrize(("made_on", "bits"), [(4, "4-bit"), (16, "16- or 32-bit")])
+def test_a_base_stored_otherwise_is_mentioned(tmp_path, caplog, monkeypatch, made_on, bits):
+    monkeypatch.setattr("qlora_kit.core.log._said", set())
+    four, plain = quantize(tiny_models.build("llama")), tiny_models.build("llama")
+    source, target = (four, plain) if made_on == 4 else (plain, four)
+    attach(source, LoRA(rank=2)).save(tmp_path / "out")
+    with caplog.at_level("INFO", logger="qlora_kit"):
+        load_adapter(target, tmp_path / "out")
+    assert f"was trained on a {bits} base" in caplog.text
+
+
 REFUSED_FIELDS = [
     ({"peft_type": "ADALORA"}, "peft_type is 'ADALORA'"),
     ({"peft_type": None}, "peft_type is None"),

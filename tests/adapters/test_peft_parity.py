@@ -8,8 +8,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from qlora_kit.adapters.config import LoRA, LoRAFA
 from qlora_kit.adapters.inject import attach, load_adapter
+from qlora_kit.load.model import load
 from tests import tiny_models
-from tests.adapters.bases import load_bitsandbytes, load_nf4
+from tests.adapters.bases import SKIP, load_bitsandbytes, load_nf4
 
 pytestmark = pytest.mark.transformers_compat
 
@@ -113,6 +114,30 @@ def test_pefts_adapter_answers_alike_here(case, bases, tmp_path):
     adapter = load_adapter(model, tmp_path / "adapter")
     assert_same(answer(model), answer(peft), base)
     assert adapter.num_trainable == sum(p.numel() for p in peft.parameters() if p.requires_grad)
+
+
+def test_what_a_loader_started_at_random_is_saved_too(tmp_path):
+    """BERT's pooler, missing from a language model's checkpoint, would differ at each load."""
+    folder = tiny_models.save("bert", tmp_path / "bert")
+    model, _ = load(folder, task="sequence_classification", num_labels=3, dtype="float32")
+    adapter = attach(model, LoRA(rank=4, alpha=6))
+    assert {"bert.pooler.dense", "classifier"} <= set(adapter.module_names)
+    shake(adapter.state_dict().values())
+    adapter.save(tmp_path / "adapter", base_model=str(folder))
+
+    again, _ = load(
+        folder,
+        task="sequence_classification",
+        num_labels=3,
+        dtype="float32",
+        adapter=tmp_path / "adapter",
+    )
+    assert torch.equal(answer(again), answer(model))
+    base = load_bitsandbytes(
+        folder, classifier=True, skip=(*SKIP, "bert.pooler.dense"), num_labels=3
+    )
+    peft = PeftModel.from_pretrained(base, tmp_path / "adapter").train()
+    assert (answer(model) - answer(peft)).abs().max() < 2e-5
 
 
 def train(model, parameters, batches, labels=None) -> list[float]:
