@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 
 from qlora_kit.checkpoint.tensor_file import read_tensor
-from qlora_kit.core.errors import FormatError, ShapeError, UserError
+from qlora_kit.core.errors import FormatError, UserError
+from qlora_kit.load.report import shape_error, shorten
 from qlora_kit.nn.experts import NF4Experts, quantize_stack
 from qlora_kit.nn.linear import NF4Linear, byte_specs, weight_to_bytes
 from qlora_kit.nn.swap import weight_shapes
@@ -313,10 +314,7 @@ def _holds(dtype: torch.dtype, stored: torch.dtype) -> bool:
 
 def _check_shape(name: str, came: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     if came != wanted:
-        raise ShapeError(
-            f"{name} has shape {came} in the checkpoint, but the model's configuration needs "
-            f"{wanted}. config.json and the weights do not belong together."
-        )
+        raise shape_error(name, came, wanted)
 
 
 def _check_settings(name: str, weight: NF4Weight, config: QuantConfig) -> None:
@@ -335,8 +333,8 @@ def missing_weights(
     missing = [name for name in expected if name not in filled]
     if not missing:
         return None
-    shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
     return FormatError(
-        f"the checkpoint lacks weights of {type(model).__name__}: {shown}. It is incomplete, or "
-        "belongs to another architecture."
+        f"the checkpoint lacks {len(missing)} weights of {type(model).__name__}: "
+        f"{shorten(missing)}. The download is incomplete, or the weights belong to another "
+        "architecture."
     )

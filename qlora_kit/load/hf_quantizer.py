@@ -40,6 +40,7 @@ from qlora_kit.load.conversion import (
 )
 from qlora_kit.load.nf4_config import QUANT_METHOD
 from qlora_kit.load.nf4_config import NF4Config as NF4Config
+from qlora_kit.load.report import fit_shapes
 from qlora_kit.load.stored import StoredTensor, StoredWeight, read_headers, stored_weights
 from qlora_kit.nn.experts import PROJECTIONS, NF4Experts
 from qlora_kit.nn.linear import NF4Linear, byte_specs
@@ -67,6 +68,7 @@ class NF4HfQuantizer(HfQuantizer):
         self.filled: set[str] = set()
         self.failure: UserError | None = None
         self._weights: list[str] = []
+        self._shapes: dict[str, torch.Size] = {}
 
     # Before loading
 
@@ -122,6 +124,8 @@ class NF4HfQuantizer(HfQuantizer):
             for path, module in nf4_modules(model)
             for leaf in weight_shapes(module)
         ]
+        packed = set(self._weights)
+        self._shapes = {n: p.shape for n, p in model.named_parameters() if n not in packed}
         return model
 
     # While loading
@@ -172,6 +176,7 @@ class NF4HfQuantizer(HfQuantizer):
         self.stored, self.failure, self.filled = {}, None, set()
         if failure is not None:
             raise failure
+        fit_shapes(model, self._shapes)
         for _, module in nf4_modules(model):
             module.requires_grad_(False)
         # On saving, transformers undoes renamings; it cannot undo what we did to the weights.
@@ -191,11 +196,6 @@ class NF4HfQuantizer(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         """Lets `transformers.Trainer` accept the model without PEFT's wrapper around it."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """The op is visible to torch.compile."""
         return True
 
     # Saving and undoing
