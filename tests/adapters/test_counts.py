@@ -1,4 +1,4 @@
-"""Parameter counts of the papers' set-ups, from the configuration alone (shared with no data)."""
+"""Parameter counts of the papers' set-ups, from the configuration alone: no weights are made."""
 
 import pytest
 import torch

@@ -227,6 +227,23 @@ def test_it_works_without_data():
     assert layer(torch.empty(2, K, device="meta")).shape == (2, N)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "linear", "conv1d"])
+@pytest.mark.parametrize("method", ["lora", "lora_fa"])
+def test_torch_compile_takes_it_as_one_graph(kind, method):
+    torch._dynamo.reset()
+    layer, _ = adapted(kind, METHODS[method])
+    x = torch.randn(6, K)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = []
+    for call in (layer, compiled):
+        layer.zero_grad()
+        y = call(x)
+        y.square().sum().backward()
+        results.append((y.detach(), *(p.grad.clone() for p in layer.trainable().values())))
+    for plain, traced in zip(*results, strict=True):
+        torch.testing.assert_close(traced, plain)
+
+
 def test_other_modules_are_refused():
     with pytest.raises(AdapterError, match="not LayerNorm"):
         linear_shape(nn.LayerNorm(4))
