@@ -119,6 +119,28 @@ def test_generation_marks_decide_where_prefixes_fail():
     ]
 
 
+def test_a_template_without_an_end_token_learns_the_whole_turn():
+    endless = made.bytes_tokenizer(
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    assert counted(endless, encode(endless, ONE)) == ["4\n"]
+
+
+def test_a_special_token_inside_an_answer_is_not_its_end():
+    endless = made.bytes_tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    answer = Conversation((Message("user", "q"), Message("assistant", "a<|start|>bc")))
+    assert counted(endless, encode(endless, answer)) == ["a<|start|>bc"]
+
+
+def test_marks_that_mark_nothing():
+    tokenizer = made.bytes_tokenizer(
+        made.THINKING + "{% generation %}{% endgeneration %}"  # present, but empty
+    )
+    with pytest.raises(DataError, match="marks cover no token"):
+        encode(tokenizer, ONE)
+
+
 def test_system_prompt_only_where_there_is_none():
     tokenizer = made.chatml()
     own = Conversation((Message("system", "Mine"), *ONE.messages))
