@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qlora_kit.adapters.targets import NEW_MODULES
 from qlora_kit.core.errors import FormatError
 from qlora_kit.core.log import logger
 
@@ -63,6 +64,7 @@ def check_report(model: PreTrainedModel, report: Mapping[str, Any], folder: Path
     fresh = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
     if fresh:
         logger.info("new, untrained weights: %s", ", ".join(fresh))
+        _mark_new(model, {name.rpartition(".")[0] for name in fresh})
     if report["unexpected_keys"]:
         logger.info("not part of the model: %s", ", ".join(sorted(report["unexpected_keys"])))
 
@@ -87,9 +89,15 @@ def fit_shapes(model: PreTrainedModel, shapes: Mapping[str, torch.Size]) -> None
         path, _, leaf = name.rpartition(".")
         fresh = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
         setattr(model.get_submodule(path), leaf, nn.Parameter(fresh))
+    _mark_new(model, {name.rpartition(".")[0] for name in wrong})
     for path in {name.rpartition(".")[0] for name in wrong}:
         logger.info("new, untrained weights: %s", path)
         model._init_weights(model.get_submodule(path))
+
+
+def _mark_new(model: PreTrainedModel, modules: set[str]) -> None:
+    """Tell the adapters which modules started at random: they must be trained and saved."""
+    setattr(model, NEW_MODULES, tuple(sorted(modules | set(getattr(model, NEW_MODULES, ())))))
 
 
 def shape_error(name: str, came: Any, wanted: Any, *, count: int = 1) -> FormatError:
@@ -109,6 +117,21 @@ def shape_error(name: str, came: Any, wanted: Any, *, count: int = 1) -> FormatE
         f"{name} has shape {tuple(came)} in the checkpoint, but config.json needs "
         f"{tuple(wanted)}{others}. config.json and the weights do not belong together."
     )
+
+
+def check_shape(name: str, came: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    """Refuse a weight whose shape is not the configuration's.
+
+    Args:
+        name: the weight.
+        came: its shape in the checkpoint.
+        wanted: its shape by config.json.
+
+    Raises:
+        FormatError: they differ.
+    """
+    if came != wanted:
+        raise shape_error(name, came, wanted)
 
 
 def shorten(names: list[str]) -> str:
