@@ -71,6 +71,7 @@ def build_skeleton(
 
     Example:
         >>> import json, tempfile
+        >>> from pathlib import Path
         >>> folder = Path(tempfile.mkdtemp())
         >>> _ = (folder / "config.json").write_text(json.dumps({"model_type": "gpt2",
         ...     "n_layer": 1, "n_embd": 4, "n_head": 1, "architectures": ["GPT2LMHeadModel"]}))

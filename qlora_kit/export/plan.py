@@ -8,6 +8,7 @@ not fit is refused here, before the first byte is written.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from qlora_kit.export.rows import (
     Rows,
     Stored,
     as_matrix,
-    quantized,
+    nf4_weight,
     quantized_stack,
     rows_step,
 )
@@ -59,10 +60,19 @@ class Item:
     """Whether it is stored as (in, out)."""
     value: Tensor | None = None
     """What the adapter replaced it by."""
+    stored: str | None = None
+    """Key in the source; None for a new head."""
+    part: int = 0
+    """Place in a stacked parameter."""
     open_rows: Callable[[], Rows]
     """Opens the base's rows; called once, when the item's turn comes."""
     raw: Callable[[], Tensor]
     """Reads the whole tensor as stored."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether the adapter has a say in it."""
+        return self.pair is not None or self.value is not None
 
     def rows(self) -> Rows:
         """Rows of the result, float32."""
@@ -83,6 +93,8 @@ class MergePlan:
     """On the meta device."""
     items: list[Item]
     """In the order of the checkpoint."""
+    device: torch.device
+    """Where to compute."""
     compute: torch.dtype | None
     """Dtype training computed in; None if unknown."""
     quant: QuantConfig | None
@@ -90,6 +102,15 @@ class MergePlan:
     num_labels: int | None = None
     """Classes, for a classifier."""
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def params(self) -> set[str]:
+        """Names of the model's parameters, shared ones under each name."""
+        return {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+
+    def stored_rows(self, name: str, seen_as: torch.dtype | None = None) -> Rows:
+        """Rows of a float tensor of the source; as stored, or rounded to a dtype."""
+        return Stored(self.source, name, self.device, seen_as)
 
     def in_stack_order(self) -> Iterator[Item]:
         """Items with the members of a stacked parameter next to one another."""
@@ -102,7 +123,7 @@ class MergePlan:
                 yield item
             elif item.param not in done:
                 done.add(item.param)
-                yield from members[item.param]
+                yield from sorted(members[item.param], key=lambda item: item.part)
 
 
 def make_plan(
@@ -132,10 +153,16 @@ def make_plan(
     entries = map_names(model, source.weight_names())
     compute = _DTYPES.get(files.base.dtype or "") if files is not None else None
     plan = MergePlan(
-        source=source, model=model, items=[], compute=compute, quant=quant, num_labels=labels
+        source=source,
+        model=model,
+        items=[],
+        device=device,
+        compute=compute,
+        quant=quant,
+        num_labels=labels,
+        notes=notes,
     )
-    plan.notes = notes
-    planner = _Planner(plan, entries, into, device)
+    planner = _Planner(plan, entries, into)
     planner.add_weights()
     if files is not None:
         planner.add_changes(files)
@@ -146,13 +173,11 @@ def make_plan(
 class _Planner:
     """Builds the items of a plan."""
 
-    def __init__(
-        self, plan: MergePlan, entries: dict[str, Entry], into: str, device: torch.device
-    ) -> None:
-        self.plan, self.entries, self.into, self.device = plan, entries, into, device
+    def __init__(self, plan: MergePlan, entries: dict[str, Entry], into: str) -> None:
+        self.plan, self.entries, self.into = plan, entries, into
         self.prefix = f"{plan.model.base_model_prefix}."
         self.modules = dict(plan.model.named_modules())
-        self.params = {name for name, _ in plan.model.named_parameters(remove_duplicate=False)}
+        self.params = plan.params
         self.requantized: set[str] = set()
         if into == "quantized" and plan.quant is not None and not plan.source.is_nf4:
             for module in quantizable(plan.model, plan.quant):
@@ -178,7 +203,7 @@ class _Planner:
             elif entry.param in self.requantized:
                 item = self._requantized(entry)
             else:
-                item = self._item(entry, lambda name=name: self.stored(name))
+                item = self._item(entry, partial(self.stored, name))
             self.plan.items.append(item)
             if entry.param is not None and entry.part is None:
                 self.by_param[entry.param] = item
@@ -186,13 +211,10 @@ class _Planner:
     def stored(self, name: str) -> Rows:
         """A float tensor of the source, as the model saw it."""
         seen_as = self.plan.compute if self.into == "quantized" else None
-        return Stored(self.plan.source, name, self.device, seen_as)
+        return self.plan.stored_rows(name, seen_as)
 
-    def exact(self, name: str) -> Rows:
-        """A float tensor of the source, as stored: what quantization starts from."""
-        return Stored(self.plan.source, name, self.device)
-
-    def compute_dtype(self, name: str) -> torch.dtype:
+    @property
+    def compute_dtype(self) -> torch.dtype:
         """Dtype that decoded values were rounded to."""
         return self.plan.compute or torch.float32
 
@@ -205,6 +227,8 @@ class _Planner:
             shape=info.shape,
             dtype=info.dtype,
             param=entry.param,
+            stored=entry.name,
+            part=entry.part or 0,
             cast=info.dtype.is_floating_point and entry.param in self.params,
             step=rows_step(columns, block) if columns else 1,
             open_rows=open_rows,
@@ -217,12 +241,14 @@ class _Planner:
         config = self.plan.quant
         assert config is not None
         assert entry.param is not None
-        name, dtype = entry.name, self.compute_dtype(entry.name)
+        name, dtype = entry.name, self.compute_dtype
 
         def open_rows() -> Rows:
             if not self._transposed(entry.param):
-                return quantized(self.exact(name), config, dtype, name)
-            matrix = self.plan.source.read(name).to(self.device).T.contiguous()
+                rows = self.plan.stored_rows(name)
+                weight = nf4_weight([rows], config, shape=rows.shape, dtype=dtype, name=name)
+                return Decoded.of(weight, dtype)
+            matrix = self.plan.source.read(name).to(self.plan.device).T.contiguous()
             weight = NF4Weight.quantize(
                 matrix, block_size=config.block_size, double_quant=config.double_quant, name=name
             )
@@ -236,12 +262,12 @@ class _Planner:
         """A weight the checkpoint holds as NF4."""
         source, name = self.plan.source, entry.name
         transposed = self._transposed(entry.param)
-        dtype = self.compute_dtype(name)
+        dtype = self.compute_dtype
 
         def weight() -> NF4Weight:
             found = source.read_weight(name)
             assert isinstance(found, NF4Weight)
-            return found.to(self.device)
+            return found.to(self.plan.device)
 
         def open_rows() -> Rows:
             found = weight()
@@ -254,6 +280,7 @@ class _Planner:
             shape=shape,
             dtype=head.dtype,
             param=entry.param,
+            stored=name,
             decoded=True,
             step=1 if transposed else rows_step(as_matrix(shape)[1], head.block_size),
             open_rows=open_rows,
@@ -319,8 +346,8 @@ class _Planner:
                     shape=tuple(value.shape),
                     dtype=value.dtype,
                     param=name,
-                    open_rows=lambda value=value: InMemory(value),
-                    raw=lambda value=value: value,
+                    open_rows=partial(InMemory, value),
+                    raw=value.detach,
                 )
                 self.plan.items.append(item)
             item.value, item.pair, item.decoded = value, None, False
@@ -347,8 +374,8 @@ class _Stack:
         planner, names = self.planner, [self.parts[part] for part in sorted(self.parts)]
         config = planner.plan.quant
         assert config is not None
-        dtype = planner.compute_dtype(names[0])
-        members = [planner.exact(name) for name in names]
+        dtype = planner.compute_dtype
+        members = [planner.plan.stored_rows(name) for name in names]
         stack = quantized_stack(members, config, dtype, self.param)
         self.rows = dict(zip(names, stack, strict=True))
 

@@ -34,8 +34,10 @@ CHUNK_WEIGHTS = 1 << 22
 class Rows(Protocol):
     """A weight seen as a matrix, read by rows."""
 
-    shape: tuple[int, int]
-    """Rows and columns; leading dimensions of a stack are folded into the rows."""
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns; leading dimensions of a stack are folded into the rows."""
+        ...
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows start:stop, float32 (stop - start, columns)."""
@@ -242,25 +244,50 @@ def quantize_chunks(rows: Rows, config: QuantConfig, name: str) -> Iterator[tupl
         yield packed, absmax
 
 
-def quantized(rows: Rows, config: QuantConfig, dtype: torch.dtype, name: str) -> Decoded:
-    """Quantize a weight as the loader did, and view it decoded.
+def nf4_weight(
+    members: Sequence[Rows],
+    config: QuantConfig,
+    *,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    name: str,
+) -> NF4Weight:
+    """Quantize one weight, given as one matrix or as several one above the other.
+
+    The result equals quantizing the whole: chunks and members are whole blocks.
 
     Args:
-        rows: the weight, in the dtype the model saw.
-        config: how it was stored.
-        dtype: the model computes in.
-        name: what to call it in an error.
+        members: the matrices, in order; all but the last of whole blocks.
+        config: how to store them.
+        shape: of the weight; as many elements as the members have.
+        dtype: to record as the one it was made from.
+        name: what to call the weight in an error.
 
     Returns:
-        The decoded rows; codes and scales are held.
+        The weight; peak memory is its codes twice and a chunk.
 
     Raises:
         NonFiniteError: the weight holds NaN or infinity.
+
+    Example:
+        >>> rows = InMemory(torch.ones(2, 64))
+        >>> options = {"shape": (2, 64), "dtype": torch.float32, "name": "w"}
+        >>> nf4_weight([rows], QuantConfig(), **options).dequantize().unique()
+        tensor([1.])
     """
-    parts = list(quantize_chunks(rows, config, name))
-    packed = torch.cat([packed.view(-1) for packed, _ in parts])
-    scales = decoded_scales(torch.cat([absmax for _, absmax in parts]), config)
-    return Decoded(packed, scales, rows.shape, config.block_size, dtype)
+    parts = [part for rows in members for part in quantize_chunks(rows, config, name)]
+    absmax, nested, offset = torch.cat([scale for _, scale in parts]), None, None
+    if config.double_quant:
+        absmax, nested, offset = quantize_absmax(absmax)
+    return NF4Weight(
+        packed=torch.cat([packed for packed, _ in parts]),
+        absmax=absmax,
+        nested_absmax=nested,
+        offset=offset,
+        shape=shape,
+        block_size=config.block_size,
+        dtype=dtype,
+    )
 
 
 def quantized_stack(

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -68,3 +69,13 @@ def plain_logits(folder: Path, family: str = "llama", dtype: torch.dtype = torch
 def error(got: torch.Tensor, expected: torch.Tensor) -> float:
     """Relative error, root mean square."""
     return ((got - expected).norm() / expected.norm()).item()
+
+
+def wrong_scale(adapter: Path, factor: float = 2.0) -> None:
+    """Double every change of an adapter folder."""
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for name in tensors:
+        if "lora_B" in name:
+            tensors[name] *= factor
+    save_file(tensors, path)

@@ -29,21 +29,12 @@ from tests.export.models import (
     plain_logits,
     train_adapter,
     unmerged_logits,
+    wrong_scale,
 )
 
 FP32_BOUND = 1e-5
 """Float32 sums in another order; four layers of 64 to 128 terms."""
 FAMILIES = sorted(tiny_models.FAMILIES)
-
-
-def wrong_scale(adapter, factor=2.0):
-    """Double every change of an adapter folder."""
-    path = adapter / "adapter_model.safetensors"
-    tensors = load_file(path)
-    for name in tensors:
-        if "lora_B" in name:
-            tensors[name] *= factor
-    save_file(tensors, path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
