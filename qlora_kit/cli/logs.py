@@ -5,6 +5,7 @@ Libraries speak up from WARNING on, but for one false alarm.
 """
 
 import logging
+import sys
 
 
 def setup_logging() -> None:
@@ -25,3 +26,15 @@ def setup_logging() -> None:
     # On a CPU bitsandbytes complains at import that the optional package `kernels` is missing. It
     # would serve bitsandbytes' own 4-bit layers, which we do not use.
     logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
+
+
+def quiet_progress() -> None:
+    """Turn transformers' progress bars off where they would fill a file; imports transformers.
+
+    Example:
+        >>> quiet_progress()
+    """
+    from transformers.utils import logging as transformers_logging
+
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()

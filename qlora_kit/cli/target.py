@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from qlora_kit.cli.arguments import Parser
+from qlora_kit.cli.logs import quiet_progress
 from qlora_kit.core.errors import ConfigError, DataError
 from qlora_kit.quant.config import QuantConfig
 
@@ -167,6 +168,7 @@ def load_target(
     from qlora_kit.load.model import load
     from qlora_kit.load.tokenizer import load_tokenizer
 
+    quiet_progress()
     model, tokenizer = load(
         target.base,
         quant=target.quant,

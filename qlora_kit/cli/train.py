@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from qlora_kit.cli.logs import setup_logging
+from qlora_kit.cli.logs import quiet_progress, setup_logging
 from qlora_kit.cli.run_config import load_config, parse_words, to_yaml
 from qlora_kit.cli.run_help import run_help
 
@@ -47,5 +47,6 @@ def run(argv: Sequence[str]) -> int:
         return 0
     from qlora_kit.train.run import run_training
 
+    quiet_progress()
     run_training(config)
     return 0
