@@ -47,13 +47,15 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         command: name after `qlora-kit`.
+        words: what follows the command in the usage line.
         description: what the command does, in lines of at most 79 columns.
         epilog: examples, likewise.
     """
 
-    def __init__(self, command: str, description: str, epilog: str = "") -> None:
+    def __init__(self, command: str, words: str, description: str, epilog: str = "") -> None:
         super().__init__(
             prog=f"qlora-kit {command}",
+            usage=f"qlora-kit {command} {words}",
             description=description,
             epilog=epilog or None,
             formatter_class=_Formatter,

@@ -36,13 +36,13 @@ examples:
 
 
 def _parser() -> Parser:
-    parser = Parser("chat", _ABOUT, _EXAMPLES)
+    parser = Parser("chat", "TARGET [--prompt TEXT] [--base] [options]", _ABOUT, _EXAMPLES)
     parser.add_argument("target", help="a model, an adapter folder, or the folder of a run")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this one question and stop")
     parser.add_argument("--base", action="store_true", help="show the base's answer as well")
     parser.add_argument("--system", metavar="TEXT", help="system message of the conversation")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=512, help="longest answer (default 512)"
+        "--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default 512)"
     )
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="0 (default) always takes the likeliest"

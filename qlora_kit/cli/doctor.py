@@ -27,7 +27,7 @@ def run(argv: Sequence[str]) -> int:
     Returns:
         0, or 2 if a check failed.
     """
-    Parser("doctor", _ABOUT, _EPILOG).parse_args(argv)
+    Parser("doctor", "", _ABOUT, _EPILOG).parse_args(argv)
     setup_logging()
     failed = 0
     for title, checks in (

@@ -29,7 +29,7 @@ examples:
 
 
 def _parser() -> Parser:
-    parser = Parser("eval", _ABOUT, _EXAMPLES)
+    parser = Parser("eval", "TARGET --data PATH [options]", _ABOUT, _EXAMPLES)
     parser.add_argument("target", help="a model, an adapter folder, or the folder of a run")
     parser.add_argument(
         "--data",
@@ -40,17 +40,31 @@ def _parser() -> Parser:
     parser.add_argument("--base", action="store_true", help="measure the base as well")
     parser.add_argument("--json", metavar="FILE", help="write the results there, too")
     measure = parser.add_argument_group("measuring")
-    measure.add_argument("--task", default="auto", choices=get_args(EvalTask))
+    measure.add_argument(
+        "--task",
+        default="auto",
+        choices=get_args(EvalTask),
+        metavar="TASK",
+        help=f"{', '.join(get_args(EvalTask))} (default auto: what fits the answers)",
+    )
     measure.add_argument("--choices", metavar="A,B", help="the labels of a choice")
     measure.add_argument("--labels", metavar="A,B", help="class names of a classifier, by id")
-    measure.add_argument("--batch-size", type=int, default=16)
-    measure.add_argument("--max-new-tokens", type=int, default=128)
+    measure.add_argument("--batch-size", type=int, default=16, help="rows at a time (default 16)")
+    measure.add_argument(
+        "--max-new-tokens", type=int, default=128, help="longest answer (default 128)"
+    )
     measure.add_argument("--samples", type=int, default=3, help="answers to show (default 3)")
     data = parser.add_argument_group("data")
-    data.add_argument("--format", default="auto", choices=get_args(DataFormat))
+    data.add_argument(
+        "--format",
+        default="auto",
+        choices=get_args(DataFormat),
+        metavar="NAME",
+        help=f"{', '.join(get_args(DataFormat))} (default auto: by the columns)",
+    )
     data.add_argument("--split", default="validation", help="of a data set that has several")
     data.add_argument("--limit", type=int, help="use only the first rows")
-    data.add_argument("--max-length", type=int, default=1024, help="longest example in tokens")
+    data.add_argument("--max-length", type=int, default=1024, help="in tokens (default 1024)")
     data.add_argument("--system-prompt", metavar="TEXT", help="for rows without a system message")
     add_loading_arguments(parser)
     return parser

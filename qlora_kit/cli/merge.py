@@ -45,7 +45,7 @@ examples:
 
 
 def _parser() -> Parser:
-    parser = Parser("merge", _ABOUT, _EXAMPLES)
+    parser = Parser("merge", "ADAPTER OUT [options]", _ABOUT, _EXAMPLES)
     parser.add_argument("adapter", help="an adapter folder, or the folder of a run")
     parser.add_argument("out", help="folder to create")
     parser.add_argument(
@@ -65,8 +65,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
+        metavar="NAME",
         default="bfloat16",
-        help="of the merged weights (default bfloat16)",
+        help="of the merged weights: bfloat16 (default), float16 or float32",
     )
     parser.add_argument(
         "--nf4",
@@ -88,7 +89,7 @@ def _parser() -> Parser:
         help="measure the deviation from the unmerged model on this data, for both bases",
     )
     report.add_argument("--limit", type=int, default=100, help="rows to measure (default 100)")
-    report.add_argument("--batch-size", type=int, default=8)
+    report.add_argument("--batch-size", type=int, default=8, help="rows at a time (default 8)")
     report.add_argument("--max-length", type=int, default=1024, help="longest row in tokens")
     return parser
 

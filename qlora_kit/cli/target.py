@@ -59,7 +59,9 @@ def add_loading_arguments(parser: Parser) -> None:
         "--dtype",
         default="auto",
         choices=("auto", "bfloat16", "float16", "float32"),
-        help="compute dtype (default: bfloat16 on a GPU, float32 on a CPU)",
+        metavar="NAME",
+        help="computing in bfloat16, float16 or float32 (default: bfloat16 on a GPU, float32 on a "
+        "CPU)",
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 

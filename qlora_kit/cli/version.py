@@ -20,7 +20,9 @@ def run(argv: Sequence[str]) -> int:
     Returns:
         0.
     """
-    parser = Parser("version", "Print the version of qlora_kit and of what it runs with.")
+    parser = Parser(
+        "version", "[--short]", "Print the version of qlora_kit and of what it runs with."
+    )
     parser.add_argument("--short", action="store_true", help="only qlora_kit's version")
     options = parser.parse_args(argv)
     if options.short:
