@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, command: str, words: str, description: str, epilog: str = "") -> None:
         super().__init__(
             prog=f"qlora-kit {command}",
-            usage=f"qlora-kit {command} {words}",
+            usage=f"qlora-kit {command} {words}".rstrip(),
             description=description,
             epilog=epilog or None,
             formatter_class=_Formatter,
@@ -77,14 +77,16 @@ class Parser(argparse.ArgumentParser):
         Raises:
             ConfigError: a word is not understood.
         """
+        known = [name for action in self._actions for name in action.option_strings]
+        for word in args or ():  # before argparse complains that another one is missing
+            name = word.split("=")[0]
+            if name.startswith("--") and name not in known:
+                raise ConfigError(
+                    f"{name} is not a known flag.{nearest(name, known)} See `{self.prog} --help`."
+                )
         options, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            word = unknown[0].split("=")[0]
-            known = [name for action in self._actions for name in action.option_strings]
-            hint = nearest(word, known) if word.startswith("-") else ""
-            raise ConfigError(
-                f"{self.prog} does not understand {word!r}.{hint} See `{self.prog} --help`."
-            )
+            raise ConfigError(f"cannot place {unknown[0]!r}. See `{self.prog} --help`.")
         return options
 
     def error(self, message: str) -> NoReturn:

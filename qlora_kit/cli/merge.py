@@ -40,7 +40,7 @@ _EXAMPLES = """\
 examples:
   qlora-kit merge runs/quickstart merged/
   qlora-kit merge runs/quickstart merged/ --into original --dtype float16
-  qlora-kit merge runs/quickstart merged/ --report demo/rotten_tomatoes/test.jsonl
+  qlora-kit merge runs/quickstart merged/ --report test.jsonl --limit 200
   qlora-kit merge runs/quickstart merged-nf4/ --nf4"""
 
 
