@@ -16,7 +16,7 @@ then skipped.
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 
-from qlora_kit.checkpoint.tensor_file import read_tensor
 from qlora_kit.core.errors import FormatError, UserError
-from qlora_kit.load.report import shape_error, shorten
+from qlora_kit.load.report import check_shape, shorten
 from qlora_kit.nn.experts import NF4Experts, quantize_stack
 from qlora_kit.nn.linear import NF4Linear, byte_specs, weight_to_bytes
 from qlora_kit.nn.swap import weight_shapes
@@ -130,17 +129,16 @@ class QuantizeOnLoad(_SharedOps):
     def convert(
         self,
         input_dict: dict[str, Any],
-        source_patterns: Sequence[str] = (),
+        full_layer_name: str = "",
         model: PreTrainedModel | None = None,
         **_unused: Any,
     ) -> dict[str, Tensor]:
         """Quantize what belongs to an NF4 module and pass on the rest.
 
         Args:
-            input_dict: full parameter name to a tensor, a list of one, or an
-                `ExpertList`; emptied.
-            source_patterns: for a weight that was not converted before, its name in
-                the checkpoint.
+            input_dict: one pattern (or several, of an operation before this one) to a
+                tensor, a list of one, or an `ExpertList`; emptied.
+            full_layer_name: full name of the first weight.
             model: being loaded.
             **_unused: transformers' other arguments.
 
@@ -149,10 +147,10 @@ class QuantizeOnLoad(_SharedOps):
         """
         assert model is not None
         results: dict[str, Tensor] = {}
-        for name in list(input_dict):
-            value = input_dict.pop(name)
+        for name, key in _full_names(input_dict, full_layer_name).items():
+            value = input_dict.pop(key)
             if isinstance(value, list):
-                value = value.pop()
+                value = value[0]
             owner = nf4_owner(model, name)
             if owner is None:
                 results[name] = value
@@ -162,39 +160,40 @@ class QuantizeOnLoad(_SharedOps):
                 results |= self.give_up(module, name, None)
                 continue
             try:
-                weight = self._quantize(module, leaf, value, name, source_patterns)
+                weight = _quantize(module, leaf, value, name)
             except UserError as error:
                 results |= self.give_up(module, name, error)
             else:
                 results |= self.store(module, name, weight)
         return results
 
-    def _quantize(
-        self,
-        module: NF4Linear | NF4Experts,
-        leaf: str,
-        value: Tensor | ExpertList,
-        name: str,
-        source_patterns: Sequence[str],
-    ) -> NF4Weight:
-        shape, config = weight_shapes(module)[leaf], module.config
-        if isinstance(value, ExpertList):
-            _check_shape(name, (len(value), *shape[1:]), shape)
-            return quantize_stack(value, config, name=name)
-        stored = self.hf_quantizer.stored.get(source_patterns[0]) if source_patterns else None
-        if stored is not None and not _holds(value.dtype, stored.info.dtype):
-            # Already rounded to the compute dtype: quantize what the checkpoint says instead, so
-            # that the base depends on the checkpoint alone.
-            device = value.device
-            del value
-            value = read_tensor(stored.folder, stored.info).to(device)
-        if isinstance(module, NF4Linear) and module.transposed:
-            value = value.T
-        _check_shape(name, tuple(value.shape), shape)
-        weight = NF4Weight.quantize(
-            value, block_size=config.block_size, double_quant=config.double_quant, name=name
-        )
-        return weight if stored is None else replace(weight, dtype=stored.info.dtype)
+
+def _full_names(keys: Iterable[str], full_layer_name: str) -> dict[str, str]:
+    """Full parameter name of each key, as transformers completes an operation's results."""
+    keys = list(keys)
+    if len(keys) == 1:
+        return {full_layer_name: keys[0]}
+    stem = next((key for key in keys if key in full_layer_name), None)
+    if stem is None:  # complete already
+        return {key: key for key in keys}
+    start, _, end = full_layer_name.partition(stem)
+    return {start + key + end: key for key in keys}
+
+
+def _quantize(
+    module: NF4Linear | NF4Experts, leaf: str, value: Tensor | ExpertList, name: str
+) -> NF4Weight:
+    """Quantize what the checkpoint holds, in the dtype it is stored in."""
+    shape, config = weight_shapes(module)[leaf], module.config
+    if isinstance(value, ExpertList):
+        check_shape(name, (len(value), *shape[1:]), shape)
+        return quantize_stack(value, config, name=name)
+    if isinstance(module, NF4Linear) and module.transposed:
+        value = value.T
+    check_shape(name, tuple(value.shape), shape)
+    return NF4Weight.quantize(
+        value, block_size=config.block_size, double_quant=config.double_quant, name=name
+    )
 
 
 class ReadStored(_SharedOps):
@@ -213,7 +212,7 @@ class ReadStored(_SharedOps):
     @property
     def patterns(self) -> dict[str, str]:
         """Regular expression of each stored tensor's name, to the suffix it stands for."""
-        return {rf"(?<!\w){re.escape(self.ending + suffix)}$": suffix for suffix in _SUFFIXES}
+        return {name_pattern(self.ending, suffix): suffix for suffix in _SUFFIXES}
 
     def convert(
         self,
@@ -246,7 +245,7 @@ class ReadStored(_SharedOps):
         module, leaf = owner
         try:
             weight = from_bnb_tensors(tensors, name=full_layer_name)
-            _check_shape(full_layer_name, weight.shape, weight_shapes(module)[leaf])
+            check_shape(full_layer_name, weight.shape, weight_shapes(module)[leaf])
             _check_settings(full_layer_name, weight, module.config)
         except UserError as error:
             return self.give_up(module, full_layer_name, error)
@@ -302,19 +301,14 @@ class ListExperts(ConversionOps):
         return {target_patterns[0]: ExpertList(pieces)}
 
 
-def stored_patterns(names: Iterable[str]) -> list[str]:
-    """Distinct endings (`q_proj.weight`, `experts.down_proj`) of stored NF4 weights' names."""
+def endings(names: Iterable[str]) -> list[str]:
+    """Distinct last two parts (`q_proj.weight`, `experts.down_proj`) of weights' names."""
     return sorted({".".join(name.split(".")[-2:]) for name in names})
 
 
-def _holds(dtype: torch.dtype, stored: torch.dtype) -> bool:
-    """Whether every value of `stored` is exact in `dtype`."""
-    return torch.promote_types(dtype, stored) == dtype
-
-
-def _check_shape(name: str, came: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    if came != wanted:
-        raise shape_error(name, came, wanted)
+def name_pattern(ending: str, suffix: str = "") -> str:
+    """Regular expression for names with an ending: whole parts, up to the end."""
+    return rf"(?<!\w){re.escape(ending + suffix)}$"
 
 
 def _check_settings(name: str, weight: NF4Weight, config: QuantConfig) -> None:

@@ -6,10 +6,11 @@ all weights are in, and for a state dict when the model is saved. The answers ar
 the same on every version from 5.17 on; where a hook was renamed in between, both
 names are given.
 
-Two things are easy to get wrong. A weight that is to be quantized needs a float
-placeholder: transformers 5.17 casts what it reads to the placeholder's dtype, and
-to uint8 it would do so silently. And on disk an NF4 weight's tensors carry
-bitsandbytes' names (`q_proj.weight.absmax`), in the model ours
+Two things are easy to get wrong. transformers casts what it reads to the dtype of
+the empty parameter, silently, to uint8 as well: so while loading, the place of the
+packed weight is held by a parameter of the dtype the weight is stored in, and
+nothing is rounded before it is quantized. And on disk an NF4 weight's tensors
+carry bitsandbytes' names (`q_proj.weight.absmax`), in the model ours
 (`q_proj.weight_absmax`), since a parameter's name cannot have a dot.
 """
 
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import (
     Concatenate,
-    ConversionOps,
     MergeModulelist,
     WeightConverter,
     WeightTransform,
@@ -33,15 +33,16 @@ from qlora_kit.load.conversion import (
     ListExperts,
     QuantizeOnLoad,
     ReadStored,
+    endings,
     missing_weights,
+    name_pattern,
     nf4_owner,
     split_name,
-    stored_patterns,
 )
 from qlora_kit.load.nf4_config import QUANT_METHOD
 from qlora_kit.load.nf4_config import NF4Config as NF4Config
 from qlora_kit.load.report import fit_shapes
-from qlora_kit.load.stored import StoredTensor, StoredWeight, read_headers, stored_weights
+from qlora_kit.load.stored import read_headers, stored_dtypes, stored_weights
 from qlora_kit.nn.experts import PROJECTIONS, NF4Experts
 from qlora_kit.nn.linear import NF4Linear, byte_specs
 from qlora_kit.nn.swap import nf4_modules, quantizable, swap, weight_shapes
@@ -64,7 +65,6 @@ class NF4HfQuantizer(HfQuantizer):
             **kwargs: transformers' own arguments.
         """
         super().__init__(quantization_config, **kwargs)
-        self.stored: dict[str, StoredTensor] = {}
         self.filled: set[str] = set()
         self.failure: UserError | None = None
         self._weights: list[str] = []
@@ -105,25 +105,23 @@ class NF4HfQuantizer(HfQuantizer):
         """Put empty NF4 modules in place of the layers that are, or will be, quantized."""
         dtype = dtype or torch.get_default_dtype()
         config = self.quantization_config.quant
-        self.stored = read_headers(checkpoint_files)
-        weights: dict[str, StoredWeight] = {}
-        if self.pre_quantized and self.stored:
-            weights = stored_weights(self.stored, model)
+        stored = read_headers(checkpoint_files)
+        if self.pre_quantized and stored:
+            weights = stored_weights(stored, model)
             configs = {split_name(name)[0]: weight.config for name, weight in weights.items()}
+            swap(model, configs, dtype=dtype)
+            empty = {name: (w.packed.shape, w.packed.dtype) for name, w in weights.items()}
         else:
-            configs = dict.fromkeys(quantizable(model, config), config)
-        swap(model, configs, dtype=dtype, placeholder=not self.pre_quantized)
-        for name, weight in weights.items():
-            # bitsandbytes may have stored the bytes as another dtype; no cast happens if the
-            # empty parameter has the same.
+            swap(model, dict.fromkeys(quantizable(model, config), config), dtype=dtype)
+            empty = {}
+            if not self.pre_quantized:
+                dtypes = stored_dtypes(stored, model, _weight_names(model), dtype)
+                empty = {n: (tuple(model.get_parameter(n).shape), d) for n, d in dtypes.items()}
+        for name, (shape, stored_dtype) in empty.items():
             path, leaf = split_name(name)
-            data = torch.empty(weight.packed.shape, dtype=weight.packed.dtype, device="meta")
+            data = torch.empty(shape, dtype=stored_dtype, device="meta")
             setattr(model.get_submodule(path), leaf, nn.Parameter(data, requires_grad=False))
-        self._weights = [
-            f"{path}.{leaf}"
-            for path, module in nf4_modules(model)
-            for leaf in weight_shapes(module)
-        ]
+        self._weights = _weight_names(model)
         packed = set(self._weights)
         self._shapes = {n: p.shape for n, p in model.named_parameters() if n not in packed}
         return model
@@ -133,37 +131,42 @@ class NF4HfQuantizer(HfQuantizer):
     def param_needs_quantization(
         self, model: PreTrainedModel, param_name: str, **kwargs: Any
     ) -> bool:
-        """Whether a parameter is the weight of an NF4 module."""
-        return nf4_owner(model, param_name) is not None
+        """Whether a stored parameter may change its shape while it is read.
+
+        Not whether it is to be quantized: transformers casts such weights to the
+        compute dtype first. Ours are quantized by converters, from the stored dtype.
+        """
+        return self.pre_quantized and nf4_owner(model, param_name) is not None
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
-        """Bytes per element to reserve on a GPU: of a placeholder, what its codes will take."""
-        if param.is_floating_point() and self.param_needs_quantization(model, param_name):
-            return 0.5
+        """Bytes per element to reserve on a GPU; the codes' bytes for a placeholder."""
+        if not self.pre_quantized and nf4_owner(model, param_name) is not None:
+            return 1.0
         return float(param.element_size())
 
-    def get_quantize_ops(self) -> ConversionOps:
-        """The operation for a float weight."""
-        return QuantizeOnLoad(self)
-
     def get_weight_conversions(self) -> list[WeightTransform]:
-        """One converter per distinct layer name of an NF4 checkpoint."""
-        if not self.pre_quantized:
-            return []
-        readers = [ReadStored(self, ending) for ending in stored_patterns(self._weights)]
-        return [WeightConverter(list(r.patterns), r.ending, [r]) for r in readers]
+        """One converter per distinct layer name."""
+        if self.pre_quantized:
+            readers = [ReadStored(self, ending) for ending in endings(self._weights)]
+            return [WeightConverter(list(r.patterns), r.ending, [r]) for r in readers]
+        return [
+            WeightConverter(name_pattern(ending), ending, [QuantizeOnLoad(self)])
+            for ending in endings(self._weights)
+        ]
 
     def update_weight_conversions(
         self, weight_conversions: list[WeightTransform], model: PreTrainedModel | None = None
     ) -> list[WeightTransform]:
-        """Quantize per-expert weights one by one instead of stacking them first."""
+        """Let the model's own converters end in ours; experts are not stacked before."""
         for entry in weight_conversions:
+            if self.pre_quantized or not isinstance(entry, WeightConverter):
+                continue
             if (
-                isinstance(entry, WeightConverter)
-                and entry.target_patterns[0].rpartition(".")[2] in PROJECTIONS
+                entry.target_patterns[0].rpartition(".")[2] in PROJECTIONS
                 and tuple(type(op) for op in entry.operations) in _STACKING
             ):
                 entry.operations = [ListExperts(entry.operations)]
+            entry.operations.append(QuantizeOnLoad(self))
         return weight_conversions + self.get_weight_conversions()
 
     # After loading
@@ -173,7 +176,7 @@ class NF4HfQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         """Raise what went wrong, freeze the base, and mark the model as a 4-bit one."""
         failure = self.failure or missing_weights(model, self.filled, self._weights)
-        self.stored, self.failure, self.filled = {}, None, set()
+        self.failure, self.filled = None, set()
         if failure is not None:
             raise failure
         fit_shapes(model, self._shapes)
@@ -248,6 +251,13 @@ class NF4HfQuantizer(HfQuantizer):
             model.set_submodule(path, dense)
         model.is_loaded_in_4bit = False
         return model
+
+
+def _weight_names(model: nn.Module) -> list[str]:
+    """Full names of all NF4 weights of a model."""
+    return [
+        f"{path}.{leaf}" for path, module in nf4_modules(model) for leaf in weight_shapes(module)
+    ]
 
 
 def _dense(module: NF4Linear, dtype: torch.dtype | None) -> nn.Module:

@@ -1,9 +1,10 @@
 """What a checkpoint holds, read from the headers of its files before any weight.
 
-The quantizer needs it twice: to quantize weights from the dtype they are stored
-in, whatever the model computes in, and to find which modules of an NF4
-checkpoint are quantized, and how. Asking the files instead of the configuration
-makes every bitsandbytes checkpoint load, whatever its writer left out.
+The quantizer needs it twice: to learn the dtype each weight is stored in, so that
+it is quantized from there whatever the model computes in, and to find which
+modules of an NF4 checkpoint are quantized, and how. Asking the files instead of
+the configuration makes every bitsandbytes checkpoint load, whatever its writer
+left out.
 """
 
 import json
@@ -23,6 +24,8 @@ from qlora_kit.load.conversion import split_name
 from qlora_kit.nn.experts import is_fused_experts, unsupported_reason
 from qlora_kit.quant.config import BLOCK_SIZES, QuantConfig
 from qlora_kit.quant.format import STATE_SUFFIX
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,33 @@ def stored_weights(
             "is stored as NF4. The folder mixes two models, or another tool wrote it."
         )
     return found
+
+
+def stored_dtypes(
+    stored: Mapping[str, StoredTensor],
+    model: PreTrainedModel,
+    names: Iterable[str],
+    fallback: torch.dtype,
+) -> dict[str, torch.dtype]:
+    """The dtype each weight to be quantized has in the checkpoint.
+
+    Args:
+        stored: as `read_headers` returns it.
+        model: on the meta device.
+        names: full parameter names in the model.
+        fallback: for a checkpoint whose files are not known.
+
+    Returns:
+        Name to float32, float16 or bfloat16. A weight put together of several tensors
+        gets the widest dtype of the checkpoint's matrices.
+    """
+    matrices = [t.info for t in stored.values() if len(t.info.shape) > 1]
+    floats = {info.dtype for info in matrices if info.dtype in _FLOATS}
+    widest = torch.float32 if len(floats) > 1 else next(iter(floats), fallback)
+    rename = _renaming(model)
+    direct = {rename(info.name): info.dtype for info in matrices}
+    found = {name: direct.get(name, widest) for name in names}
+    return {name: d if d in _FLOATS else torch.float32 for name, d in found.items()}
 
 
 def _settings(marker: StoredTensor, double_quant: bool) -> QuantConfig:

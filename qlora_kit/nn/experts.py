@@ -17,9 +17,9 @@ or with a norm of their own stay dense, and the loader says so.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -78,12 +78,19 @@ def unsupported_reason(module: nn.Module, config: QuantConfig) -> str | None:
     return None
 
 
-def quantize_stack(
-    experts: Iterable[Tensor],
-    config: QuantConfig,
-    *,
-    name: str = "experts",
-) -> NF4Weight:
+class Experts(Protocol):
+    """Experts that can be counted and then read once: a list, a stacked tensor, a stream."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Give one (N, K) tensor after another."""
+        ...
+
+
+def quantize_stack(experts: Experts, config: QuantConfig, *, name: str = "experts") -> NF4Weight:
     """Quantize experts one after another into one stacked weight.
 
     The result equals quantizing the (E, N, K) stack, which is never built: peak
@@ -105,36 +112,40 @@ def quantize_stack(
         >>> quantize_stack([torch.randn(4, 64), torch.randn(4, 64)], QuantConfig()).shape
         (2, 4, 64)
     """
-    packed: list[Tensor] = []
-    scales: list[Tensor] = []
+    count = len(experts)
+    packed, absmax = torch.empty(0), torch.empty(0)
     shape: tuple[int, ...] = ()
     dtype = torch.float32
     for index, expert in enumerate(experts):
-        shape, dtype = shape or tuple(expert.shape), expert.dtype
-        if tuple(expert.shape) != shape or expert.numel() % (2 * config.block_size):
+        if index == 0:
+            shape, dtype = tuple(expert.shape), expert.dtype
+            size, blocks = expert.numel(), expert.numel() // config.block_size
+            packed = expert.new_empty((count * size // 2, 1), dtype=torch.uint8)
+            absmax = expert.new_empty(count * blocks, dtype=torch.float32)
+        if tuple(expert.shape) != shape or size % (2 * config.block_size):
             raise ShapeError(
                 f"{name} needs experts of one shape and whole blocks of {config.block_size}, got "
                 f"{tuple(expert.shape)} for expert {index} and {shape} for the first."
             )
-        codes, absmax = quantize_nf4(expert, block_size=config.block_size)
-        if not torch.isfinite(absmax).all():
+        codes, scales = quantize_nf4(expert, block_size=config.block_size)
+        if not torch.isfinite(scales).all():
             raise NonFiniteError(
                 f"{name} holds NaN or infinite values in expert {index} and cannot be quantized. "
                 "Repair the checkpoint, or leave this module in 16 bits with QuantConfig(skip=...)."
             )
-        packed.append(codes)
-        scales.append(absmax)
-    if not packed:
+        packed[index * size // 2 : (index + 1) * size // 2] = codes
+        absmax[index * blocks : (index + 1) * blocks] = scales
+    if not shape:
         raise ShapeError(f"{name} needs at least one expert, got none.")
-    absmax, nested, offset = torch.cat(scales), None, None
+    nested = offset = None
     if config.double_quant:
         absmax, nested, offset = quantize_absmax(absmax)
     return NF4Weight(
-        packed=torch.cat(packed),
+        packed=packed,
         absmax=absmax,
         nested_absmax=nested,
         offset=offset,
-        shape=(len(packed), *shape),
+        shape=(count, *shape),
         block_size=config.block_size,
         dtype=dtype,
     )

@@ -80,34 +80,20 @@ def quantizable(model: PreTrainedModel, config: QuantConfig) -> list[str]:
     return chosen
 
 
-def swap(
-    model: nn.Module,
-    configs: Mapping[str, QuantConfig],
-    *,
-    dtype: torch.dtype,
-    placeholder: bool,
-) -> None:
+def swap(model: nn.Module, configs: Mapping[str, QuantConfig], *, dtype: torch.dtype) -> None:
     """Replace modules by empty NF4 modules on the meta device.
 
     Args:
         model: modified in place.
         configs: module name to how its weight is stored.
         dtype: the model computes in.
-        placeholder: leave a float parameter of the full shape where the packed
-            weight will be, for loaders that read the checkpoint's dtype off it.
     """
     for name, config in configs.items():
         source = model.get_submodule(name)
-        layer: NF4Linear | NF4Experts
         if is_fused_experts(source):
-            layer = NF4Experts(source, config, dtype=dtype, device="meta")
+            model.set_submodule(name, NF4Experts(source, config, dtype=dtype, device="meta"))
         else:
-            layer = _empty_linear(source, config, dtype)
-        if placeholder:
-            for weight, shape in weight_shapes(layer).items():
-                data = torch.empty(shape, dtype=dtype, device="meta")
-                setattr(layer, weight, nn.Parameter(data, requires_grad=False))
-        model.set_submodule(name, layer)
+            model.set_submodule(name, _empty_linear(source, config, dtype))
 
 
 def _empty_linear(source: nn.Module, config: QuantConfig, dtype: torch.dtype) -> NF4Linear:

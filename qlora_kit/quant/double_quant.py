@@ -25,6 +25,7 @@ from qlora_kit.core.errors import ShapeError
 GROUP_SIZE = 256
 """Scales that share one second-level scale."""
 
+_CHUNK = 1 << 20  # scales coded at a time on a CPU: each costs 40 bytes of temporaries
 _EXPONENTS = 7
 _BINS = 65536
 
@@ -117,7 +118,21 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             f"{tuple(absmax.shape)}."
         )
     offset = absmax.mean()
-    centred = absmax - offset
+    blocks = absmax.numel()
+    nested_absmax = absmax.new_empty(-(-blocks // GROUP_SIZE))
+    codes = torch.empty(blocks, dtype=torch.uint8, device=absmax.device)
+    step = _CHUNK if absmax.device.type == "cpu" else 64 * _CHUNK
+    for start in range(0, blocks, step):
+        part = absmax[start : start + step] - offset
+        found, scales = _quantize_groups(part)
+        codes[start : start + step] = found
+        first = start // GROUP_SIZE
+        nested_absmax[first : first + scales.numel()] = scales
+    return codes, nested_absmax, offset
+
+
+def _quantize_groups(centred: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and group scales of some whole groups, and the last short one if it is among them."""
     blocks = centred.numel()
     groups = -(-blocks // GROUP_SIZE)
     padded = torch.nn.functional.pad(centred, (0, groups * GROUP_SIZE - blocks))
@@ -127,7 +142,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     codes = _codes((padded * inverse.unsqueeze(1)).clamp_(-1, 1))
     # A group of equal scales carries code 0 in circulation; its decoded value is the mean anyway.
     codes = torch.where((nested_absmax == 0).unsqueeze(1), 0, codes)
-    return codes.view(-1)[:blocks].contiguous(), nested_absmax, offset
+    return codes.view(-1)[:blocks], nested_absmax
 
 
 def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:

@@ -180,8 +180,9 @@ def test_two_gigabytes_stream_through_one_tensor(tmp_path):
 @pytest.mark.slow
 @pytest.mark.transformers_compat
 def test_experts_are_not_stacked_in_sixteen_bits(tmp_path):
-    """transformers alone holds a layer's experts three times over while it stacks them."""
-    shape = {"layers": 2, "hidden": 2048, "inner": 2048, "experts": 32, "vocab": 1024}
-    found = measure(tmp_path, *qwen3_moe(**shape))
-    fused = 32 * 2 * 2048 * 2048 * 4  # one layer's gate and up, in the compute dtype
-    assert found["excess"] <= fused + ALLOWANCE
+    """transformers alone builds the stack twice: per projection, then put together."""
+    config, tensors = qwen3_moe(layers=1, hidden=2048, inner=2048, experts=48, vocab=1024)
+    found = measure(tmp_path, config, tensors)
+    stack = 48 * 2 * 2048 * 2048  # weights in one layer's gate and up
+    assert found["excess"] <= stack / 2 + found["largest"] + ALLOWANCE  # codes, one expert
+    assert 2 * stack > stack / 2 + found["largest"] + ALLOWANCE  # the bound can fail
