@@ -11,6 +11,7 @@ import difflib
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from qlora_kit.core.errors import SourceError
 
@@ -70,59 +71,51 @@ def _from_hub(
 ) -> Path:
     """Download, or find in the hub cache, a repository's files or one of them."""
     from huggingface_hub import constants, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    local_only = constants.HF_HUB_OFFLINE if offline is None else offline
+    options: dict[str, Any] = {
+        "revision": revision,
+        "cache_dir": cache_dir,
+        "local_files_only": local_only,
+    }
+    try:
+        if file is not None:
+            return Path(hf_hub_download(repo, file, **options))
+        options |= {"allow_patterns": list(ALLOW), "ignore_patterns": list(IGNORE)}
+        return Path(snapshot_download(repo, **options))
+    except (EntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
+        advice = _advice(error, revision, file, local_only)
+        raise SourceError(f"cannot get {text!r}: {advice}{_nearest(Path(text))}") from error
+
+
+def _advice(error: Exception, revision: str | None, file: str | None, local_only: bool) -> str:
+    """What went wrong on the hub, and what to do."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    local_only = constants.HF_HUB_OFFLINE if offline is None else offline
-    try:
-        if file is not None:
-            return Path(
-                hf_hub_download(
-                    repo, file, revision=revision, cache_dir=cache_dir, local_files_only=local_only
-                )
-            )
-        return Path(
-            snapshot_download(
-                repo,
-                revision=revision,
-                cache_dir=cache_dir,
-                local_files_only=local_only,
-                allow_patterns=list(ALLOW),
-                ignore_patterns=list(IGNORE),
-            )
-        )
-    except GatedRepoError as error:
-        advice = (
+    if isinstance(error, GatedRepoError):  # a RepositoryNotFoundError too
+        return (
             "the repository is gated. Accept its terms on its hub page, then log in with "
             "`hf auth login` or set HF_TOKEN."
         )
-        cause: Exception = error
-    except RepositoryNotFoundError as error:
-        advice = (
+    if isinstance(error, RepositoryNotFoundError):
+        return (
             "the hub has no such repository, or it is private. Check the spelling, log in with "
-            f"`hf auth login` if it is private, or name a local folder.{_nearest(Path(text))}"
+            "`hf auth login` if it is private, or name a local folder."
         )
-        cause = error
-    except RevisionNotFoundError as error:
-        advice = f"the repository has no revision {revision!r}."
-        cause = error
-    except LocalEntryNotFoundError as error:
-        advice = _unreachable(local_only) + _nearest(Path(text))
-        cause = error
-    except EntryNotFoundError as error:
-        advice = f"the repository has no file {file!r}."
-        cause = error
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
-        advice = f"the hub answered with an error: {error}{_nearest(Path(text))}"
-        cause = error
-    raise SourceError(f"cannot get {text!r}: {advice}") from cause
+    if isinstance(error, RevisionNotFoundError):
+        return f"the repository has no revision {revision!r}."
+    if isinstance(error, LocalEntryNotFoundError):  # an EntryNotFoundError too
+        return _unreachable(local_only)
+    if isinstance(error, EntryNotFoundError):
+        return f"the repository has no file {file!r}."
+    return f"the hub answered with an error: {error}"
 
 
 def _unreachable(local_only: bool) -> str:

@@ -20,12 +20,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qlora_kit.checkpoint.locate import locate
 from qlora_kit.checkpoint.tensor_file import TensorInfo, read_header, read_tensor
 from qlora_kit.checkpoint.writer import INDEX_NAME, SINGLE_NAME
 from qlora_kit.core.errors import FormatError, SourceError
+from qlora_kit.quant.config import BLOCK_SIZES, QuantConfig
 from qlora_kit.quant.format import COMPANION_SUFFIXES, STATE_SUFFIX, from_bnb_tensors
 from qlora_kit.quant.weight import NF4Weight
 
@@ -118,7 +120,50 @@ class Source:
         """
         if name not in self._quantized:
             return self._info(name).shape
-        return self.read_weight(name).shape
+        return tuple(self._state(name)["shape"])
+
+    def weight_dtype(self, name: str) -> torch.dtype:
+        """Dtype of a weight, for one stored as NF4 that of the weight it was made from.
+
+        Args:
+            name: one of `weight_names`.
+
+        Returns:
+            The dtype.
+
+        Raises:
+            FormatError: there is no such weight, or its NF4 state is malformed.
+        """
+        if name not in self._quantized:
+            return self._info(name).dtype
+        return getattr(torch, self._state(name)["dtype"])
+
+    def quant_of(self, name: str) -> QuantConfig:
+        """How one NF4 weight is stored.
+
+        Args:
+            name: one of `quantized_names`.
+
+        Returns:
+            Its block size and double quantization; the patterns are the defaults.
+
+        Raises:
+            FormatError: its NF4 state is malformed.
+        """
+        nested = f"{name}.nested_absmax" in self.tensors
+        return QuantConfig(block_size=self._state(name)["blocksize"], double_quant=nested)
+
+    def _state(self, name: str) -> dict[str, Any]:
+        """The JSON of an NF4 weight; the rest of it is checked when the weight is read."""
+        try:
+            state = json.loads(bytes(self.read(name + STATE_SUFFIX).tolist()))
+            known = isinstance(state["shape"], list) and hasattr(torch, state["dtype"])
+            known = known and state["blocksize"] in BLOCK_SIZES
+        except (ValueError, KeyError, TypeError) as error:
+            raise FormatError(f"{name}{STATE_SUFFIX} is damaged: {error!r}.") from error
+        if not known:
+            raise FormatError(f"{name}{STATE_SUFFIX} is damaged: {state}.")
+        return state
 
     def read(self, name: str) -> Tensor:
         """Read one stored tensor.

@@ -120,9 +120,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return infos
 
 
-def read_tensor(
-    folder: Path, info: TensorInfo, start: int = 0, stop: int | None = None
-) -> Tensor:
+def read_tensor(folder: Path, info: TensorInfo, start: int = 0, stop: int | None = None) -> Tensor:
     """Read one tensor, or some of its rows, into its own memory.
 
     Args:
@@ -157,7 +155,7 @@ def read_tensor(
     if nbytes:
         with (folder / info.file).open("rb") as file:
             file.seek(offset)
-            got = file.readinto(memoryview(raw.numpy()))
+            got = file.readinto(raw.numpy().data)
         if got != nbytes:
             raise FormatError(
                 f"{folder / info.file} ends inside tensor {info.name!r}: needed {nbytes} "

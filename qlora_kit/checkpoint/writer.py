@@ -145,7 +145,7 @@ class ShardWriter:
             raw = part.detach().cpu().contiguous().reshape(-1)
             with (self.folder / info.file).open("r+b", buffering=0) as file:
                 file.seek(info.offset + done)
-                view = memoryview(raw.view(dtype=torch.uint8).numpy())
+                view = raw.view(dtype=torch.uint8).numpy().data
                 while view:  # an unbuffered write may take only a part
                     view = view[file.write(view) :]
             done += part.nbytes

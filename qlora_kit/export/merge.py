@@ -36,7 +36,8 @@ from qlora_kit.core.atomic import atomic_directory, atomic_write_text
 from qlora_kit.core.errors import ConfigError, NonFiniteError
 from qlora_kit.core.log import logger
 from qlora_kit.core.units import format_bytes, parse_bytes
-from qlora_kit.export.plan import Item, MergePlan, make_plan
+from qlora_kit.export.items import Item, MergePlan
+from qlora_kit.export.plan import make_plan
 from qlora_kit.export.rows import chunks
 
 Into = Literal["quantized", "original"]
@@ -110,7 +111,7 @@ def merge(
         max_shard: largest weight file.
         overwrite: replace `out` if it exists.
         device: where to compute; `auto` takes a GPU if there is one.
-        revision: branch, tag or commit of a hub id.
+        revision: branch, tag or commit of a hub id; None: the one the adapter names.
 
     Returns:
         What was done.
@@ -135,6 +136,8 @@ def merge(
     shard_bytes = parse_bytes(max_shard)
     place = pick_device(device)
     files = read_adapter(adapter)
+    if revision is None and str(base) == files.base.path:
+        revision = files.base.revision
     source = open_source(base, revision=revision)
     plan = make_plan(source, files, into=into, device=place)
     with atomic_directory(Path(out), overwrite=overwrite) as folder:

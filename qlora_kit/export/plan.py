@@ -6,24 +6,20 @@ loader's own rule, `nn/swap.py`), and the adapter's changes. Everything that doe
 not fit is refused here, before the first byte is written.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from qlora_kit.adapters.peft_format import AdapterFiles, LowRank
+from qlora_kit.adapters.peft_format import AdapterFiles
 from qlora_kit.checkpoint.source import Source
 from qlora_kit.core.errors import AdapterError, FormatError
+from qlora_kit.export.items import Item, MergePlan
 from qlora_kit.export.naming import Entry, build_skeleton, is_transposed, map_names
 from qlora_kit.export.rows import (
     Decoded,
     InMemory,
-    Merged,
     Rows,
-    Stored,
     as_matrix,
     nf4_weight,
     quantized_stack,
@@ -35,95 +31,6 @@ from qlora_kit.quant.config import QuantConfig
 from qlora_kit.quant.weight import NF4Weight
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(kw_only=True)
-class Item:
-    """One tensor of the output."""
-
-    name: str
-    """Key in the output."""
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    """Of the source; kept if `cast` is False."""
-    param: str | None
-    """Parameter of the model."""
-    cast: bool = True
-    """Whether the tensor is a float parameter, written in the dtype asked for."""
-    decoded: bool = False
-    """Whether its values are decoded NF4."""
-    step: int = 1
-    """Chunks start at multiples of so many rows."""
-    pair: LowRank | None = None
-    """The change to add."""
-    transposed: bool = False
-    """Whether it is stored as (in, out)."""
-    value: Tensor | None = None
-    """What the adapter replaced it by."""
-    stored: str | None = None
-    """Key in the source; None for a new head."""
-    part: int = 0
-    """Place in a stacked parameter."""
-    open_rows: Callable[[], Rows]
-    """Opens the base's rows; called once, when the item's turn comes."""
-    raw: Callable[[], Tensor]
-    """Reads the whole tensor as stored."""
-
-    @property
-    def changed(self) -> bool:
-        """Whether the adapter has a say in it."""
-        return self.pair is not None or self.value is not None
-
-    def rows(self) -> Rows:
-        """Rows of the result, float32."""
-        if self.value is not None:
-            return InMemory(self.value)
-        rows = self.open_rows()
-        if self.pair is None:
-            return rows
-        return Merged(rows, self.pair, self.transposed)
-
-
-@dataclass(kw_only=True)
-class MergePlan:
-    """Every tensor of the output and what is known about the whole."""
-
-    source: Source
-    model: PreTrainedModel
-    """On the meta device."""
-    items: list[Item]
-    """In the order of the checkpoint."""
-    device: torch.device
-    """Where to compute."""
-    compute: torch.dtype | None
-    """Dtype training computed in; None if unknown."""
-    quant: QuantConfig | None
-    """How training had quantized the base; None if not."""
-    num_labels: int | None = None
-    """Classes, for a classifier."""
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def params(self) -> set[str]:
-        """Names of the model's parameters, shared ones under each name."""
-        return {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-
-    def stored_rows(self, name: str, seen_as: torch.dtype | None = None) -> Rows:
-        """Rows of a float tensor of the source; as stored, or rounded to a dtype."""
-        return Stored(self.source, name, self.device, seen_as)
-
-    def in_stack_order(self) -> Iterator[Item]:
-        """Items with the members of a stacked parameter next to one another."""
-        done: set[str] = set()
-        members: dict[str | None, list[Item]] = {}
-        for item in self.items:
-            members.setdefault(item.param, []).append(item)
-        for item in self.items:
-            if item.param is None:
-                yield item
-            elif item.param not in done:
-                done.add(item.param)
-                yield from sorted(members[item.param], key=lambda item: item.part)
 
 
 def make_plan(
@@ -273,16 +180,17 @@ class _Planner:
             found = weight()
             return InMemory(found.dequantize(dtype).T) if transposed else Decoded.of(found, dtype)
 
-        head = weight()
-        shape = head.shape[::-1] if transposed else head.shape
+        shape = source.weight_shape(name)
+        shape = shape[::-1] if transposed else shape
+        block_size = source.quant_of(name).block_size
         return Item(
             name=name,
             shape=shape,
-            dtype=head.dtype,
+            dtype=source.weight_dtype(name),
             param=entry.param,
             stored=name,
             decoded=True,
-            step=1 if transposed else rows_step(as_matrix(shape)[1], head.block_size),
+            step=1 if transposed else rows_step(as_matrix(shape)[1], block_size),
             open_rows=open_rows,
             raw=lambda: weight().dequantize(),
         )

@@ -18,7 +18,7 @@ before: it is padded with spaces, which JSON allows.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +33,7 @@ from qlora_kit.checkpoint.writer import ShardWriter
 from qlora_kit.core.atomic import atomic_directory
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.core.units import parse_bytes
+from qlora_kit.export.items import Item, MergePlan
 from qlora_kit.export.live import Style, quantization_config, write_model
 from qlora_kit.export.merge import (
     DTYPES,
@@ -43,7 +44,7 @@ from qlora_kit.export.merge import (
     write_config,
 )
 from qlora_kit.export.naming import is_transposed
-from qlora_kit.export.plan import Item, MergePlan, make_plan
+from qlora_kit.export.plan import make_plan
 from qlora_kit.export.rows import InMemory, Rows, chunks, nf4_weight
 from qlora_kit.nn.experts import is_fused_experts
 from qlora_kit.nn.swap import quantizable
@@ -172,10 +173,7 @@ def _targets(plan: MergePlan, config: QuantConfig, style: Style) -> dict[str, _T
     for target in targets.values():
         first = target.members[0]
         if first.stored in stored and not first.changed:
-            weight = plan.source.read_weight(first.stored)
-            assert isinstance(weight, NF4Weight)
-            double_quant = weight.nested_absmax is not None
-            target.config = replace(config, block_size=weight.block_size, double_quant=double_quant)
+            target.config = plan.source.quant_of(first.stored)
     return targets
 
 

@@ -17,6 +17,8 @@ from qlora_kit.core.errors import FormatError, SourceError
 from tests import tiny_models
 from tests.checkpoint import gguf_files
 
+DEMO = Path(__file__).parents[2] / "demo" / "smollm2-135m-instruct.gguf"
+
 
 def decoded(value: np.ndarray, kind: str) -> torch.Tensor:
     """What a block format keeps of a weight."""
@@ -146,10 +148,9 @@ def test_without_the_package_the_error_says_so(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("QLORA_KIT_DEMO_GGUF" not in os.environ, reason="names no demo model")
-def test_the_demo_model_speaks_english(tmp_path, monkeypatch):
-    file = Path(os.environ["QLORA_KIT_DEMO_GGUF"])
-    convert_gguf(file, tmp_path / "out")
+@pytest.mark.skipif(not DEMO.exists(), reason="scripts/prepare_demo.py has not fetched it")
+def test_the_demo_model_speaks_english(tmp_path):
+    convert_gguf(DEMO, tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert tokenizer.convert_ids_to_tokens(tokenizer("12")["input_ids"]) == ["1", "2"]

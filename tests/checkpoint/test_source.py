@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from qlora_kit.checkpoint.source import open_source
 from qlora_kit.core.errors import FormatError, SourceError
-from qlora_kit.quant.format import to_bnb_tensors
+from qlora_kit.quant.config import QuantConfig
+from qlora_kit.quant.format import STATE_SUFFIX, to_bnb_tensors
 from qlora_kit.quant.weight import NF4Weight
 from tests import tiny_models
 
@@ -47,7 +48,22 @@ def test_nf4_weights_are_gathered(tmp_path):
     got = source.read_weight("q.weight")
     assert isinstance(got, NF4Weight)
     assert torch.equal(got.dequantize(), weight.dequantize())
+    assert source.weight_shape("q.weight") == (8, 64)
+    assert source.weight_dtype("q.weight") == torch.float32
+    assert source.quant_of("q.weight") == QuantConfig()
+    assert source.weight_shape("norm.absmax") == (3,)
+    assert source.weight_dtype("norm.absmax") == torch.float32
     assert torch.equal(source.read_weight("norm.absmax"), torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    "state", [b"[]", b"{", b'{"shape": 3, "dtype": "float32", "blocksize": 64}', b'{"shape": []}']
+)
+def test_a_damaged_state_is_refused(tmp_path, state):
+    mark = torch.frombuffer(bytearray(state), dtype=torch.uint8)
+    source = open_source(make_folder(tmp_path, {f"q.weight{STATE_SUFFIX}": mark}))
+    with pytest.raises(FormatError, match=r"q\.weight.*is damaged"):
+        source.weight_shape("q.weight")
 
 
 @pytest.mark.parametrize(

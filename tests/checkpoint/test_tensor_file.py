@@ -114,3 +114,27 @@ def test_file_that_shrinks_after_its_header_was_read(tmp_path):
     )
     with pytest.raises(FormatError, match="ends inside tensor 't': needed 2 bytes, got 1"):
         read_tensor(tmp_path, info)
+
+
+def test_damaged_bytes_never_surprise(tmp_path):
+    """Whatever happens to a header, the file is refused or reads without another error."""
+    save_file(
+        {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4)}, tmp_path / "a.safetensors"
+    )
+    whole = (tmp_path / "a.safetensors").read_bytes()
+    header_end = 8 + int.from_bytes(whole[:8], "little")
+    random = torch.Generator().manual_seed(0)
+    refused = 0
+    for _ in range(400):
+        damaged = bytearray(whole)
+        for _ in range(int(torch.randint(1, 4, (), generator=random))):
+            place = int(torch.randint(0, header_end, (), generator=random))
+            damaged[place] = int(torch.randint(0, 256, (), generator=random))
+        path = tmp_path / "b.safetensors"
+        path.write_bytes(damaged)
+        try:
+            for info in read_header(path).values():
+                read_tensor(tmp_path, info)
+        except FormatError:
+            refused += 1
+    assert refused > 200
