@@ -17,5 +17,10 @@ pick_torch "$VENV"
 install_once "$VENV" "qlora_kit and what it needs" -e ".[demo]"
 
 "$VENV/bin/python" scripts/prepare_demo.py quickstart
+# A second quickstart replaces the first one's result, unless it goes somewhere else.
+case " $* " in
+  *" --output"* | *" --resume"*) ;;
+  *) set -- --overwrite "$@" ;;
+esac
 echo "-- $VENV/bin/qlora-kit train examples/quickstart.yaml${*:+ $*}"
 exec "$VENV/bin/qlora-kit" train examples/quickstart.yaml "$@"

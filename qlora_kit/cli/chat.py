@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.cli.arguments import Parser
 from qlora_kit.cli.logs import setup_logging
-from qlora_kit.cli.target import add_loading_arguments, load_target, resolve_target
+from qlora_kit.cli.target import add_loading_arguments, load_target, resolve_target, run_settings
 from qlora_kit.core.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def _parser() -> Parser:
     parser.add_argument("target", help="a model, an adapter folder, or the folder of a run")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this one question and stop")
     parser.add_argument("--base", action="store_true", help="show the base's answer as well")
-    parser.add_argument("--system", metavar="TEXT", help="system message of the conversation")
+    parser.add_argument("--system", metavar="TEXT", help="system message (default: as in the run)")
     parser.add_argument(
         "--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default 512)"
     )
@@ -158,6 +158,9 @@ def run(argv: Sequence[str]) -> int:
     target = resolve_target(options.target, options)
     if target.task != "causal_lm":
         raise ConfigError(f"{options.target} is a classifier; measure it with `qlora-kit eval`.")
+    run = run_settings(options.target)
+    if options.system is None and run is not None:
+        options.system = run.data.system_prompt
     conversation = Conversation(*load_target(target, options), options, _write)
     if options.base:
         conversation.need_adapter()

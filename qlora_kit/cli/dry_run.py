@@ -5,7 +5,6 @@ adapted by the same code as in a run, so the counts are those of the run. The da
 is read and tokenized for real: most mistakes are there.
 """
 
-import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,9 +31,14 @@ def dry_run(config: RunConfig) -> None:
     Raises:
         UserError: as the run itself would, for a model, data or target that does not fit.
     """
+    from qlora_kit.train.arguments import check_training
+    from qlora_kit.train.data.dataset import eval_names
+
     print("# the complete run file")
     print(to_yaml(config))
     device, dtype = _device(config.model)
+    has_eval = bool(eval_names(config.data))
+    check_training(config, on_gpu=device.startswith("cuda"), has_eval=has_eval)
     folder = _model_folder(config.model)
     _table("machine", [("device", f"{device}, computing in {_short(dtype)}")])
     sets = _data(config)
@@ -155,16 +159,15 @@ def _model_rows(config: RunConfig, folder: str, dtype: "torch.dtype", num_labels
 
 
 def _run_rows(config: RunConfig, examples: int) -> Rows:
+    from qlora_kit.train.arguments import update_count
+
     train = config.train
     per_update = train.batch_size * train.gradient_accumulation
-    updates = math.ceil(examples / per_update * train.epochs)
-    if train.max_steps > 0:
-        updates = train.max_steps
     output = Path(config.output)
     free = shutil.disk_usage(next(p for p in (output, *output.resolve().parents) if p.exists()))
     return [
         ("rows per update", f"{per_update}"),
-        ("updates", f"about {updates:,}"),
+        ("updates", f"{update_count(train, examples):,}"),
         ("output", f"{output} ({format_bytes(free.free)} free)"),
     ]
 

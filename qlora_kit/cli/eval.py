@@ -4,13 +4,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from qlora_kit.cli.arguments import Parser
 from qlora_kit.cli.logs import setup_logging
-from qlora_kit.cli.target import add_loading_arguments, load_target, resolve_target
+from qlora_kit.cli.target import add_loading_arguments, load_target, resolve_target, run_settings
 from qlora_kit.core.atomic import atomic_write_text
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.train.config import DataConfig, DataFormat, EvalConfig, EvalTask
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 _ABOUT = """\
 Measure a model, an adapter or a run on held-out rows: loss and perplexity, and
-accuracy of a choice, exact match of generated answers, or classification."""
+accuracy of a choice, exact match of generated answers, or classification.
+What is not given is as in the run that the target came from."""
 _EXAMPLES = """\
 examples:
   qlora-kit eval runs/quickstart --data demo/rotten_tomatoes/test.jsonl --base
@@ -42,29 +43,25 @@ def _parser() -> Parser:
     measure = parser.add_argument_group("measuring")
     measure.add_argument(
         "--task",
-        default="auto",
         choices=get_args(EvalTask),
         metavar="TASK",
-        help=f"{', '.join(get_args(EvalTask))} (default auto: what fits the answers)",
+        help=f"{', '.join(get_args(EvalTask))} (auto: what fits the answers)",
     )
     measure.add_argument("--choices", metavar="A,B", help="the labels of a choice")
     measure.add_argument("--labels", metavar="A,B", help="class names of a classifier, by id")
-    measure.add_argument("--batch-size", type=int, default=16, help="rows at a time (default 16)")
-    measure.add_argument(
-        "--max-new-tokens", type=int, default=128, help="longest answer (default 128)"
-    )
+    measure.add_argument("--batch-size", type=int, help="rows at a time")
+    measure.add_argument("--max-new-tokens", type=int, help="longest answer")
     measure.add_argument("--samples", type=int, default=3, help="answers to show (default 3)")
     data = parser.add_argument_group("data")
     data.add_argument(
         "--format",
-        default="auto",
         choices=get_args(DataFormat),
         metavar="NAME",
-        help=f"{', '.join(get_args(DataFormat))} (default auto: by the columns)",
+        help=f"{', '.join(get_args(DataFormat))} (auto: by the columns)",
     )
-    data.add_argument("--split", default="validation", help="of a data set that has several")
+    data.add_argument("--split", help="of a data set that has several")
     data.add_argument("--limit", type=int, help="use only the first rows")
-    data.add_argument("--max-length", type=int, default=1024, help="in tokens (default 1024)")
+    data.add_argument("--max-length", type=int, help="longest example in tokens")
     data.add_argument("--system-prompt", metavar="TEXT", help="for rows without a system message")
     add_loading_arguments(parser)
     return parser
@@ -105,6 +102,40 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
+def _settings(options: argparse.Namespace) -> tuple[DataConfig, EvalConfig]:
+    """The flags, over the settings of the run that the target came from, over the defaults."""
+    run = run_settings(options.target)
+    data = run.data if run else DataConfig(train=options.data)
+    measure = run.eval if run else EvalConfig()
+    data_flags = {
+        "eval_split": options.split,
+        "format": options.format,
+        "system_prompt": options.system_prompt,
+        "max_length": options.max_length,
+    }
+    measure_flags = {
+        "task": options.task,
+        "choices": _words(options.choices) or None,
+        "batch_size": options.batch_size,
+        "max_new_tokens": options.max_new_tokens,
+    }
+    return (
+        replace(
+            data,
+            train=options.data,
+            eval=options.data,
+            eval_sets={},
+            limit_eval=options.limit,
+            **{name: value for name, value in data_flags.items() if value is not None},
+        ),
+        replace(
+            measure,
+            samples=options.samples,
+            **{name: value for name, value in measure_flags.items() if value is not None},
+        ),
+    )
+
+
 def _measure(options: argparse.Namespace, target: Any) -> "dict[str, SetResult]":
     from rich.console import Console
 
@@ -117,28 +148,8 @@ def _measure(options: argparse.Namespace, target: Any) -> "dict[str, SetResult]"
     if target.task == "sequence_classification" and not labels:
         names = model.config.id2label or {}
         labels = tuple(str(names[key]) for key in sorted(names))
-    data = build_dataset(
-        DataConfig(
-            train=options.data,
-            eval=options.data,
-            eval_split=options.split,
-            format=options.format,
-            system_prompt=options.system_prompt,
-            max_length=options.max_length,
-            limit_eval=options.limit,
-        ),
-        tokenizer,
-        "eval",
-        task=target.task,
-        labels=labels,
-    )
-    settings = EvalConfig(
-        task=options.task,
-        choices=_words(options.choices),
-        samples=options.samples,
-        batch_size=options.batch_size,
-        max_new_tokens=options.max_new_tokens,
-    )
+    data_config, settings = _settings(options)
+    data = build_dataset(data_config, tokenizer, "eval", task=target.task, labels=labels)
     evaluator = Evaluator(tokenizer, settings, phases=Phases(Console(file=sys.stderr)))
     results = {}
     if options.base and adapter is not None:

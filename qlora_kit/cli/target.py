@@ -5,6 +5,7 @@ naming the adapter is enough. `--base-model` wins where the base has moved.
 """
 
 import argparse
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
@@ -13,6 +14,7 @@ from qlora_kit.cli.arguments import Parser
 from qlora_kit.cli.logs import quiet_progress
 from qlora_kit.core.errors import ConfigError, DataError
 from qlora_kit.quant.config import QuantConfig
+from qlora_kit.train.config import RunConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,6 +84,28 @@ def find_adapter(path: str) -> Path | None:
     for folder in (Path(path), Path(path) / "adapter"):
         if (folder / ADAPTER_FILE).is_file():
             return folder
+    return None
+
+
+def run_settings(path: str) -> RunConfig | None:
+    """Find the settings of the run that a target came from.
+
+    Args:
+        path: the folder of a run, or its `adapter` or `merged`.
+
+    Returns:
+        The run as it was started; None when the path belongs to no run.
+
+    Example:
+        >>> run_settings("no/such/folder") is None
+        True
+    """
+    from qlora_kit.cli.run_config import build_config
+
+    for folder in (Path(path), Path(path).resolve().parent):
+        file = folder / "config.json"
+        if (folder / "adapter" / ADAPTER_FILE).is_file() and file.is_file():
+            return build_config(json.loads(file.read_text(encoding="utf-8")))
     return None
 
 
