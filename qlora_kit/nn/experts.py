@@ -73,7 +73,7 @@ def unsupported_reason(module: nn.Module, config: QuantConfig) -> str | None:
         return "they have a norm of their own"
     for name in PROJECTIONS:
         _, n, k = module.get_parameter(name).shape
-        if n * k % (2 * config.block_size):
+        if n * k % config.block_size:
             return f"{n} x {k} weights are no whole blocks of {config.block_size}"
     return None
 
@@ -122,7 +122,7 @@ def quantize_stack(experts: Experts, config: QuantConfig, *, name: str = "expert
             size, blocks = expert.numel(), expert.numel() // config.block_size
             packed = expert.new_empty((count * size // 2, 1), dtype=torch.uint8)
             absmax = expert.new_empty(count * blocks, dtype=torch.float32)
-        if tuple(expert.shape) != shape or size % (2 * config.block_size):
+        if tuple(expert.shape) != shape or size % config.block_size:
             raise ShapeError(
                 f"{name} needs experts of one shape and whole blocks of {config.block_size}, got "
                 f"{tuple(expert.shape)} for expert {index} and {shape} for the first."
