@@ -135,8 +135,8 @@ def test_wrong_words(words, message):
     ],
 )
 def test_wrong_files(text, message, tmp_path):
+    given = "" if text.startswith("model") else "model: {path: a}\n"
     with pytest.raises(ConfigError, match=message) as caught:
-        given = "" if text.startswith("model") else "model: {path: a}\n"
         load(f"{given}data: {{train: b}}\n{text}\n", folder=tmp_path)
     assert "run.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
