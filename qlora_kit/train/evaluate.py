@@ -199,13 +199,16 @@ class Evaluator:
         self.phases = phases
         self.pad_to_multiple_of = pad_to_multiple_of
 
-    def measure(self, model: PreTrainedModel, data: TokenizedSet, name: str) -> SetResult:
+    def measure(
+        self, model: PreTrainedModel, data: TokenizedSet, name: str, *, label: str | None = None
+    ) -> SetResult:
         """Measure one set.
 
         Args:
             model: with its adapter on or off, as it shall be measured.
             data: held-out rows.
-            name: of the set, for the result and the progress bar.
+            name: of the set, for the result.
+            label: for the progress bar, if not the name.
 
         Returns:
             Loss, scores and a few answers.
@@ -220,9 +223,9 @@ class Evaluator:
         try:
             with torch.no_grad():
                 if task == "classification":
-                    result = self._classification(model, data, name)
+                    result = self._classification(model, data, label or name)
                 else:
-                    result = self._language(model, data, name, task)
+                    result = self._language(model, data, label or name, task)
         finally:
             model.train(was_training)
         totals, scores, answers = result

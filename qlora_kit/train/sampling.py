@@ -24,8 +24,8 @@ class EpochSampler(Sampler[int]):
     Example:
         >>> sampler = EpochSampler([5, 1, 4, 2], batch_size=2, group_by_length=True, seed=0)
         >>> order = list(sampler)
-        >>> sorted(order), sorted(order[:2])
-        ([0, 1, 2, 3], [0, 2])
+        >>> sorted(order), 0 in order[:2]
+        ([0, 1, 2, 3], True)
         >>> sampler.set_epoch(1)
         >>> sampler.epoch
         1

@@ -120,6 +120,9 @@ class Trainer(transformers.Trainer):
             raise AdapterError(
                 "the adapter has no trainable parameters. Attach it before making the Trainer."
             )
+        # One process drives one GPU: without this, a second visible GPU would mean DataParallel.
+        if args.n_gpu > 1:
+            args._n_gpu = 1
         super().__init__(
             model=model,
             args=args,
@@ -137,6 +140,8 @@ class Trainer(transformers.Trainer):
         self._mark_s = time.perf_counter()
         self._window_tokens = 0
         self._paused_s = 0.0
+        self._timed_tokens = 0
+        self._timed_s = 0.0
 
     # Data
 
@@ -231,6 +236,11 @@ class Trainer(transformers.Trainer):
         self._window_tokens += new
         self.state.num_input_tokens_seen += new
 
+    @property
+    def mean_tokens_per_s(self) -> float:
+        """Tokens per second over all logged updates of this process, evaluations left out."""
+        return round(self._timed_tokens / max(self._timed_s, 1e-9), 1)
+
     @contextmanager
     def _outside_training(self) -> Iterator[None]:
         """Time spent here does not count in tokens per second."""
@@ -252,6 +262,8 @@ class Trainer(transformers.Trainer):
             now = time.perf_counter()
             elapsed = now - self._mark_s - self._paused_s
             logs["tokens_per_s"] = round(self._window_tokens / max(elapsed, 1e-9), 1)
+            self._timed_tokens += self._window_tokens
+            self._timed_s += elapsed
             logs["tokens"] = self.state.num_input_tokens_seen
             logs["memory_gib"] = round(memory_bytes(self.args.device) / GIB, 3)
             self._mark_s, self._window_tokens, self._paused_s = now, 0, 0.0

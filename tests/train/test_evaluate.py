@@ -177,9 +177,7 @@ def test_classification(tmp_path: Path, tokenizer: Any) -> None:
     data = build_dataset(config, tokenizer, "eval", task="sequence_classification")
     results = [measure(model, tokenizer, data, batch_size=n) for n in (1, 4)]
     same(results)
-    found = []
-    for row in data:
-        found.append(int(model(input_ids=torch.tensor([row["input_ids"]])).logits.argmax()))
+    found = [int(model(input_ids=torch.tensor([r["input_ids"]])).logits.argmax()) for r in data]
     right = sum(f == row["labels"] for f, row in zip(found, data, strict=True))
     assert results[0].scores["accuracy"] == pytest.approx(right / 9)
     assert results[0].perplexity is None
@@ -207,7 +205,13 @@ def test_rows_without_an_answer_do_not_shift_the_others(tmp_path: Path, tokenize
     """Conversations that end with the user have no example; the rest keep their rows."""
     user, assistant = {"role": "user"}, {"role": "assistant"}
     rows = [
-        {"messages": [user | {"content": "a"}, assistant | {"content": "b"}, user | {"content": "c"}]},
+        {
+            "messages": [
+                user | {"content": "a"},
+                assistant | {"content": "b"},
+                user | {"content": "c"},
+            ]
+        },
         {"messages": [user | {"content": "d"}, assistant | {"content": "yes"}]},
         {"messages": [user | {"content": "e"}, assistant | {"content": "no"}]},
         {"messages": [user | {"content": "f"}, assistant | {"content": "no"}]},

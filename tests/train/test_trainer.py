@@ -94,7 +94,12 @@ def test_half_written_checkpoints_are_ignored(tmp_path: Path) -> None:
     trainer.train()
     good = tmp_path / "checkpoint-2"
     broken = tmp_path / "checkpoint-3"
-    for name in ("trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "rng_state.pth"):
+    for name in (
+        "trainer_state.json",
+        "adapter_model.safetensors",
+        "optimizer.pt",
+        "rng_state.pth",
+    ):
         shutil.rmtree(broken)
         shutil.copytree(good, broken)
         (broken / name).unlink()
@@ -237,7 +242,7 @@ def test_silent_zero_gradients_are_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     for piece in trainer.adapter.pieces:
         piece.enabled = False
-    with pytest.raises((AdapterError, RuntimeError), match="gradient|grad"):
+    with pytest.raises((AdapterError, RuntimeError), match="grad"):
         trainer.train()
     model, adapter = adapted()
     for name, parameter in adapter.named_parameters():
