@@ -76,7 +76,7 @@ def random_model(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if quant is not None:
         names = quantizable(model, quant)
-        swap(model, dict.fromkeys(names, quant), dtype=dtype, placeholder=False)
+        swap(model, dict.fromkeys(names, quant), dtype=dtype)
     for name, module in list(model.named_modules()):
         if "rotary" in type(module).__name__.lower():  # its buffers are computed, not stored
             with torch.device(device):

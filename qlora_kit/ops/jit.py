@@ -193,13 +193,21 @@ class Kernels:
                 null pointer; integers pass as 64 bits and floats as 32.
             device: where the tensors live.
         """
-        from cuda.core import LaunchConfig, Stream, launch
+        from cuda.core import LaunchConfig, launch
 
         with torch.cuda.device(device):
             kernel = self._kernel(name, torch.device("cuda", torch.cuda.current_device()))
-            stream = Stream.from_handle(torch.cuda.current_stream().cuda_stream)
+            stream = _stream(torch.cuda.current_stream().cuda_stream)
             config = LaunchConfig(grid=grid, block=block)
             launch(stream, config, kernel, *(_argument(value) for value in arguments))
+
+
+@lru_cache(maxsize=64)
+def _stream(handle: int) -> Any:
+    """cuda-core's view of one of torch's streams, which live as long as the process."""
+    from cuda.core import Stream
+
+    return Stream.from_handle(handle)
 
 
 def _argument(value: Tensor | int | float | None) -> Any:

@@ -46,7 +46,7 @@ def forward(
     else:
         xa = x @ lora_a.to(x.dtype).T
         # The low-rank product first, then the base product added to it: one pass less over y.
-        y = (xa * scale) @ lora_b.to(x.dtype).T
+        y = scaled_product(xa, lora_b.to(x.dtype).T, scale)
         y.addmm_(x, dense.T)
     if bias is not None:
         y += bias.to(x.dtype)
@@ -95,7 +95,7 @@ def backward(
     dx, da, db = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
     dyb = None
     if lora_a is not None and lora_b is not None and (need_dx or need_da):
-        dyb = (dy @ lora_b.to(dy.dtype)) * scale
+        dyb = scaled_product(dy, lora_b.to(dy.dtype), scale)
     if need_dx:
         dense = decode(weight, dy.dtype)
         if dyb is None or lora_a is None:
@@ -110,8 +110,27 @@ def backward(
         da = (dyb.T @ x).to(lora_a.dtype)
     if need_db:
         assert lora_b is not None
-        db = (dy.T @ (xa * scale)).to(lora_b.dtype)
+        db = scaled_product(dy.T, xa, scale).to(lora_b.dtype)
     dbias = (
         dy.sum(dim=0, dtype=torch.float32) if need_dbias else dy.new_empty(0, dtype=torch.float32)
     )
     return dx, da, db, dbias
+
+
+def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Multiply two matrices and a factor in one call: the GEMM's own alpha.
+
+    Args:
+        a: (M, K).
+        b: (K, N).
+        scale: the factor.
+
+    Returns:
+        (M, N) scale·a·b.
+
+    Example:
+        >>> scaled_product(torch.ones(1, 2), torch.ones(2, 1), 0.5).item()
+        1.0
+    """
+    out = a.new_empty((a.shape[0], b.shape[1]))
+    return torch.addmm(out, a, b, beta=0, alpha=scale, out=out)  # beta = 0: `out` is not read
