@@ -72,9 +72,10 @@ def _midpoints(device: torch.device) -> Tensor:
 @lru_cache(maxsize=1)
 def _bin_codes() -> Tensor:
     """(65536,) uint8: the code of each bin's left value on a CPU."""
-    steps = torch.arange(_BINS, dtype=torch.float32) * 2.0
+    cpu = torch.device("cpu")  # whatever the default device is
+    steps = torch.arange(_BINS, dtype=torch.float32, device=cpu) * 2.0
     left = steps / (_BINS - 1) - 1.0
-    return torch.bucketize(left, _midpoints(torch.device("cpu"))).to(torch.uint8)
+    return torch.bucketize(left, _midpoints(cpu)).to(torch.uint8)
 
 
 def _codes(unit: Tensor) -> Tensor:

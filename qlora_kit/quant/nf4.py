@@ -24,6 +24,7 @@ from qlora_kit.quant.config import BLOCK_SIZES
 
 _CHUNK = 1 << 20  # weights quantized at a time on a CPU: bounds the temporaries
 _DECODE_CHUNK = 1 << 16  # weights decoded at a time on a CPU: stays in its cache
+_HALF_BINS = 127  # bins of [-1, 1] on a CPU, each side of zero
 _TINY = 1e-38  # smallest divisor: keeps an all-zero block from dividing by zero
 
 
@@ -143,14 +144,35 @@ def _quantize_chunk(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 def _nearest_codes(unit: Tensor) -> Tensor:
     """Index of the nearest value, ties to the lower: how many midpoints lie strictly below."""
-    midpoints = _midpoints(unit.device)
     if unit.device.type != "cpu":
-        return torch.bucketize(unit, midpoints, out_int32=True).to(torch.uint8)
-    # Fifteen vectorised comparisons are three times faster on a CPU than its scalar search.
-    codes = torch.zeros(unit.shape, dtype=torch.uint8)
-    for midpoint in midpoints.tolist():
-        codes += unit > midpoint
+        return torch.bucketize(unit, _midpoints(unit.device), out_int32=True).to(torch.uint8)
+    # A CPU's search is scalar. Bins with at most one midpoint each turn it into two look-ups and
+    # one comparison, ten times as fast and exact: what lies below or above a whole bin is counted
+    # by the table. A NaN lands in a bin too; the caller refuses it.
+    below, midpoint = _bins()
+    bins = _bin_of(unit)
+    codes = below.index_select(0, bins)
+    codes += unit > midpoint.index_select(0, bins)
     return codes
+
+
+def _bin_of(unit: Tensor) -> Tensor:
+    """Bin of each value in [-1, 1]; never decreases with the value. int32."""
+    return (unit * _HALF_BINS + _HALF_BINS).int().clamp_(0, 2 * _HALF_BINS)
+
+
+@lru_cache(maxsize=1)
+def _bins() -> tuple[Tensor, Tensor]:
+    """Per bin, how many midpoints lie in lower bins (uint8), and the midpoint in it, or inf."""
+    cpu = torch.device("cpu")  # whatever the default device is
+    midpoints = _midpoints(cpu)
+    bins = _bin_of(midpoints)
+    every = torch.arange(2 * _HALF_BINS + 1, device=cpu)
+    below = (bins < every.unsqueeze(1)).sum(dim=1).to(torch.uint8)
+    midpoint = torch.full(every.shape, torch.inf, device=cpu)
+    midpoint[bins.long()] = midpoints
+    assert bins.unique().numel() == midpoints.numel(), "two midpoints in one bin"
+    return below, midpoint
 
 
 def dequantize_nf4(
