@@ -1,5 +1,6 @@
 """Tiny GGUF files, written the way llama.cpp's converter lays models out."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -41,13 +42,36 @@ def write_tokenizer(writer: GGUFWriter, pre: str = "smollm") -> None:
     writer.add_chat_template(TEMPLATE)
 
 
-def write_llama(file: Path, *, kind: str = "Q8_0", leave_out: str = "") -> dict[str, np.ndarray]:
+def write_sentencepiece(writer: GGUFWriter) -> None:
+    """A vocabulary of pieces with scores and byte fallback, as Llama 2 has."""
+    pieces = ["▁", "h", "e", "l", "o", "▁h", "el", "lo", "ello", "▁hello"]
+    words = [*WORDS[:3], *(f"<0x{byte:02X}>" for byte in range(243)), *pieces]
+    types = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL]
+    types += [TokenType.BYTE] * 243 + [TokenType.NORMAL] * len(pieces)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(words)
+    writer.add_token_scores([0.0] * 246 + [-10.0] * 5 + [float(i) for i in range(-5, 0)])
+    writer.add_token_types(types)
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+
+def write_llama(
+    file: Path,
+    *,
+    kind: str = "Q8_0",
+    leave_out: str = "",
+    tokenizer: Callable[[GGUFWriter], None] = write_tokenizer,
+) -> dict[str, np.ndarray]:
     """Write the tiny tied Llama; returns the weights under transformers' names.
 
     Args:
         file: to write.
         kind: block format of the matrices, or F32, F16.
         leave_out: a GGUF tensor name to forget.
+        tokenizer: writes the tokenizer's metadata.
     """
     model = tiny_models.build("llama_tied")
     config = model.config
@@ -61,7 +85,7 @@ def write_llama(file: Path, *, kind: str = "Q8_0", leave_out: str = "") -> dict[
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(config.vocab_size)
-    write_tokenizer(writer)
+    tokenizer(writer)
     state = {name: p.detach().numpy() for name, p in model.named_parameters()}
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, value in state.items():

@@ -162,3 +162,16 @@ def test_the_demo_model_speaks_english(tmp_path):
     text = tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     assert text == "The capital of France is Paris."
     assert model.config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_a_sentencepiece_vocabulary(tmp_path):
+    """Built by transformers' converter; special tokens and BOS as the file says."""
+    gguf_files.write_llama(tmp_path / "m.gguf", tokenizer=gguf_files.write_sentencepiece)
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = tokenizer("hello hello")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "▁hello", "▁hello"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "hello hello"
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+    ids = tokenizer("hé", add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["▁h", "<0xC3>", "<0xA9>"]
