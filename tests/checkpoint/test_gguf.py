@@ -28,8 +28,10 @@ def decoded(value: np.ndarray, kind: str) -> torch.Tensor:
     return torch.from_numpy(dequantize(quantize(value, stored), stored))
 
 
+@pytest.mark.parametrize("at_a_time", [gguf.DECODE_VALUES, 1000])
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "F16", "F32"])
-def test_weights_equal_the_decoded_blocks(tmp_path, kind):
+def test_weights_equal_the_decoded_blocks(tmp_path, monkeypatch, kind, at_a_time):
+    monkeypatch.setattr(gguf, "DECODE_VALUES", at_a_time)
     state = gguf_files.write_llama(tmp_path / "m.gguf", kind=kind)
     convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
     got = load_file(tmp_path / "out" / "model.safetensors")
