@@ -166,25 +166,24 @@ def _points(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float,
 
 
 def _charts(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Loss, learning rate, speed, gradient norm, memory: those that were logged."""
+    """Loss, learning rate, speed, gradient norm: those that were logged."""
     loss = _points(history, "loss")
     lines = [Series(name="training", points=loss)]
     if len(loss) > _SMOOTH_ABOVE:
         lines = [
-            Series(name="training", points=loss, kind="faint"),
-            Series(name="training, smoothed", points=smooth(loss, len(loss) // 12 | 1)),
+            Series(name="raw", points=loss, kind="faint"),
+            Series(name="training", points=smooth(loss, len(loss) // 12 | 1)),
         ]
     held_out = sorted({key for entry in history for key in entry if key.startswith("eval")})
     for i, key in enumerate(held_out):
         name = key.removeprefix("eval_").removesuffix("loss").strip("_") or "held out"
         points = _points(history, key)
         lines.append(Series(name=name, points=points, kind="dots", color=2 + i % 2))
-    charts = [_chart("Loss", "nats per token that counts", lines)]
+    charts = [_chart("Loss", "nats per token", lines)]
     for title, unit, key, from_zero in (
         ("Learning rate", "", "learning_rate", True),
         ("Speed", "tokens per second", "tokens_per_s", True),
         ("Gradient norm", "before clipping", "grad_norm", True),
-        ("Memory", "GiB", "memory_gib", True),
     ):
         # The first line includes one-time work: it would set the scale of the speed chart.
         points = _points(history, key)
