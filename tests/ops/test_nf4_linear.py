@@ -18,14 +18,14 @@ def relative_error(got, wanted):
     return ((got.double() - wanted).norm() / wanted.norm()).item()
 
 
-def make_case(m, n, k, rank, dtype, device, *, dense=None):
+def make_case(m, n, k, rank, dtype, device):
     """Random inputs, and the float64 weight the packed one decodes to."""
-    generator = torch.Generator().manual_seed(m * 1000 + n + k)
+    generator = torch.Generator(device).manual_seed(m * 1000 + n + k)
 
     def normal(*shape):
-        return torch.randn(shape, generator=generator).to(device)
+        return torch.randn(shape, generator=generator, device=device)
 
-    weight = NF4Weight.quantize((normal(n, k) / k**0.5).cpu()).to(device)
+    weight = NF4Weight.quantize(normal(n, k) / k**0.5)
     x = normal(m, k).to(dtype).requires_grad_()
     a = (normal(rank, k) / k**0.5).to(dtype).float().requires_grad_()
     b = (normal(n, rank) / rank**0.5).to(dtype).float().requires_grad_()
