@@ -43,6 +43,14 @@ def _run(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+def _short(word: str) -> str:
+    """A command's word without the folders of this machine."""
+    path = Path(word)
+    if not path.is_absolute():
+        return word
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that matter, those installed."""
     found = {"python": platform.python_version()}
@@ -88,7 +96,7 @@ def write_record(
         "bench": bench,
         "commit": commit,
         "dirty": bool(_run("git", "status", "--porcelain", "--untracked-files=no")),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(_short(word) for word in sys.argv),
         **where,
         "cpu": f"{platform.machine()}, {os.cpu_count()} cores",
         "env": versions(),
