@@ -35,7 +35,7 @@ LOGGERS = {
 DECAY_SHARE = 0.2
 """Share of the updates in which `warmup_stable_decay` decays."""
 MIN_LR_RATE = 0.1
-"""Final learning rate of `cosine_with_min_lr`, relative to the peak."""
+"""Final learning rate of the schedules `..._with_min_lr`, relative to the peak."""
 
 
 def _unknown(kind: str, name: str, known: list[str]) -> ConfigError:
@@ -135,6 +135,12 @@ def check_training(config: RunConfig, *, on_gpu: bool, has_eval: bool) -> None:
         >>> check_training(run, on_gpu=False, has_eval=False)
     """
     train = config.train
+    if config.model.device.startswith("cuda:") and config.model.device != "cuda:0":
+        raise ConfigError(
+            f"training runs on the first GPU that is visible, and model.device is "
+            f"{config.model.device}. Use device=cuda and choose the GPU with the environment "
+            f"variable CUDA_VISIBLE_DEVICES={config.model.device.removeprefix('cuda:')}."
+        )
     check_optimizer(train.optimizer, on_gpu=on_gpu)
     check_loggers(train.loggers)
     schedules = [schedule.value for schedule in SchedulerType]
@@ -162,7 +168,7 @@ def check_training(config: RunConfig, *, on_gpu: bool, has_eval: bool) -> None:
 
 
 def _schedule_kwargs(schedule: str, updates: int) -> dict[str, Any]:
-    if schedule == "cosine_with_min_lr":
+    if schedule in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
         return {"min_lr_rate": MIN_LR_RATE}
     if schedule == "warmup_stable_decay":
         return {"num_decay_steps": max(1, int(updates * DECAY_SHARE))}

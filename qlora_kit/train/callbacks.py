@@ -66,7 +66,7 @@ def make_progress(console: Console) -> Progress:
         6
     """
     return Progress(
-        TextColumn("[bold]{task.description:<10}"),
+        TextColumn("[bold]{task.description:<14}"),
         BarColumn(bar_width=24, complete_style="cyan", finished_style="green"),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -95,7 +95,7 @@ class Phases:
         self.console = console
 
     def track(self, items: Iterable[T], name: str, total: int | None = None) -> Iterator[T]:
-        """Yield the items while a bar advances; silent when the console is no terminal.
+        """Yield the items while a bar advances; one line at the start where there is no terminal.
 
         Args:
             items: what to loop over.
@@ -105,10 +105,12 @@ class Phases:
         Yields:
             The items, unchanged.
         """
+        count = total if total is not None else len(items) if isinstance(items, Sequence) else None
         if not self.console.is_terminal:
+            batches = "" if count is None else f", {count:,} batches"
+            self.console.print(f"{name}{batches}", highlight=False, markup=False)
             yield from items
             return
-        count = total if total is not None else len(items) if isinstance(items, Sequence) else None
         with make_progress(self.console) as progress:
             task = progress.add_task(name, total=count, note="")
             for item in items:

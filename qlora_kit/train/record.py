@@ -121,6 +121,8 @@ class Stages:
             device: whose memory is noted.
         """
         self.device = device
+        if device.type == "cuda":
+            torch.cuda.init()  # its memory counters exist only from then on
         self.entries: list[dict[str, Any]] = []
         self._start = time.perf_counter()
 

@@ -56,22 +56,27 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def shorten(text: str, limit: int = SHOWN_CHARACTERS) -> str:
-    """Put a text on one line and cut its beginning, where prompts say the same.
+def shorten(text: str, limit: int = SHOWN_CHARACTERS, *, keep: str = "start") -> str:
+    """Put a text on one line and cut what is too long.
 
     Args:
         text: any text.
         limit: longest result in characters.
+        keep: `start`, or `end` for prompts, which often begin alike.
 
     Returns:
         At most `limit` characters; an ellipsis tells of a cut.
 
     Example:
-        >>> shorten("Is this good?\\n\\na fine film", 12)
+        >>> shorten("Is this good?\\n\\na fine film", 12, keep="end")
         '…a fine film'
+        >>> shorten("The sentiment is", 10)
+        'The senti…'
     """
     line = " ".join(text.split())
-    return line if len(line) <= limit else "…" + line[-(limit - 1) :]
+    if len(line) <= limit:
+        return line
+    return "…" + line[-(limit - 1) :] if keep == "end" else line[: limit - 1] + "…"
 
 
 def print_start(console: Console, lines: Sequence[tuple[str, str]]) -> None:
@@ -158,7 +163,8 @@ def _samples(result: SetResult, before: SetResult | None) -> Table:
     table.add_column("after", ratio=3, overflow="fold")
     for i, answer in enumerate(result.answers):
         color = {True: "green", False: "red", None: ""}[answer.right]
-        cells: list[str | Text] = [shorten(answer.prompt), shorten(answer.reference)]
+        prompt = shorten(answer.prompt, keep="end")
+        cells: list[str | Text] = [prompt, shorten(answer.reference)]
         if before is not None:
             cells.append(shorten(before.answers[i].answer) if i < len(before.answers) else "")
         cells.append(Text(shorten(answer.answer), style=color))

@@ -324,12 +324,17 @@ class Trainer(transformers.Trainer):
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         self.adapter.save(folder, base_model=self.base_model, overwrite=True)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self._outside_training():
             self._flush_tokens()
+            if self.args.world_size > 1:  # every process writes its part: no single rename
+                super()._save_checkpoint(model, trial)
+                return
             run_folder = Path(self._get_output_dir(trial))
             final = run_folder / f"checkpoint-{self.state.global_step}"
             if self.state.best_global_step:
