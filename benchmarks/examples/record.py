@@ -15,6 +15,11 @@ from typing import Any
 from benchmarks.harness.record import write_record
 
 
+def _scores(held_out: dict[str, Any]) -> dict[str, object]:
+    """One held-out set's figures, without its texts: those are not ours to publish."""
+    return {key: value for key, value in held_out.items() if key != "answers"}
+
+
 def row_of(run: dict[str, Any]) -> dict[str, object]:
     """What a record keeps of one run.
 
@@ -40,8 +45,8 @@ def row_of(run: dict[str, Any]) -> dict[str, object]:
         "tokens_per_s": run["training"]["tokens_per_s"],
         "train_seconds": run["training"]["seconds"],
         "seconds": run["seconds"],
-        "before": run["before"],
-        "after": run["after"],
+        "before": [_scores(held_out) for held_out in run["before"]],
+        "after": [_scores(held_out) for held_out in run["after"]],
         "merge": None if run["merge"] is None else run["merge"]["deviation"],
         "memory": run["memory"],
         "device": run["environment"]["device"],
