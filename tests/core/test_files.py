@@ -62,6 +62,7 @@ def test_text_is_replaced_in_one_step(tmp_path):
 
 
 PEAKS = """
+from qlora_kit.core.memory import PeakMemory, anonymous_bytes, rss_bytes
 
 size = 64_000_000
 with PeakMemory() as memory:
