@@ -13,9 +13,11 @@ from qlora_kit.cli.logs import setup_logging
 from qlora_kit.cli.target import add_loading_arguments, load_target, resolve_target, run_settings
 from qlora_kit.core.atomic import atomic_write_text
 from qlora_kit.core.errors import ConfigError
-from qlora_kit.train.config import DataConfig, DataFormat, EvalConfig, EvalTask
+from qlora_kit.train.config import DataConfig, DataFormat, EvalConfig, EvalTask, RunConfig
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from qlora_kit.train.evaluate import SetResult
 
 _ABOUT = """\
@@ -24,20 +26,22 @@ accuracy of a choice, exact match of generated answers, or classification.
 What is not given is as in the run that the target came from."""
 _EXAMPLES = """\
 examples:
-  qlora-kit eval runs/quickstart --data demo/rotten_tomatoes/test.jsonl --base
-  qlora-kit eval runs/quickstart/merged --data test.jsonl --task choice
-  qlora-kit eval some/hub-id --data story.txt.jsonl --task perplexity"""
+  qlora-kit eval runs/quickstart
+  qlora-kit eval runs/quickstart/adapter demo/rotten_tomatoes/test.jsonl --base
+  qlora-kit eval runs/quickstart/merged test.jsonl --limit 100
+  qlora-kit eval some/hub-id texts.jsonl --task perplexity"""
 
 
 def _parser() -> Parser:
-    parser = Parser("eval", "TARGET --data PATH [options]", _ABOUT, _EXAMPLES)
+    parser = Parser("eval", "TARGET [DATA] [options]", _ABOUT, _EXAMPLES)
     parser.add_argument("target", help="a model, an adapter folder, or the folder of a run")
     parser.add_argument(
-        "--data",
-        required=True,
-        metavar="PATH",
-        help=".jsonl, .json, .csv or .parquet file, a datasets folder, or a hub id",
+        "data",
+        nargs="?",
+        help=".jsonl, .json, .csv or .parquet file, a datasets folder, or a hub id (default: the "
+        "held-out rows of the run)",
     )
+    parser.add_argument("--data", dest="data_flag", metavar="DATA", help="the same as a flag")
     parser.add_argument("--base", action="store_true", help="measure the base as well")
     parser.add_argument("--json", metavar="FILE", help="write the results there, too")
     measure = parser.add_argument_group("measuring")
@@ -84,6 +88,7 @@ def run(argv: Sequence[str]) -> int:
         ConfigError: the base was asked for and there is no adapter.
     """
     options = _parser().parse_args(argv)
+    options.data = options.data_flag or options.data
     setup_logging()
     target = resolve_target(options.target, options)
     if options.base and target.adapter is None:
@@ -102,11 +107,15 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _settings(options: argparse.Namespace) -> tuple[DataConfig, EvalConfig]:
+def _settings(options: argparse.Namespace, run: RunConfig | None) -> tuple[DataConfig, EvalConfig]:
     """The flags, over the settings of the run that the target came from, over the defaults."""
-    run = run_settings(options.target)
     data = run.data if run else DataConfig(train=options.data)
     measure = run.eval if run else EvalConfig()
+    source = {}
+    if options.data:
+        source = {"train": options.data, "eval": options.data, "limit_eval": options.limit}
+    elif options.limit:
+        source = {"limit_eval": options.limit}
     data_flags = {
         "eval_split": options.split,
         "format": options.format,
@@ -122,10 +131,7 @@ def _settings(options: argparse.Namespace) -> tuple[DataConfig, EvalConfig]:
     return (
         replace(
             data,
-            train=options.data,
-            eval=options.data,
-            eval_sets={},
-            limit_eval=options.limit,
+            **source,
             **{name: value for name, value in data_flags.items() if value is not None},
         ),
         replace(
@@ -136,6 +142,13 @@ def _settings(options: argparse.Namespace) -> tuple[DataConfig, EvalConfig]:
     )
 
 
+def _class_names(model: "PreTrainedModel") -> tuple[str, ...]:
+    """The classes a model was saved with; empty if it has only numbers for them."""
+    names = model.config.id2label or {}
+    found = tuple(str(names[key]) for key in sorted(names))
+    return () if all(name.startswith("LABEL_") for name in found) else found
+
+
 def _measure(options: argparse.Namespace, target: Any) -> "dict[str, SetResult]":
     from rich.console import Console
 
@@ -143,13 +156,14 @@ def _measure(options: argparse.Namespace, target: Any) -> "dict[str, SetResult]"
     from qlora_kit.train.data.dataset import build_dataset
     from qlora_kit.train.evaluate import Evaluator
 
+    run = run_settings(options.target)
+    if run is None and options.data is None:
+        raise ConfigError(f"{options.target} belongs to no run, so name the data to measure it on.")
     model, tokenizer, adapter = load_target(target, options)
-    labels = _words(options.labels)
-    if target.task == "sequence_classification" and not labels:
-        names = model.config.id2label or {}
-        labels = tuple(str(names[key]) for key in sorted(names))
-    data_config, settings = _settings(options)
-    data = build_dataset(data_config, tokenizer, "eval", task=target.task, labels=labels)
+    labels = _words(options.labels) or (run.model.labels if run else ()) or _class_names(model)
+    data_config, settings = _settings(options, run)
+    seed = run.train.seed if run else 0  # which rows `eval_fraction` holds out
+    data = build_dataset(data_config, tokenizer, "eval", task=target.task, labels=labels, seed=seed)
     evaluator = Evaluator(tokenizer, settings, phases=Phases(Console(file=sys.stderr)))
     results = {}
     if options.base and adapter is not None:

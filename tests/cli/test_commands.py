@@ -99,7 +99,7 @@ def test_print_config(run_file, capsys):
 
 def test_eval_adapter_and_base(adapter, rows, tmp_path, capsys):
     file = tmp_path / "results.json"
-    words = ["eval", str(adapter), "--data", str(rows), "--base", "--json", str(file)]
+    words = ["eval", str(adapter), str(rows), "--base", "--json", str(file)]
     assert main([*words, "--samples", "1", "--max-new-tokens", "4"]) == 0
     results = json.loads(file.read_text())["results"]
     assert set(results) == {"base", "adapter"}
@@ -144,6 +144,57 @@ def test_bits_choose_how_the_base_is_stored(base, adapter, rows, tmp_path, capsy
         assert main([*words, "--bits", bits, "--json", str(file)]) == 0
         losses[bits] = json.loads(file.read_text())["results"]["model"]["loss"]
     assert losses["4"] != losses["16"]
+
+
+def test_eval_repeats_what_the_run_measured(run_file, tmp_path, capsys):
+    """Trained, saved, loaded again: the same held-out rows give the same figures."""
+    out = tmp_path / "out"
+    flags = ["--train.learning_rate", "0.01", "--train.loggers", "", "--eval.samples", "1"]
+    assert main(["train", str(run_file), *flags, "--eval.max_new_tokens", "3"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("report.html")
+    (trained,) = json.loads((out / "run.json").read_text())["after"]
+    (before,) = json.loads((out / "run.json").read_text())["before"]
+    file = tmp_path / "again.json"
+    assert main(["eval", str(out), "--base", "--json", str(file)]) == 0
+    results = json.loads(file.read_text())["results"]
+    assert results["adapter"]["rows"] == trained["rows"] == 3
+    assert results["adapter"]["loss"] == pytest.approx(trained["loss"], rel=1e-6)
+    assert results["base"]["loss"] == pytest.approx(before["loss"], rel=1e-6)
+    assert trained["loss"] < before["loss"]
+
+
+def test_eval_of_a_classifier(tmp_path, capsys):
+    """Class names and the trained head come back with the adapter."""
+    tokenizer = chatml()
+    base = tiny_models.save("bert", tmp_path / "bert", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(base)
+    rows = tmp_path / "rows.jsonl"
+    texts = [{"text": f"{i} {'good' if i % 2 else 'bad'}", "label": "np"[i % 2]} for i in range(12)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    words = ["--model.path", str(base), "--model.task", "sequence_classification"]
+    words += ["--data.train", str(rows), "--data.eval", str(rows), "--train.epochs", "4"]
+    words += [
+        "--train.learning_rate",
+        "0.01",
+        "--train.loggers",
+        "",
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    assert main(["train", *words]) == 0
+    (trained,) = json.loads((tmp_path / "o" / "run.json").read_text())["after"]
+    file = tmp_path / "again.json"
+    assert main(["eval", str(tmp_path / "o"), str(rows), "--json", str(file)]) == 0
+    again = json.loads(file.read_text())["results"]["adapter"]
+    assert again["scores"] == trained["scores"]
+    assert again["loss"] == pytest.approx(trained["loss"], rel=1e-6)
+    assert main(["chat", str(tmp_path / "o"), "--prompt", "x"]) == 2
+    assert "classifier" in capsys.readouterr().err
+
+
+def test_eval_needs_data(base, capsys):
+    assert main(["eval", str(base)]) == 2
+    assert "name the data" in capsys.readouterr().err
 
 
 def test_chat_once(adapter, capsys):
