@@ -37,6 +37,7 @@ from qlora_kit.train.callbacks import (
     quiet_transformers,
     tensorboard_callback,
 )
+from qlora_kit.train.checkpoints import whole_checkpoints
 from qlora_kit.train.classify import name_classes
 from qlora_kit.train.config import RunConfig
 from qlora_kit.train.data.collate import Batch, Collator, make_collator
@@ -134,6 +135,7 @@ class _Run:
     def go(self) -> RunResult:
         config = self.config
         on_gpu = _on_gpu(config.model.device)
+        self.space.check(config)
         check_training(config, on_gpu=on_gpu, has_eval=bool(eval_names(config.data)))
         source = open_source(config.model.path, revision=config.model.revision)
         tokenizer = load_tokenizer(source.folder)
@@ -142,20 +144,21 @@ class _Run:
                 f"{config.model.path} has no tokenizer. Copy the tokenizer files of the original "
                 "model beside the weights."
             )
-        self.space.open(config)
         set_seed(config.train.seed)
         stages = Stages(torch.device("cuda" if on_gpu else "cpu"))
         with PeakMemory(interval_s=0.05) as memory:
             with stages.stage("data"):
                 sets = self._data(tokenizer)
+            self.space.open(config)
             with stages.stage("load"):
                 model, tokenizer = self._load(sets["train"])
             self._measure_with(tokenizer, model)
-            before = self._before(model, sets, stages)
             adapter = attach(
                 model, make_adapter_config(config.method, config.adapter), seed=config.train.seed
             )
             self._print_start(model, adapter, sets)
+            with adapter.disabled():
+                before = self._before(model, sets, stages)
             with stages.stage("train"):
                 training = self._train(model, adapter, sets)
             with stages.stage("after"):
@@ -310,9 +313,9 @@ class _Run:
             output = trainer.train(resume_from_checkpoint=True if config.resume else None)
         except KeyboardInterrupt:
             progress.close()
-            self.console.print(
-                "stopped; continue with --resume true from the last checkpoint", highlight=False
-            )
+            left = whole_checkpoints(self.space.checkpoints)
+            advice = f"{left[-1].name} is whole: continue with resume=true" if left else ""
+            self.console.print(f"stopped. {advice}", highlight=False)
             raise
         finally:
             progress.close()

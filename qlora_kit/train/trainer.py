@@ -14,15 +14,15 @@ What is different from the parent, and why:
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
@@ -45,7 +45,17 @@ from qlora_kit.train.sampling import EpochSampler, SortedSampler
 Batch = dict[str, Tensor]
 
 
-def row_lengths(dataset: Dataset[Any]) -> list[int]:
+class RowSet(Protocol):
+    """Any map-style data set: a list of rows, a `TokenizedSet`, a torch `Dataset` with a length."""
+
+    def __len__(self) -> int:
+        """Count rows."""
+
+    def __getitem__(self, index: int, /) -> Any:
+        """Give one row, a mapping with `input_ids`."""
+
+
+def row_lengths(dataset: RowSet) -> list[int]:
     """Tokens of each row, from the data set's `lengths` or by counting.
 
     Args:
@@ -61,7 +71,7 @@ def row_lengths(dataset: Dataset[Any]) -> list[int]:
     known = getattr(dataset, "lengths", None)
     if known is not None:
         return [int(length) for length in known]
-    return [len(dataset[row]["input_ids"]) for row in range(len(dataset))]  # type: ignore[arg-type]
+    return [len(dataset[row]["input_ids"]) for row in range(len(dataset))]
 
 
 class Trainer(transformers.Trainer):
@@ -89,8 +99,8 @@ class Trainer(transformers.Trainer):
         adapter: AttachedAdapter,
         args: TrainingArguments,
         *,
-        train_dataset: Dataset[Any] | Sequence[Any] | None = None,
-        eval_dataset: Dataset[Any] | dict[str, Any] | Sequence[Any] | None = None,
+        train_dataset: RowSet | None = None,
+        eval_dataset: RowSet | Mapping[str, RowSet] | None = None,
         data_collator: Callable[[list[Any]], Batch] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         group_by_length: bool = True,

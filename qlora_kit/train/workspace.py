@@ -54,8 +54,8 @@ class Workspace:
         self.record = folder / "run.json"
         self.report = folder / "report.html"
 
-    def open(self, config: RunConfig) -> None:
-        """Make the folder ready for a run, or refuse.
+    def check(self, config: RunConfig) -> None:
+        """Refuse a run that would destroy something; touches nothing.
 
         Args:
             config: the run; `resume` and `overwrite` decide what is allowed.
@@ -64,30 +64,37 @@ class Workspace:
             ConfigError: the folder holds a finished run, or an interrupted one that is
                 neither resumed nor overwritten, or there is nothing to resume.
         """
+        if config.overwrite and not config.resume:
+            return
         finished = self.record.exists()
         interrupted = not finished and bool(whole_checkpoints(self.checkpoints))
-        if config.overwrite and not config.resume:
-            self._clear()
-        elif finished:
+        if finished:
             raise ConfigError(
                 f"{self.folder} holds a finished run. Choose another output, or set "
                 "overwrite=true to replace it."
             )
-        elif config.resume and not interrupted:
+        if config.resume and not interrupted:
             raise ConfigError(
                 f"there is nothing to resume in {self.folder}: no whole checkpoint. Start without "
                 "resume, or name the output of the interrupted run."
             )
-        elif interrupted and not config.resume:
+        if interrupted and not config.resume:
             raise ConfigError(
                 f"{self.folder} holds an interrupted run. Set resume=true to continue it, or "
                 "overwrite=true to start again."
             )
+
+    def open(self, config: RunConfig) -> None:
+        """Make the folder ready for a run that `check` has passed.
+
+        Args:
+            config: the run; without `resume`, what an earlier run wrote is removed.
+        """
         if config.resume:
             self._warn_about_changes(config)
-        else:
-            self._clear()  # leftovers of a run that died before its first checkpoint
-            atomic_write_text(self.config, json.dumps(asdict(config), indent=1) + "\n")
+            return
+        self._clear()
+        atomic_write_text(self.config, json.dumps(asdict(config), indent=1) + "\n")
 
     def _clear(self) -> None:
         """Remove what a run writes, and nothing else."""

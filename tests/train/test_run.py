@@ -145,6 +145,10 @@ def test_output_is_protected(base: Path, tmp_path: Path) -> None:
         run_training(make_config(base, tmp_path, resume=True, train=config.train), console=quiet())
     run_training(make_config(base, tmp_path, overwrite=True, train=config.train), console=quiet())
     assert note.read_text() == "mine"
+    missing = DataConfig(train=str(tmp_path / "gone.jsonl"))
+    with pytest.raises(UserError, match="gone"):
+        run_training(make_config(base, tmp_path, overwrite=True, data=missing), console=quiet())
+    assert (tmp_path / "out" / "run.json").exists()  # a mistake in the new run costs nothing
     with pytest.raises(ConfigError, match="nothing to resume"):
         run_training(
             make_config(base, tmp_path, resume=True, output=str(tmp_path / "new")),
@@ -227,6 +231,22 @@ def test_refusals_come_before_the_model(base: Path, tmp_path: Path) -> None:
     bad.write_text('{"a": 1}')
     with pytest.raises(DataError):
         run_training(make_config(base, tmp_path, data=DataConfig(train=str(bad))))
+
+
+def test_deterministic_runs_repeat(base: Path, tmp_path: Path) -> None:
+    """Asked to be repeatable, two runs give the same bytes; another seed gives others."""
+    found = []
+    try:
+        for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+            (tmp_path / name).mkdir()
+            train = TrainConfig(deterministic=True, max_steps=2, seed=seed, loggers=())
+            settings = {"adapter": LoRA(rank=2, dropout=0.1), "eval": EvalConfig(before=False)}
+            config = make_config(base, tmp_path / name, train=train, **settings)
+            result = run_training(config, console=quiet())
+            found.append((result.adapter / "adapter_model.safetensors").read_bytes())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found[0] == found[1] != found[2]
 
 
 def test_out_of_memory_is_advice(
