@@ -2,18 +2,22 @@
 # Works with bash 3.2 (macOS) and later; sets no options of its own.
 
 # Print the first interpreter that is Python 3.11 or newer, or explain and fail.
-# A name on PATH is not enough: version managers put shims there that do not run.
+# A name on PATH is not enough: version managers put shims there that do not run, in front of
+# interpreters that do. So every match is tried.
 find_python() {
-  local candidate
-  for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python; do
-    [ -n "$candidate" ] || continue
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
-      command -v "$candidate"
-      return 0
-    fi
+  local name candidate
+  for name in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python3.14 python; do
+    [ -n "$name" ] || continue
+    while IFS= read -r candidate; do
+      if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+        echo "$candidate"
+        return 0
+      fi
+    done < <(type -ap "$name")
   done
   echo "qlora_kit needs Python 3.11 or newer, and found $(python3 --version 2>&1 || echo none)." >&2
-  echo "Install one (python.org, your package manager, pyenv, uv) or name it: PYTHON=/path/to/python3.12 bash $0" >&2
+  echo "Install one (python.org, your package manager, pyenv, uv), or name one:" >&2
+  echo "PYTHON=/path/to/python3.12 bash $0" >&2
   return 1
 }
 
