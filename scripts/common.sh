@@ -6,8 +6,7 @@
 # interpreters that do. So every match is tried.
 find_python() {
   local name candidate
-  for name in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python3.14 python; do
-    [ -n "$name" ] || continue
+  for name in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.14 python}; do
     while IFS= read -r candidate; do
       if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
         echo "$candidate"
@@ -15,7 +14,8 @@ find_python() {
       fi
     done < <(type -ap "$name")
   done
-  echo "qlora_kit needs Python 3.11 or newer, and found $(python3 --version 2>&1 || echo none)." >&2
+  name=$("${PYTHON:-python3}" --version 2>/dev/null || echo "no ${PYTHON:-python3}")
+  echo "qlora_kit needs Python 3.11 or newer, and found $name." >&2
   echo "Install one (python.org, your package manager, pyenv, uv), or name one:" >&2
   echo "PYTHON=/path/to/python3.12 bash $0" >&2
   return 1
