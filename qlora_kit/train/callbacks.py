@@ -21,7 +21,6 @@ from rich.progress import (
     Progress,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from torch import nn
@@ -63,17 +62,19 @@ def make_progress(console: Console) -> Progress:
 
     Example:
         >>> len(make_progress(Console(quiet=True)).columns)
-        6
+        5
     """
     return Progress(
-        TextColumn("[bold]{task.description:<14}"),
-        BarColumn(bar_width=24, complete_style="cyan", finished_style="green"),
+        TextColumn("[bold]{task.description}"),
+        BarColumn(
+            bar_width=24 if console.width >= 100 else 8,
+            complete_style="cyan",
+            finished_style="green",
+        ),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("[dim]{task.fields[note]}"),
         console=console,
-        transient=False,
     )
 
 
@@ -281,18 +282,19 @@ def training_note(logs: dict[str, float]) -> str:
         logs: as the Trainer logs them.
 
     Returns:
-        Loss, learning rate, tokens per second, memory.
+        Loss, learning rate, tokens per second, memory: at most about 45 characters.
 
     Example:
         >>> training_note({"loss": 0.5, "learning_rate": 2e-4, "tokens_per_s": 812.0})
-        'loss 0.5000  lr 2.0e-04  812 tok/s'
+        'loss 0.5000 · lr 2.0e-4 · 812 tok/s'
     """
-    parts = [f"loss {logs['loss']:.4f}", f"lr {logs.get('learning_rate', 0.0):.1e}"]
+    rate = f"{logs.get('learning_rate', 0.0):.1e}".replace("e-0", "e-").replace("e+00", "")
+    parts = [f"loss {logs['loss']:.4f}", f"lr {rate}"]
     if "tokens_per_s" in logs:
         parts.append(f"{logs['tokens_per_s']:,.0f} tok/s")
     if "memory_gib" in logs:
-        parts.append(f"{logs['memory_gib']:.2f} GiB")
-    return "  ".join(parts)
+        parts.append(f"{logs['memory_gib']:.1f} GiB")
+    return " · ".join(parts)
 
 
 @contextmanager
