@@ -66,7 +66,7 @@ step "docstrings: pydoclint"
 "$BIN/pydoclint" --quiet qlora_kit
 
 step "import order of the rooms: import-linter"
-"$BIN/lint-imports" --no-timing 2>&1 | tail -n 12
+"$BIN/lint-imports" --no-logo
 
 step "generated documentation is up to date"
 "$PY" scripts/generate_docs.py --check
