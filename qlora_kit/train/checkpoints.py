@@ -11,6 +11,7 @@ import re
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -172,3 +173,36 @@ def restore_adapter(adapter: AttachedAdapter, folder: Path) -> None:
     for module, pair in files.deltas.items():
         state[f"{module}.lora_A"], state[f"{module}.lora_B"] = pair.a, pair.b
     adapter.load_state_dict(state)
+
+
+def repage_state(optimizer: Any) -> int:
+    """Put the restored state of a paged optimizer back into paged memory.
+
+    bitsandbytes loads a saved state as ordinary tensors, which its next step moves to
+    the GPU for good: a run that just fitted runs out of memory after a resume.
+
+    Args:
+        optimizer: any optimizer, possibly wrapped by accelerate.
+
+    Returns:
+        Number of tensors moved; 0 for an optimizer that is not paged.
+
+    Example:
+        >>> import torch
+        >>> repage_state(torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]))
+        0
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not getattr(inner, "is_paged", False):
+        return 0
+    moved = 0
+    for parameter, state in inner.state.items():
+        for name, saved in list(state.items()):
+            if name not in ("state1", "state2") or getattr(saved, "is_paged", False):
+                continue
+            buffer = inner.get_state_buffer(parameter, dtype=saved.dtype)
+            if getattr(buffer, "is_paged", False):  # small tensors are never paged
+                buffer.copy_(saved)
+                state[name] = buffer
+                moved += 1
+    return moved

@@ -36,6 +36,7 @@ from qlora_kit.train.checkpoints import (
     STATE_FILE,
     last_checkpoint,
     prune_checkpoints,
+    repage_state,
     restore_adapter,
 )
 from qlora_kit.train.held_out import loss_totals
@@ -370,6 +371,11 @@ class Trainer(transformers.Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         restore_adapter(self.adapter, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            repage_state(self.optimizer)
 
     def _load_best_model(self) -> None:
         restore_adapter(self.adapter, Path(self.state.best_model_checkpoint))

@@ -60,6 +60,9 @@ def measurement(name: str, loss: float, accuracy: float, answer: str) -> dict[st
         answers.append(
             {"prompt": asked, "reference": reference, "answer": text, "right": said == reference}
         )
+    if answer == "base":
+        answers[1]["answer"] = "```\n\nOutput:\n\n" * 12  # what an untrained model may write
+        answers[2]["answer"] = '{"intent":"' + "HassTurnOn" * 12 + '"}'
     return {
         "name": name,
         "task": "choice",
