@@ -249,8 +249,11 @@ class Trainer(transformers.Trainer):
 
     @property
     def mean_tokens_per_s(self) -> float:
-        """Tokens per second over all logged updates of this process, evaluations left out."""
-        return round(self._timed_tokens / max(self._timed_s, 1e-9), 1)
+        """Tokens per second over the logged updates, evaluations and checkpoints left out."""
+        if self._timed_s > 0:
+            return round(self._timed_tokens / self._timed_s, 1)
+        logged = [e["tokens_per_s"] for e in self.state.log_history if "tokens_per_s" in e]
+        return round(sum(logged) / max(1, len(logged)), 1)  # resumed after the last update
 
     @contextmanager
     def _outside_training(self) -> Iterator[None]:

@@ -58,7 +58,7 @@ class _Paged:
 def test_paged_state_is_paged_again() -> None:
     """Same values, large tensors in paged buffers, small ones untouched, once is enough."""
     optimizer = _Paged()
-    before = [{k: v for k, v in state.items()} for state in optimizer.state.values()]
+    before = [dict(state) for state in optimizer.state.values()]
     assert repage_state(optimizer) == 2
     for state, old in zip(optimizer.state.values(), before, strict=True):
         for name in ("state1", "state2"):

@@ -55,6 +55,6 @@ def test_resume_gives_the_same_bits(tmp_path: Path, optimizer: str) -> None:
 def test_memory_running_out_is_advice() -> None:
     """The real allocator's error becomes the run's own words."""
     run = RunConfig(model=ModelConfig(path="m"), data=DataConfig(train="t.jsonl"))
-    with pytest.raises(UserError, match=r"out of memory .*train\.batch_size=4"):
-        with explain_memory_errors(run):
-            torch.empty(1 << 50, device="cuda", dtype=torch.uint8)
+    advice = pytest.raises(UserError, match=r"out of memory .*train\.batch_size=4")
+    with advice, explain_memory_errors(run):
+        torch.empty(1 << 50, device="cuda", dtype=torch.uint8)

@@ -133,6 +133,28 @@ def test_a_killed_run_resumes_to_the_same_bits(
     assert steps == [e["step"] for e in whole.record["training"]["history"] if "loss" in e]
 
 
+def test_resume_after_the_last_update(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training was done when the run died: a resume finishes the rest from the checkpoint."""
+    export = ExportConfig(merge=True, dtype="float32")
+
+    def full_disk(*args: Any, **kwargs: Any) -> Any:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(run_module, "merge_and_check", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        run_training(make_config(base, tmp_path, export=export), console=quiet())
+    monkeypatch.undo()
+    trained = (tmp_path / "out" / "adapter" / "adapter_model.safetensors").read_bytes()
+    result = run_training(make_config(base, tmp_path, export=export, resume=True), console=quiet())
+    assert (result.adapter / "adapter_model.safetensors").read_bytes() == trained
+    assert result.merged is not None
+    assert result.record["training"]["updates"] == 6
+    assert result.record["training"]["tokens_per_s"] > 0
+    assert result.after[0].loss < result.before[0].loss
+
+
 def test_output_is_protected(base: Path, tmp_path: Path) -> None:
     """A finished run is replaced only if asked to; other files in the folder survive that."""
     config = make_config(base, tmp_path, train=TrainConfig(max_steps=1, loggers=()))
