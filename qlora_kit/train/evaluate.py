@@ -27,7 +27,14 @@ from qlora_kit.train.config import EvalConfig
 from qlora_kit.train.data.collate import make_collator
 from qlora_kit.train.data.tokenized import PromptAnswer, TokenizedSet
 from qlora_kit.train.generate import generate_answers
-from qlora_kit.train.held_out import LossTotals, classify_batch, language_model_losses, to_device
+from qlora_kit.train.held_out import (
+    LossTotals,
+    classify_batch,
+    example_rows,
+    language_model_losses,
+    sample_rows,
+    to_device,
+)
 from qlora_kit.train.loss import IGNORE, SelectedLogits
 from qlora_kit.train.metrics import accuracy, is_json_object, macro_f1, same_answer
 from qlora_kit.train.sampling import SortedSampler
@@ -123,56 +130,6 @@ def choose_task(config: EvalConfig, data: TokenizedSet) -> str:
             "Use eval.task=perplexity."
         )
     return config.task
-
-
-def sample_rows(count: int, wanted: int) -> list[int]:
-    """Pick rows spread evenly over a set.
-
-    Args:
-        count: rows there are.
-        wanted: rows to pick.
-
-    Returns:
-        Ascending row numbers, at most `count`.
-
-    Example:
-        >>> sample_rows(9, 3), sample_rows(2, 5), sample_rows(9, 1)
-        ([0, 4, 8], [0, 1], [0])
-    """
-    wanted = min(count, wanted)
-    if wanted <= 1:
-        return list(range(wanted))
-    return [round(i * (count - 1) / (wanted - 1)) for i in range(wanted)]
-
-
-def example_rows(data: TokenizedSet) -> list[int]:
-    """Find the row each of a set's examples was made from.
-
-    Rows that do not end with an answer have no example, so the two can differ in length.
-
-    Args:
-        data: held-out rows.
-
-    Returns:
-        One ascending row number per example.
-
-    Example:
-        >>> from types import SimpleNamespace as Namespace
-        >>> class Rows(list):
-        ...     examples = [Namespace(prompt_ids=(7, 8))]
-        >>> example_rows(Rows([{"input_ids": [1, 2]}, {"input_ids": [7, 8, 9]}]))
-        [1]
-    """
-    if len(data.examples) == len(data):
-        return list(range(len(data)))
-    found: list[int] = []
-    for row in range(len(data)):
-        if len(found) == len(data.examples):
-            break
-        prompt = list(data.examples[len(found)].prompt_ids)
-        if data[row]["input_ids"][: len(prompt)] == prompt:
-            found.append(row)
-    return found
 
 
 class Evaluator:

@@ -17,7 +17,7 @@ from qlora_kit.train.classify import compare_classifiers, name_saved_classes
 from qlora_kit.train.config import RunConfig
 from qlora_kit.train.data.collate import make_collator
 from qlora_kit.train.data.tokenized import TokenizedSet
-from qlora_kit.train.evaluate import sample_rows
+from qlora_kit.train.held_out import sample_rows
 from qlora_kit.train.record import Stages
 from qlora_kit.train.workspace import Workspace
 

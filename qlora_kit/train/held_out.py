@@ -1,4 +1,4 @@
-"""Losses of held-out batches: sums over tokens, no gradients, no logits kept.
+"""Held-out batches: losses summed over tokens, no gradients, no logits kept; and their rows.
 
 The Trainer uses this while it trains, the evaluator before and after.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from qlora_kit.train.data.tokenized import TokenizedSet
 from qlora_kit.train.loss import IGNORE, SelectedLogits, selected_logits, token_losses
 from qlora_kit.train.metrics import perplexity
 
@@ -156,3 +157,53 @@ def classify_batch(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[Tenso
     """
     logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.float()
     return F.cross_entropy(logits, batch["labels"], reduction="none"), logits.argmax(dim=-1)
+
+
+def sample_rows(count: int, wanted: int) -> list[int]:
+    """Pick rows spread evenly over a set.
+
+    Args:
+        count: rows there are.
+        wanted: rows to pick.
+
+    Returns:
+        Ascending row numbers, at most `count`.
+
+    Example:
+        >>> sample_rows(9, 3), sample_rows(2, 5), sample_rows(9, 1)
+        ([0, 4, 8], [0, 1], [0])
+    """
+    wanted = min(count, wanted)
+    if wanted <= 1:
+        return list(range(wanted))
+    return [round(i * (count - 1) / (wanted - 1)) for i in range(wanted)]
+
+
+def example_rows(data: TokenizedSet) -> list[int]:
+    """Find the row each of a set's examples was made from.
+
+    Rows that do not end with an answer have no example, so the two can differ in length.
+
+    Args:
+        data: held-out rows.
+
+    Returns:
+        One ascending row number per example.
+
+    Example:
+        >>> from types import SimpleNamespace as Namespace
+        >>> class Rows(list):
+        ...     examples = [Namespace(prompt_ids=(7, 8))]
+        >>> example_rows(Rows([{"input_ids": [1, 2]}, {"input_ids": [7, 8, 9]}]))
+        [1]
+    """
+    if len(data.examples) == len(data):
+        return list(range(len(data)))
+    found: list[int] = []
+    for row in range(len(data)):
+        if len(found) == len(data.examples):
+            break
+        prompt = list(data.examples[len(found)].prompt_ids)
+        if data[row]["input_ids"][: len(prompt)] == prompt:
+            found.append(row)
+    return found

@@ -13,9 +13,9 @@ from qlora_kit.train.callbacks import Phases
 from qlora_kit.train.config import DataConfig, EvalConfig
 from qlora_kit.train.data.dataset import build_dataset
 from qlora_kit.train.data.tokenized import TokenizedSet
-from qlora_kit.train.evaluate import Evaluator, SetResult, choose_task, example_rows
+from qlora_kit.train.evaluate import Evaluator, SetResult, choose_task
 from qlora_kit.train.generate import generate_answers, generate_stream
-from qlora_kit.train.held_out import loss_totals
+from qlora_kit.train.held_out import example_rows, loss_totals
 from tests import tiny_models
 from tests.train.helpers import adapted
 
