@@ -55,6 +55,8 @@ def test_many_reads_leave_no_memory_behind(tmp_path):
     save_file(tensors, tmp_path / "a.safetensors")
     tensors.clear()
     infos = read_header(tmp_path / "a.safetensors")
+    for info in infos.values():  # what the allocator keeps for later, it keeps after one pass
+        read_tensor(tmp_path, info)
     with PeakMemory() as memory:
         for _ in range(3):
             for info in infos.values():
