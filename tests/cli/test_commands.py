@@ -12,6 +12,7 @@ from qlora_kit.adapters.inject import attach
 from qlora_kit.cli import selftest
 from qlora_kit.cli.main import main
 from qlora_kit.load import model as load_model
+from qlora_kit.ops.backend import known_ops
 from tests import tiny_models
 from tests.train.data.tokenizers_in_memory import chatml
 
@@ -290,6 +291,10 @@ def test_doctor(capsys):
     assert "FAIL" not in text
 
 
+def test_every_op_has_a_self_test():
+    assert sorted(selftest.OP_TESTS) == known_ops()
+
+
 def test_doctor_fails_on_a_wrong_codec(capsys, monkeypatch):
     """The self-test can fail: nibbles swapped in decoding are found."""
 
@@ -306,11 +311,11 @@ def test_doctor_fails_on_a_wrong_op(capsys, monkeypatch):
     nf4_linear = selftest.nf4_linear
 
     def wrong(x, weight, *, scale, **options):
-        return nf4_linear(x, weight, scale=2 * scale, **options)
+        return nf4_linear(x, weight, scale=1.01 * scale, **options)
 
     monkeypatch.setattr(selftest, "nf4_linear", wrong)
     assert main(["doctor"]) == 2
-    assert "forward: error" in capsys.readouterr().out
+    assert "FAIL    reference        forward, 1 rows" in capsys.readouterr().out
 
 
 def test_doctor_names_a_forced_backend_that_is_missing(capsys, monkeypatch):
