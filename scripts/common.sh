@@ -37,30 +37,22 @@ make_venv() {
   fi
 }
 
-CPU_WHEELS=https://download.pytorch.org/whl/cpu
+has_nvidia_gpu() {
+  nvidia-smi -L 2>/dev/null | grep -q GPU
+}
 
-# pick_torch FOLDER: which build of torch. constraints.txt pins its version only. On Linux, pip's default index serves
-# the CUDA build (several GB with its libraries); without an NVIDIA GPU that is a waste, so the CPU
-# build is installed first, if its index can be reached. Everywhere else, and with a GPU, the
-# default index has the right build and nothing is forced.
+# pick_torch FOLDER: which build of torch. constraints.txt pins its version only, and pip's index
+# decides the build: on Linux usually the CUDA one, several GB with its libraries. Without a GPU,
+# QLORA_KIT_TORCH_INDEX names an index that serves CPU builds (PyTorch's install page has it), and
+# torch is installed from there first.
 pick_torch() {
-  local folder=$1 choice=${QLORA_KIT_TORCH:-auto} version
-  [ "$(uname -s)" = Linux ] || return 0
-  if [ "$choice" = auto ]; then
-    choice=cpu
-    if nvidia-smi -L 2>/dev/null | grep -q GPU; then choice=cuda; fi
-  fi
-  if [ "$choice" = cuda ]; then return 0; fi
+  local folder=$1 version
+  [ -n "${QLORA_KIT_TORCH_INDEX:-}" ] || return 0
   if "$folder/bin/python" -c 'import torch' >/dev/null 2>&1; then return 0; fi
   version=$(sed -n 's/^torch==//p' constraints.txt)
-  if "$folder/bin/python" - "$CPU_WHEELS" 2>/dev/null <<'PY'; then
-import sys, urllib.request
-urllib.request.urlopen(sys.argv[1] + "/torch/", timeout=5).close()
-PY
-    echo "-- torch $version for CPUs (no NVIDIA GPU found; QLORA_KIT_TORCH=cuda overrides)"
-    "$folder/bin/python" -m pip install -qq --disable-pip-version-check \
-      --index-url "$CPU_WHEELS" "torch==$version" || true # the default index is tried next
-  fi
+  echo "-- torch $version from QLORA_KIT_TORCH_INDEX"
+  "$folder/bin/python" -m pip install -qq --disable-pip-version-check \
+    --index-url "$QLORA_KIT_TORCH_INDEX" "torch==$version"
 }
 
 # fingerprint FILE...: changes when an install has to be repeated.

@@ -140,7 +140,7 @@ class _Log:
         self.text += text
 
 
-def architecture_of(device: torch.device) -> str:
+def architecture_of(device: torch.device) -> str:  # needs a GPU
     """The architecture to compile for, with Hopper's own instructions where the GPU has them.
 
     Args:
@@ -164,7 +164,7 @@ class Kernels:
     def _loaded(self) -> dict[tuple[int, str], Any]:
         return {}
 
-    def _kernel(self, name: str, device: torch.device) -> Any:
+    def _kernel(self, name: str, device: torch.device) -> Any:  # needs a GPU
         key = (device.index, name)
         if key not in self._loaded:
             from cuda.core import Device
@@ -174,7 +174,7 @@ class Kernels:
             self._loaded[key] = code.get_kernel(name)
         return self._loaded[key]
 
-    def launch(
+    def launch(  # needs a GPU
         self,
         name: str,
         grid: int | tuple[int, ...],
@@ -203,14 +203,14 @@ class Kernels:
 
 
 @lru_cache(maxsize=64)
-def _stream(handle: int) -> Any:
+def _stream(handle: int) -> Any:  # needs a GPU
     """cuda-core's view of one of torch's streams, which live as long as the process."""
     from cuda.core import Stream
 
     return Stream.from_handle(handle)
 
 
-def _argument(value: Tensor | int | float | None) -> Any:
+def _argument(value: Tensor | int | float | None) -> Any:  # needs a GPU
     """One kernel argument as cuda-core wants it."""
     import numpy as np
 
