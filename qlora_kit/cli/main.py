@@ -139,8 +139,8 @@ def _report_bug(
 def entry() -> None:
     """Entry point of the console script."""
     sys.excepthook = _report_bug
-    # Before torch is imported: threads that wait for each other sleep instead of spinning. On two
-    # cores shared with another program, spinning halved the speed of training.
+    # Before torch is imported: threads that wait for each other sleep instead of spinning. That
+    # costs speed on an idle CPU and saves a shared one from collapse: docs/decisions/0007.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(main(sys.argv[1:]))
 

@@ -210,7 +210,7 @@ def _stream(handle: int) -> Any:  # needs a GPU
     return Stream.from_handle(handle)
 
 
-def _argument(value: Tensor | int | float | None) -> Any:  # needs a GPU
+def _argument(value: Tensor | int | float | None) -> Any:
     """One kernel argument as cuda-core wants it."""
     import numpy as np
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from qlora_kit.core.errors import BackendError
 from qlora_kit.ops import jit
@@ -93,3 +94,11 @@ def test_a_cached_binary_is_reused(monkeypatch, tmp_path):
     again, said = jit.compile_source(SOURCES[0], "sm_80")
     assert said == ""  # nothing was compiled
     assert bytes(first.code) == bytes(again.code)
+
+
+def test_arguments_keep_their_width():
+    """Kernels read addresses and integers as 64 bits, floats as 32."""
+    tensor = torch.zeros(4)
+    passed = [jit._argument(value) for value in (tensor, None, 2**40, 0.5)]
+    assert [value.dtype.name for value in passed] == ["uint64", "uint64", "int64", "float32"]
+    assert [int(value) for value in passed[:3]] == [tensor.data_ptr(), 0, 2**40]
