@@ -7,6 +7,8 @@
 // Tile      8 weights per thread and step, 4 steps in flight, 256 threads, grid-stride
 // Numerics  f32 product per scale, f32 sum, f32 product per weight, one rounding: the reference's bits
 // Truth     qlora_kit/quant/nf4.py: dequantize_nf4
+#include "common/convert.cuh"
+#include "common/nf4.cuh"
 
 constexpr int THREADS = 256;
 constexpr int STEPS = 4;

@@ -9,6 +9,8 @@
 // Numerics  W rounded to the compute dtype as everywhere, f32 accumulate, fixed order: repeatable
 // Truth     qlora_kit/ops/nf4_linear/reference.py
 // Idea      swapped operands for skinny products: FLUTE, arXiv:2407.10960; Machete (vLLM)
+#include "common/convert.cuh"
+#include "common/nf4.cuh"
 
 constexpr int WARPS = 8;
 constexpr int ROWS = 16;

@@ -6,11 +6,13 @@ made of the whole source, the architecture, the options and the compiler's
 version, so that a second process loads it in milliseconds.
 
 A source is compiled as one text: constants generated from `quant/` (the only
-place that holds the tables), the shared headers, the file itself. Kernels launch
-on torch's current stream of the tensor's device.
+place that holds the tables), then the file with its `#include "..."` lines, which
+are paths below `kernels/`, replaced by what they name, once each. Kernels launch on
+torch's current stream of the tensor's device.
 """
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -28,7 +30,8 @@ from qlora_kit.quant.nf4 import NF4_VALUES
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 """What every kernel must compile for."""
 
-_HEADERS = ("common/convert.cuh", "common/nf4.cuh")
+_INCLUDE = re.compile(r'^#include "([^"]+)"$', re.MULTILINE)
+_DEFAULT_SHARED_BYTES = 48 * 1024
 
 
 def cache_folder() -> Path:
@@ -51,7 +54,7 @@ def kernels_folder() -> Path:
     installed = Path(str(resources.files("qlora_kit"))) / "_kernels"
     checkout = Path(__file__).resolve().parents[2] / "kernels"
     for folder in (installed, checkout):
-        if (folder / _HEADERS[0]).is_file():
+        if (folder / "common").is_dir():
             return folder
     raise BackendError(
         f"no CUDA sources in {installed} or {checkout}: the package was built without kernels/. "
@@ -92,17 +95,27 @@ def source_text(file: str) -> str:
         file: path below `kernels/`.
 
     Returns:
-        Generated constants, shared headers and the file, with line markers.
+        Generated constants, then the file and all it includes, with line markers.
 
     Example:
         >>> "NF4_VALUES[16]" in source_text("nf4_dequantize/nf4_dequantize.cu")
         True
     """
-    parts = [_constants()]
-    for part in (*_HEADERS, file):
-        text = (kernels_folder() / part).read_text(encoding="utf-8")
-        parts.append(f'#line 1 "{part}"\n{text.replace("#pragma once", "")}')
-    return "\n".join(parts)
+    return _constants() + _with_includes(file, set())
+
+
+def _with_includes(file: str, seen: set[str]) -> str:
+    """The text of a file, each header it names put in the place of its first `#include`."""
+    seen.add(file)
+    text = (kernels_folder() / file).read_text(encoding="utf-8").replace("#pragma once", "")
+    parts, line, start = [f'#line 1 "{file}"\n'], 1, 0
+    for match in _INCLUDE.finditer(text):
+        before = text[start : match.start()]
+        line += before.count("\n") + 1
+        start = match.end() + 1
+        header = "" if match[1] in seen else _with_includes(match[1], seen)
+        parts.append(f'{before}{header}\n#line {line} "{file}"\n')
+    return "".join(parts) + text[start:]
 
 
 def compile_source(file: str, architecture: str, *, use_cache: bool = True) -> tuple[Any, str]:
@@ -164,14 +177,17 @@ class Kernels:
     def _loaded(self) -> dict[tuple[int, str], Any]:
         return {}
 
-    def _kernel(self, name: str, device: torch.device) -> Any:  # needs a GPU
+    def _kernel(self, name: str, device: torch.device, shared: int) -> Any:  # needs a GPU
         key = (device.index, name)
         if key not in self._loaded:
             from cuda.core import Device
 
             Device(device.index).set_current()
             code, _ = compile_source(self.file, architecture_of(device))
-            self._loaded[key] = code.get_kernel(name)
+            kernel = code.get_kernel(name)
+            if shared > _DEFAULT_SHARED_BYTES:
+                _allow_shared(kernel, shared, device.index)
+            self._loaded[key] = kernel
         return self._loaded[key]
 
     def launch(  # needs a GPU
@@ -179,27 +195,113 @@ class Kernels:
         name: str,
         grid: int | tuple[int, ...],
         block: int,
-        arguments: Sequence[Tensor | int | float | None],
+        arguments: Sequence[Any],
         *,
         device: torch.device,
+        shared: int = 0,
+        cluster: int = 1,
     ) -> None:
         """Launch a kernel on torch's current stream of a device.
 
         Args:
             name: the kernel's name in the source.
-            grid: blocks.
+            grid: blocks; clusters where `cluster` is above 1.
             block: threads per block.
             arguments: in the kernel's order. A tensor passes its address and None a
-                null pointer; integers pass as 64 bits and floats as 32.
+                null pointer; integers pass as 64 bits and floats as 32; what
+                `tensor_map` returns passes by value.
             device: where the tensors live.
+            shared: bytes of dynamic shared memory, the same for each launch of a kernel.
+            cluster: blocks per cluster, along the first dimension of the grid.
         """
-        from cuda.core import LaunchConfig, launch
+        from cuda.core import launch
 
         with torch.cuda.device(device):
-            kernel = self._kernel(name, torch.device("cuda", torch.cuda.current_device()))
+            current = torch.device("cuda", torch.cuda.current_device())
+            kernel = self._kernel(name, current, shared)
             stream = _stream(torch.cuda.current_stream().cuda_stream)
-            config = LaunchConfig(grid=grid, block=block)
+            config = _config(grid, block, shared, cluster)
             launch(stream, config, kernel, *(_argument(value) for value in arguments))
+
+
+@lru_cache(maxsize=4096)
+def _config(  # needs a GPU
+    grid: int | tuple[int, ...], block: int, shared: int, cluster: int
+) -> Any:
+    """A launch configuration; the same few come again and again."""
+    from cuda.core import LaunchConfig
+
+    if cluster == 1:
+        return LaunchConfig(grid=grid, block=block, shmem_size=shared)
+    return LaunchConfig(grid=grid, cluster=cluster, block=block, shmem_size=shared)
+
+
+def _allow_shared(kernel: Any, shared: int, device: int) -> None:  # needs a GPU
+    """Let a kernel use more dynamic shared memory than the 48 KB every kernel may."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    (status,) = driver.cuKernelSetAttribute(attribute, shared, kernel.handle, device)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise BackendError(f"this GPU does not give a block {shared} bytes of shared memory.")
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """A 2-D matrix as the CUDA array interface describes it; holds on to nothing."""
+
+    address: int
+    shape: tuple[int, int]
+    kind: str
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {
+            "version": 3,
+            "data": (self.address, False),
+            "shape": self.shape,
+            "typestr": self.kind,
+            "strides": None,
+            "stream": None,
+        }
+
+
+def tensor_map(matrix: Tensor, box: tuple[int, int], swizzle: int) -> Any:  # needs a GPU
+    """Describe a matrix to Hopper's copy engine; passed to a kernel by value.
+
+    Reads outside the matrix give zeros. Descriptions are kept by address and shape:
+    they hold no memory, and the caching allocator gives the same addresses again.
+
+    Args:
+        matrix: (rows, columns) contiguous, uint8 or a 16-bit dtype, its address and its
+            bytes per row multiples of 16.
+        box: rows and columns of one copy, at most 256 each.
+        swizzle: bytes over which the copy engine permutes 16-byte pieces: 0, 32, 64, 128.
+
+    Returns:
+        A `cuda.core` tensor map.
+    """
+    kind = "|u1" if matrix.element_size() == 1 else "<u2"
+    rows, columns = matrix.shape
+    return _tensor_map(matrix.data_ptr(), rows, columns, kind, box, swizzle)
+
+
+@lru_cache(maxsize=8192)
+def _tensor_map(  # needs a GPU
+    address: int, rows: int, columns: int, kind: str, box: tuple[int, int], swizzle: int
+) -> Any:
+    # The enumerations have no public name in cuda-core 1.2.
+    from cuda.core._tensor_map import TensorMapL2Promotion, TensorMapSwizzle
+    from cuda.core.utils import StridedMemoryView
+
+    memory = _Memory(address, (rows, columns), kind)
+    view = StridedMemoryView.from_cuda_array_interface(memory, stream_ptr=-1)
+    name = f"SWIZZLE_{swizzle}B" if swizzle else "NONE"
+    return view.as_tensor_map(
+        box_dim=box,
+        swizzle=getattr(TensorMapSwizzle, name),
+        l2_promotion=TensorMapL2Promotion.L2_128B,
+    )
 
 
 @lru_cache(maxsize=64)
@@ -210,7 +312,7 @@ def _stream(handle: int) -> Any:  # needs a GPU
     return Stream.from_handle(handle)
 
 
-def _argument(value: Tensor | int | float | None) -> Any:
+def _argument(value: Any) -> Any:
     """One kernel argument as cuda-core wants it."""
     import numpy as np
 
@@ -218,4 +320,6 @@ def _argument(value: Tensor | int | float | None) -> Any:
         return np.uint64(0)
     if isinstance(value, Tensor):
         return np.uint64(value.data_ptr())
-    return np.int64(value) if isinstance(value, int) else np.float32(value)
+    if isinstance(value, int):
+        return np.int64(value)
+    return np.float32(value) if isinstance(value, float) else value
