@@ -1,32 +1,119 @@
-"""`nf4_linear` on CUDA: which way for which number of rows.
+"""`nf4_linear` on CUDA: several strategies, and the one place that chooses among them.
 
-- 1 to 16 rows, forward: `small_m.cu` reads W once in 4 bits and adds LoRA and
-  bias in its last step. It wants bfloat16 or float16 and K a multiple of 64.
-- everything else: W is decoded in one launch and cuBLAS multiplies. The low-rank
-  product is written first and the GEMM adds to it (beta = 1). The decoded weight
-  is a temporary of the caching allocator, as large as one layer.
+The low-rank factor's product with A (or B, in the backward) comes first, from cuBLAS;
+a strategy then does the one large product with everything added in the same pass.
+`ROWS` says which strategy serves how many rows on which architecture; it was filled
+in from measurements (docs/kernels.md). A choice can be forced, by
+`QLORA_KIT_NF4_LINEAR=dense` or `force_strategy`.
 """
 
-from functools import partial
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from qlora_kit.ops.jit import Kernels
+from qlora_kit.core.errors import BackendError
+from qlora_kit.core.log import log_once
 from qlora_kit.ops.nf4_dequantize import cuda as nf4_dequantize
-from qlora_kit.ops.nf4_linear import reference
+from qlora_kit.ops.nf4_linear import dense, reference, small_m
 from qlora_kit.quant.weight import NF4Weight
 
-SMALL_M = 16
-"""Largest number of rows the small-M kernel takes."""
+STRATEGIES: dict[str, ModuleType] = {"small_m": small_m, "dense": dense}
+"""Each has `serves`, `multiply` and, where it has a transposed product, `multiply_transposed`."""
 
-_KERNELS = Kernels("nf4_linear/small_m.cu")
-_THREADS = 256
-_ROWS = 16
-_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+ROWS: dict[tuple[str, str], tuple[tuple[int, str], ...]] = {
+    ("hopper", "multiply"): ((16, "small_m"),),
+    ("hopper", "multiply_transposed"): (),
+    ("other", "multiply"): ((16, "small_m"),),
+    ("other", "multiply_transposed"): (),
+}
+"""Per architecture and product: up to so many rows, this strategy; beyond, `dense`."""
+
+ENVIRONMENT_VARIABLE = "QLORA_KIT_NF4_LINEAR"
+
+_forced: ContextVar[str | None] = ContextVar("qlora_kit_forced_strategy", default=None)
 
 serves = nf4_dequantize.serves
-backward = partial(reference.backward, decode=nf4_dequantize.dequantize)
+
+
+@contextmanager
+def force_strategy(name: str) -> Iterator[None]:
+    """Run every nf4_linear inside the block with one strategy.
+
+    Args:
+        name: a member of `STRATEGIES`.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        BackendError: no strategy has this name. A call it cannot serve raises too.
+
+    Example:
+        >>> with force_strategy("dense"):
+        ...     pass
+    """
+    _check_name(name)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def strategy_for(x: Tensor, weight: NF4Weight, product: str = "multiply") -> str:
+    """Choose the strategy of a call.
+
+    Args:
+        x: (M, K), or (M, N) for the transposed product.
+        weight: (N, K).
+        product: `multiply` or `multiply_transposed`.
+
+    Returns:
+        A member of `STRATEGIES`.
+
+    Raises:
+        BackendError: a strategy was forced that is unknown or cannot serve the call.
+    """
+    forced = _forced.get() or os.environ.get(ENVIRONMENT_VARIABLE)
+    if forced:
+        _check_name(forced)
+        if not _can_serve(forced, x, weight, product):
+            raise BackendError(
+                f"nf4_linear cannot run with the forced strategy {forced!r}: {product} of "
+                f"{tuple(x.shape)} {x.dtype} with a weight of shape {weight.shape} on {x.device}."
+            )
+        return forced
+    for most, name in ROWS[_architecture(x.device), product]:
+        if x.shape[0] <= most and _can_serve(name, x, weight, product):
+            return name
+    return "dense"
+
+
+def _check_name(name: str) -> None:
+    if name not in STRATEGIES:
+        raise BackendError(
+            f"no strategy of nf4_linear is called {name!r}; known: {', '.join(STRATEGIES)}."
+        )
+
+
+def _can_serve(name: str, x: Tensor, weight: NF4Weight, product: str) -> bool:
+    module = STRATEGIES[name]
+    return hasattr(module, product) and bool(module.serves(x, weight))
+
+
+def _architecture(device: torch.device) -> str:
+    return "hopper" if torch.cuda.get_device_capability(device) == (9, 0) else "other"
+
+
+def _ready(x: Tensor) -> Tensor:
+    """The tensor, contiguous and aligned to 16 bytes."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def forward(
@@ -37,7 +124,7 @@ def forward(
     lora_b: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Compute y = x·Wᵀ + scale·(x·Aᵀ)·Bᵀ + bias; see `reference.forward`.
+    """Compute y = x·Wᵀ + (scale·x·Aᵀ)·Bᵀ + bias; see `reference.forward`.
 
     Args:
         x: (M, K), on a CUDA device.
@@ -49,69 +136,63 @@ def forward(
 
     Returns:
         y: (M, N) in the dtype of x.
-        xa: (M, r) = x·Aᵀ in the dtype of x; (M, 0) without LoRA.
+        xa: (M, r) = scale·x·Aᵀ in the dtype of x; (M, 0) without LoRA.
     """
-    if _is_small(x, weight):
-        return _small_m(x, weight, bias, lora_a, lora_b, scale)
-    decode = nf4_dequantize.dequantize
-    return reference.forward(x, weight, bias, lora_a, lora_b, scale, decode)
+    x = _ready(x)
+    xa = None
+    if lora_a is not None and lora_b is not None:
+        xa = reference.scaled_product(x, lora_a.to(x.dtype).T, scale)
+        lora_b = _ready(lora_b.to(x.dtype))
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    name = strategy_for(x, weight)
+    log_once(f"nf4_linear: {name}")
+    y = STRATEGIES[name].multiply(x, weight, bias, xa, lora_b)
+    return y, x.new_empty((x.shape[0], 0)) if xa is None else xa
 
 
-def _is_small(x: Tensor, weight: NF4Weight) -> bool:
-    """Whether `small_m.cu` takes the call."""
-    return (
-        0 < x.shape[0] <= SMALL_M
-        and x.dtype in _NAMES
-        and x.shape[1] % 64 == 0
-        and weight.packed.data_ptr() % 16 == 0
-    )
-
-
-def _small_m(
-    x: Tensor,
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
     weight: NF4Weight,
-    bias: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
+    xa: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    m, k = x.shape
-    n = weight.shape[0]
-    x = x.contiguous()
-    if x.data_ptr() % 16:
-        x = x.clone()
-    rank = 0
-    xa = padded = x.new_empty((m, 0))
-    if lora_a is not None and lora_b is not None:
-        xa = x @ lora_a.to(x.dtype).T
-        columns = -lora_a.shape[0] % 16  # the kernel takes ranks in sixteens
-        rank = lora_a.shape[0] + columns
-        padded = torch.nn.functional.pad(xa, (0, columns)) if columns else xa
-        lora_b = torch.nn.functional.pad(lora_b, (0, columns)) if columns else lora_b
-        lora_b = lora_b.to(x.dtype).contiguous()
-    y = x.new_empty((m, n))
-    tile = 8 if m <= 8 else 16
-    _KERNELS.launch(
-        f"nf4_small_m_{_NAMES[x.dtype]}_{tile}{'_wide' if k % 128 == 0 else ''}",
-        -(-n // _ROWS),
-        _THREADS,
-        (
-            x,
-            weight.packed,
-            weight.absmax,
-            weight.nested_absmax,
-            weight.offset,
-            None if bias is None else bias.to(x.dtype).contiguous(),
-            padded if rank else None,
-            lora_b if rank else None,
-            y,
-            m,
-            n,
-            k,
-            weight.block_size.bit_length() - 1,
-            rank,
-            scale,
-        ),
-        device=x.device,
-    )
-    return y, xa
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `forward`; see `reference.backward`, which has the same arguments.
+
+    Args:
+        dy: (M, N), on a CUDA device.
+        x: (M, K), needed for dA only.
+        weight: (N, K).
+        lora_a: (r, K) or None.
+        lora_b: (N, r) or None.
+        xa: (M, r), the forward's second result.
+        scale: factor on the low-rank product.
+        need_dx: whether dX is wanted.
+        need_da: whether dA is wanted.
+        need_db: whether dB is wanted.
+        need_dbias: whether the bias gradient is wanted.
+
+    Returns:
+        dx: (M, K) in the dtype of dy.
+        da: (r, K) in the dtype of lora_a.
+        db: (N, r) in the dtype of lora_b.
+        dbias: (N,) float32.
+    """
+    dy = _ready(dy)
+    dyb = None
+    if lora_a is not None and lora_b is not None and (need_dx or need_da):
+        dyb = reference.scaled_product(dy, lora_b.to(dy.dtype), scale)
+    dx = dy.new_empty(0)
+    if need_dx:
+        name = strategy_for(dy, weight, "multiply_transposed")
+        log_once(f"nf4_linear backward: {name}")
+        a = None if lora_a is None else _ready(lora_a.to(dy.dtype))
+        dx = STRATEGIES[name].multiply_transposed(dy, weight, dyb, a)
+    small = reference.small_gradients(dy, x, dyb, xa, lora_a, lora_b, need_da, need_db, need_dbias)
+    return dx, *small

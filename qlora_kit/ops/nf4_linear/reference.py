@@ -24,7 +24,10 @@ def forward(
     scale: float,
     decode: Decode = NF4Weight.dequantize,
 ) -> tuple[Tensor, Tensor]:
-    """Compute y = x·Wᵀ + scale·(x·Aᵀ)·Bᵀ + bias.
+    """Compute y = x·Wᵀ + (scale·x·Aᵀ)·Bᵀ + bias.
+
+    The scale goes into the small product, so that the large one needs none and the
+    gradient of B is dYᵀ·xa.
 
     Args:
         x: (M, K), the compute dtype.
@@ -37,20 +40,14 @@ def forward(
 
     Returns:
         y: (M, N) in the dtype of x.
-        xa: (M, r) = x·Aᵀ in the dtype of x; (M, 0) without LoRA.
+        xa: (M, r) = scale·x·Aᵀ in the dtype of x; (M, 0) without LoRA.
     """
     dense = decode(weight, x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
     if lora_a is None or lora_b is None:
-        xa = x.new_empty((x.shape[0], 0))
-        y = x @ dense.T
-    else:
-        xa = x @ lora_a.to(x.dtype).T
-        # The low-rank product first, then the base product added to it: one pass less over y.
-        y = scaled_product(xa, lora_b.to(x.dtype).T, scale)
-        y.addmm_(x, dense.T)
-    if bias is not None:
-        y += bias.to(x.dtype)
-    return y, xa
+        return product(x, dense.T, bias, None, None), x.new_empty((x.shape[0], 0))
+    xa = scaled_product(x, lora_a.to(x.dtype).T, scale)
+    return product(x, dense.T, bias, xa, lora_b.to(x.dtype).T), xa
 
 
 def backward(
@@ -69,7 +66,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `forward`; what is not needed comes back empty.
 
-    dX = dY·W + scale·(dY·B)·A, dA = scale·(dY·B)ᵀ·X, dB = scale·dYᵀ·(X·Aᵀ).
+    With dYB = scale·dY·B: dX = dY·W + dYB·A, dA = dYBᵀ·X, dB = dYᵀ·xa.
 
     Args:
         dy: (M, N), the compute dtype.
@@ -77,7 +74,7 @@ def backward(
         weight: (N, K).
         lora_a: (r, K) or None.
         lora_b: (N, r) or None.
-        xa: (M, r), saved by the forward.
+        xa: (M, r), the forward's second result.
         scale: factor on the low-rank product.
         need_dx: whether dX is wanted.
         need_da: whether dA is wanted.
@@ -91,18 +88,47 @@ def backward(
         db: (N, r) in the dtype of lora_b.
         dbias: (N,) float32.
     """
-    # An op's results may not share storage, so each absent gradient is a tensor of its own.
-    dx, da, db = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
     dyb = None
     if lora_a is not None and lora_b is not None and (need_dx or need_da):
         dyb = scaled_product(dy, lora_b.to(dy.dtype), scale)
+    dx = dy.new_empty(0)
     if need_dx:
-        dense = decode(weight, dy.dtype)
-        if dyb is None or lora_a is None:
-            dx = dy @ dense
-        else:
-            dx = dyb @ lora_a.to(dy.dtype)
-            dx.addmm_(dy, dense)
+        lora_a_cast = None if lora_a is None else lora_a.to(dy.dtype)
+        dx = product(dy, decode(weight, dy.dtype), None, dyb, lora_a_cast)
+    return dx, *small_gradients(dy, x, dyb, xa, lora_a, lora_b, need_da, need_db, need_dbias)
+
+
+def small_gradients(
+    dy: Tensor,
+    x: Tensor | None,
+    dyb: Tensor | None,
+    xa: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    need_da: bool,
+    need_db: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of A, B and the bias; what is not needed comes back empty.
+
+    Args:
+        dy: (M, N), the compute dtype.
+        x: (M, K), needed for dA only.
+        dyb: (M, r) = scale·dY·B, needed for dA only.
+        xa: (M, r), the forward's second result.
+        lora_a: (r, K) or None.
+        lora_b: (N, r) or None.
+        need_da: whether dA is wanted.
+        need_db: whether dB is wanted.
+        need_dbias: whether the bias gradient is wanted.
+
+    Returns:
+        da: (r, K) in the dtype of lora_a.
+        db: (N, r) in the dtype of lora_b.
+        dbias: (N,) float32.
+    """
+    # An op's results may not share storage, so each absent gradient is a tensor of its own.
+    da, db = dy.new_empty(0), dy.new_empty(0)
     if need_da:
         assert dyb is not None
         assert x is not None
@@ -110,11 +136,39 @@ def backward(
         da = (dyb.T @ x).to(lora_a.dtype)
     if need_db:
         assert lora_b is not None
-        db = scaled_product(dy.T, xa, scale).to(lora_b.dtype)
-    dbias = (
-        dy.sum(dim=0, dtype=torch.float32) if need_dbias else dy.new_empty(0, dtype=torch.float32)
-    )
-    return dx, da, db, dbias
+        db = (dy.T @ xa).to(lora_b.dtype)
+    if need_dbias:
+        return da, db, dy.sum(dim=0, dtype=torch.float32)
+    return da, db, dy.new_empty(0, dtype=torch.float32)
+
+
+def product(
+    x: Tensor, w: Tensor, bias: Tensor | None, small: Tensor | None, factor: Tensor | None
+) -> Tensor:
+    """Multiply, with a low-rank product and a bias added on the way.
+
+    The low-rank product is written first and the large one adds to it: one pass less
+    over the result than the other way round.
+
+    Args:
+        x: (M, K).
+        w: (K, N).
+        bias: (N,) in the dtype of x, or None.
+        small: (M, r), or None.
+        factor: (r, N), or None.
+
+    Returns:
+        (M, N) x·w + small·factor + bias.
+
+    Example:
+        >>> eye = torch.eye(2)
+        >>> product(eye, eye, torch.ones(2), eye, eye).tolist()
+        [[3.0, 1.0], [1.0, 3.0]]
+    """
+    if small is None or factor is None:
+        return x @ w if bias is None else torch.addmm(bias, x, w)
+    y = small @ factor if bias is None else torch.addmm(bias, small, factor)
+    return y.addmm_(x, w)
 
 
 def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
