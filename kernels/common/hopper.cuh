@@ -1,0 +1,269 @@
+// Hopper's own instructions: barriers in shared memory, the copy engine (TMA), wgmma, clusters.
+// PTX only, for sm_90a. The words are the PTX manual's.
+#pragma once
+#include "common/convert.cuh"
+
+typedef unsigned long long u64;
+
+// What cuTensorMapEncodeTiled makes; passed by value.
+struct alignas(64) TensorMap {
+    u64 words[16];
+};
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+struct Barrier {
+    u64 state;
+
+    __device__ __forceinline__ void init(int arrivals) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&state)),
+                     "r"(arrivals));
+    }
+    __device__ __forceinline__ void arrive() {
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&state))
+                     : "memory");
+    }
+    __device__ __forceinline__ void arrive_expecting(int bytes) {
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                         shared_address(&state)),
+                     "r"(bytes)
+                     : "memory");
+    }
+    __device__ __forceinline__ void wait(int parity) {
+        asm volatile(
+            "{ .reg .pred done;\n"
+            "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+            "@!done bra again; }" ::"r"(shared_address(&state)),
+            "r"(parity)
+            : "memory");
+    }
+};
+
+// Makes the barriers' initial state known to the copy engine and the cluster.
+__device__ __forceinline__ void fence_barrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Copies the box at (row, column) of a matrix to shared memory; `full` counts its bytes.
+__device__ __forceinline__ void copy_box(void* to, const TensorMap& from, int row, int column,
+                                         Barrier& full) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+        "[%1, {%3, %2}], [%4];" ::"r"(shared_address(to)),
+        "l"(&from), "r"(row), "r"(column), "r"(shared_address(&full.state))
+        : "memory");
+}
+
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+template <int REGISTERS>
+__device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+template <int REGISTERS>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+template <int ID, int THREADS>
+__device__ __forceinline__ void sync_threads() {
+    asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
+}
+
+__device__ __forceinline__ u32 cluster_rank() {
+    u32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+__device__ __forceinline__ u32 cluster_size() {
+    u32 size;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+    return size;
+}
+
+__device__ __forceinline__ void sync_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Four floats at the same shared address of another block of the cluster.
+__device__ __forceinline__ float4 read_peer(u32 address, u32 rank) {
+    u32 remote;
+    float4 v;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(remote)
+                 : "memory");
+    return v;
+}
+
+// Describes a tile of [rows][64] 16-bit values, permuted over 128 bytes, to wgmma.
+__device__ __forceinline__ u64 tile_descriptor(const void* tile) {
+    constexpr u64 SWIZZLE_128 = 1ull << 62;
+    constexpr u64 EIGHT_ROWS = static_cast<u64>(1024 >> 4) << 32;
+    constexpr u64 UNUSED = 1ull << 16;
+    return SWIZZLE_128 | EIGHT_ROWS | UNUSED | ((shared_address(tile) & 0x3FFFF) >> 4);
+}
+
+__device__ __forceinline__ void wgmma_fence() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void wgmma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+template <int PENDING>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// Keeps a register, in the compiler's eyes, in use up to here.
+__device__ __forceinline__ void keep(u32& value) { asm volatile("" : "+r"(value)::"memory"); }
+__device__ __forceinline__ void keep(float& value) { asm volatile("" : "+f"(value)::"memory"); }
+
+// d (64 x N, f32) += a (64 x 16, registers) x b (16 x N, shared memory, 64-wide rows).
+template <typename T, int N>
+struct Wgmma;
+
+#define QK_WGMMA_8(TYPE)                                                                          \
+    asm volatile(                                                                                 \
+        "{ .reg .pred add; setp.eq.u32 add, 0, 0; "                                               \
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32." TYPE "." TYPE " "                            \
+        "{%0, %1, %2, %3}"                                                                        \
+        ", {%4, %5, %6, %7}, %8, add, 1, 1, 0; }"                                                 \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                          \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
+#define QK_WGMMA_16(TYPE)                                                                         \
+    asm volatile(                                                                                 \
+        "{ .reg .pred add; setp.eq.u32 add, 0, 0; "                                               \
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32." TYPE "." TYPE " "                           \
+        "{%0, %1, %2, %3, %4, %5, %6, %7}"                                                        \
+        ", {%8, %9, %10, %11}, %12, add, 1, 1, 0; }"                                              \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]),                             \
+          "+f"(d[5]), "+f"(d[6]), "+f"(d[7])                                                      \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
+#define QK_WGMMA_32(TYPE)                                                                         \
+    asm volatile(                                                                                 \
+        "{ .reg .pred add; setp.eq.u32 add, 0, 0; "                                               \
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE "." TYPE " "                           \
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "                      \
+        "%15}"                                                                                    \
+        ", {%16, %17, %18, %19}, %20, add, 1, 1, 0; }"                                            \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]),                             \
+          "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]),                             \
+          "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),                        \
+          "+f"(d[15])                                                                             \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
+#define QK_WGMMA_64(TYPE)                                                                         \
+    asm volatile(                                                                                 \
+        "{ .reg .pred add; setp.eq.u32 add, 0, 0; "                                               \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " "                           \
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "                      \
+        "%15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, "                       \
+        "%28, %29, %30, %31}"                                                                     \
+        ", {%32, %33, %34, %35}, %36, add, 1, 1, 0; }"                                            \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]),                             \
+          "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]),                             \
+          "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),                        \
+          "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]),                        \
+          "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),                        \
+          "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),                        \
+          "+f"(d[30]), "+f"(d[31])                                                                \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
+#define QK_WGMMA_128(TYPE)                                                                        \
+    asm volatile(                                                                                 \
+        "{ .reg .pred add; setp.eq.u32 add, 0, 0; "                                               \
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " "                          \
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "                      \
+        "%15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, "                       \
+        "%28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, "                       \
+        "%41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, "                       \
+        "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"                                       \
+        ", {%64, %65, %66, %67}, %68, add, 1, 1, 0; }"                                            \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]),                             \
+          "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]),                             \
+          "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),                        \
+          "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]),                        \
+          "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),                        \
+          "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),                        \
+          "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]),                        \
+          "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),                        \
+          "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]),                        \
+          "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]),                        \
+          "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]),                        \
+          "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]),                        \
+          "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])                                      \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
+template <>
+struct Wgmma<BFloat16, 8> {
+    static __device__ __forceinline__ void run(float (&d)[4], const u32 (&a)[4], u64 b) {
+        QK_WGMMA_8("bf16");
+    }
+};
+template <>
+struct Wgmma<Float16, 8> {
+    static __device__ __forceinline__ void run(float (&d)[4], const u32 (&a)[4], u64 b) {
+        QK_WGMMA_8("f16");
+    }
+};
+template <>
+struct Wgmma<BFloat16, 16> {
+    static __device__ __forceinline__ void run(float (&d)[8], const u32 (&a)[4], u64 b) {
+        QK_WGMMA_16("bf16");
+    }
+};
+template <>
+struct Wgmma<Float16, 16> {
+    static __device__ __forceinline__ void run(float (&d)[8], const u32 (&a)[4], u64 b) {
+        QK_WGMMA_16("f16");
+    }
+};
+template <>
+struct Wgmma<BFloat16, 32> {
+    static __device__ __forceinline__ void run(float (&d)[16], const u32 (&a)[4], u64 b) {
+        QK_WGMMA_32("bf16");
+    }
+};
+template <>
+struct Wgmma<Float16, 32> {
+    static __device__ __forceinline__ void run(float (&d)[16], const u32 (&a)[4], u64 b) {
+        QK_WGMMA_32("f16");
+    }
+};
+template <>
+struct Wgmma<BFloat16, 64> {
+    static __device__ __forceinline__ void run(float (&d)[32], const u32 (&a)[4], u64 b) {
+        QK_WGMMA_64("bf16");
+    }
+};
+template <>
+struct Wgmma<Float16, 64> {
+    static __device__ __forceinline__ void run(float (&d)[32], const u32 (&a)[4], u64 b) {
+        QK_WGMMA_64("f16");
+    }
+};
+template <>
+struct Wgmma<BFloat16, 128> {
+    static __device__ __forceinline__ void run(float (&d)[64], const u32 (&a)[4], u64 b) {
+        QK_WGMMA_128("bf16");
+    }
+};
+template <>
+struct Wgmma<Float16, 128> {
+    static __device__ __forceinline__ void run(float (&d)[64], const u32 (&a)[4], u64 b) {
+        QK_WGMMA_128("f16");
+    }
+};
