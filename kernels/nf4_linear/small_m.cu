@@ -10,35 +10,11 @@
 // Truth     qlora_kit/ops/nf4_linear/reference.py
 // Idea      swapped operands for skinny products: FLUTE, arXiv:2407.10960; Machete (vLLM)
 #include "common/convert.cuh"
+#include "common/mma.cuh"
 #include "common/nf4.cuh"
 
 constexpr int WARPS = 8;
 constexpr int ROWS = 16;
-
-struct Mma {
-    template <typename T>
-    static __device__ __forceinline__ void run(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1);
-};
-
-template <>
-__device__ __forceinline__ void Mma::run<BFloat16>(float (&c)[4], const u32 (&a)[4], u32 b0,
-                                                   u32 b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-        "{%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-template <>
-__device__ __forceinline__ void Mma::run<Float16>(float (&c)[4], const u32 (&a)[4], u32 b0,
-                                                  u32 b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-        "{%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 
 // What one thread needs for one step of K: its share of two rows of W, and of COLUMNS rows of X.
 template <int TILES, int SHARE>
