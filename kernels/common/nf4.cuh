@@ -19,6 +19,45 @@ struct NF4Table {
         const char* base = reinterpret_cast<const char*>(values);
         return *reinterpret_cast<const float*>(base + (row | (lane * 4)));
     }
+
+    // Values of byte `byte` (0..3) of a word, in storage order.
+    __device__ __forceinline__ float2 pair(u32 word, int byte, int lane) const {
+        return {at(word, 2 * byte, lane), at(word, 2 * byte + 1, lane)};
+    }
+};
+
+// Both values of a byte in one look-up: 256 entries of two floats. Half the look-ups and address
+// arithmetic of NF4Table for a larger table, so for kernels whose blocks live long.
+// A 64-bit read is served half a warp at a time: 16 copies (32 KB) already keep the banks apart.
+// With 32 copies (64 KB) the entries are 256 bytes apart, and one PRMT makes the address: the byte
+// in bits 8 to 15, the lane's copy below.
+template <int COPIES>
+struct NF4PairTable {
+    static_assert(COPIES == 16 || COPIES == 32, "entries are 128 or 256 bytes apart");
+    float4 entries[256][COPIES / 2];  // high nibble, low nibble, and the same again
+
+    // All threads of the block call this, then synchronize.
+    __device__ __forceinline__ void fill(int thread, int threads) {
+        float4* to = &entries[0][0];
+        for (int i = thread; i < 256 * COPIES / 2; i += threads) {
+            const int byte = i / (COPIES / 2);
+            const float high = NF4_VALUES[byte >> 4], low = NF4_VALUES[byte & 15];
+            to[i] = {high, low, high, low};
+        }
+    }
+
+    // Values of byte `byte` (0..3) of a word, in storage order.
+    __device__ __forceinline__ float2 pair(u32 word, int byte, int lane) const {
+        const u32 copy = (lane & (COPIES - 1)) * 8;
+        u32 at;
+        if constexpr (COPIES == 32) {
+            at = __byte_perm(word, copy, 0x5504 | byte << 4);
+        } else {
+            const int bit = byte * 8;
+            at = ((bit >= 7 ? word >> (bit - 7) : word << (7 - bit)) & 0x7f80u) | copy;
+        }
+        return *reinterpret_cast<const float2*>(reinterpret_cast<const char*>(entries) + at);
+    }
 };
 
 struct NF4Scales {
@@ -34,7 +73,10 @@ struct NF4Scales {
     };
 
     __device__ __forceinline__ Stored load(long long weight) const {
-        const long long block = weight >> block_shift;
+        return load_block(weight >> block_shift);
+    }
+
+    __device__ __forceinline__ Stored load_block(long long block) const {
         if (nested == nullptr) return {__ldg(static_cast<const float*>(absmax) + block), 0};
         return {__ldg(nested + (block >> 8)), __ldg(static_cast<const u8*>(absmax) + block)};
     }

@@ -27,6 +27,7 @@ from qlora_kit.export.rows import (
 )
 from qlora_kit.nn.experts import PROJECTIONS
 from qlora_kit.nn.swap import quantizable
+from qlora_kit.ops.nf4_quantize.op import quantize_weight
 from qlora_kit.quant.config import QuantConfig
 from qlora_kit.quant.weight import NF4Weight
 
@@ -156,7 +157,7 @@ class _Planner:
                 weight = nf4_weight([rows], config, shape=rows.shape, dtype=dtype, name=name)
                 return Decoded.of(weight, dtype)
             matrix = self.plan.source.read(name).to(self.plan.device).T.contiguous()
-            weight = NF4Weight.quantize(
+            weight = quantize_weight(
                 matrix, block_size=config.block_size, double_quant=config.double_quant, name=name
             )
             return InMemory(weight.dequantize(dtype).T)

@@ -22,9 +22,10 @@ from qlora_kit.adapters.peft_format import LowRank
 from qlora_kit.checkpoint.source import Source
 from qlora_kit.checkpoint.tensor_file import read_tensor
 from qlora_kit.core.errors import NonFiniteError
+from qlora_kit.ops.nf4_quantize.op import nf4_quantize, nf4_quantize_absmax
 from qlora_kit.quant.config import QuantConfig
-from qlora_kit.quant.double_quant import dequantize_absmax, quantize_absmax
-from qlora_kit.quant.nf4 import dequantize_nf4, quantize_nf4
+from qlora_kit.quant.double_quant import dequantize_absmax
+from qlora_kit.quant.nf4 import dequantize_nf4
 from qlora_kit.quant.weight import NF4Weight
 
 CHUNK_WEIGHTS = 1 << 22
@@ -207,7 +208,7 @@ class Requantized:
     def read(self, start: int, stop: int) -> Tensor:
         """Rows start:stop in float32; start is a multiple of `rows_step`."""
         values = self.rows.read(start, stop)
-        packed, _ = quantize_nf4(values, block_size=self.config.block_size)
+        packed, _ = nf4_quantize(values, block_size=self.config.block_size)
         first = start * self.shape[1] // self.config.block_size
         last = -(-stop * self.shape[1] // self.config.block_size)
         return dequantize_nf4(
@@ -235,7 +236,7 @@ def quantize_chunks(rows: Rows, config: QuantConfig, name: str) -> Iterator[tupl
         NonFiniteError: the weight holds NaN or infinity.
     """
     for values in chunks(rows, rows_step(rows.shape[1], config.block_size)):
-        packed, absmax = quantize_nf4(values, block_size=config.block_size)
+        packed, absmax = nf4_quantize(values, block_size=config.block_size)
         if not torch.isfinite(absmax).all():
             raise NonFiniteError(
                 f"{name} holds NaN or infinite values and cannot be quantized. Repair the "
@@ -278,7 +279,7 @@ def nf4_weight(
     parts = [part for rows in members for part in quantize_chunks(rows, config, name)]
     absmax, nested, offset = torch.cat([scale for _, scale in parts]), None, None
     if config.double_quant:
-        absmax, nested, offset = quantize_absmax(absmax)
+        absmax, nested, offset = nf4_quantize_absmax(absmax)
     return NF4Weight(
         packed=torch.cat([packed for packed, _ in parts]),
         absmax=absmax,
@@ -332,7 +333,7 @@ def decoded_scales(absmax: Tensor, config: QuantConfig) -> Tensor:
         >>> decoded_scales(torch.tensor([1.0, 3.0]), QuantConfig(double_quant=False))
         tensor([1., 3.])
     """
-    return dequantize_absmax(*quantize_absmax(absmax)) if config.double_quant else absmax
+    return dequantize_absmax(*nf4_quantize_absmax(absmax)) if config.double_quant else absmax
 
 
 @dataclass(frozen=True)

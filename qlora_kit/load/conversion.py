@@ -29,6 +29,7 @@ from qlora_kit.load.report import check_shape, shorten
 from qlora_kit.nn.experts import NF4Experts, quantize_stack
 from qlora_kit.nn.linear import NF4Linear, byte_specs, weight_to_bytes
 from qlora_kit.nn.swap import weight_shapes
+from qlora_kit.ops.nf4_quantize.op import quantize_weight
 from qlora_kit.quant.config import QuantConfig
 from qlora_kit.quant.format import COMPANION_SUFFIXES, from_bnb_tensors
 from qlora_kit.quant.weight import NF4Weight
@@ -191,7 +192,7 @@ def _quantize(
     if isinstance(module, NF4Linear) and module.transposed:
         value = value.T
     check_shape(name, tuple(value.shape), shape)
-    return NF4Weight.quantize(
+    return quantize_weight(
         value, block_size=config.block_size, double_quant=config.double_quant, name=name
     )
 

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from qlora_kit.core.errors import NonFiniteError, ShapeError
 from qlora_kit.nn.linear import bytes_to_weight, register_bytes, weight_to_bytes
 from qlora_kit.ops.nf4_linear.op import nf4_linear
+from qlora_kit.ops.nf4_quantize.op import nf4_quantize, nf4_quantize_absmax
 from qlora_kit.quant.config import QuantConfig
-from qlora_kit.quant.double_quant import GROUP_SIZE, quantize_absmax
-from qlora_kit.quant.nf4 import quantize_nf4
+from qlora_kit.quant.double_quant import GROUP_SIZE
 from qlora_kit.quant.weight import NF4Weight
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
@@ -127,7 +127,7 @@ def quantize_stack(experts: Experts, config: QuantConfig, *, name: str = "expert
                 f"{name} needs experts of one shape and whole blocks of {config.block_size}, got "
                 f"{tuple(expert.shape)} for expert {index} and {shape} for the first."
             )
-        codes, scales = quantize_nf4(expert, block_size=config.block_size)
+        codes, scales = nf4_quantize(expert, block_size=config.block_size)
         if not torch.isfinite(scales).all():
             raise NonFiniteError(
                 f"{name} holds NaN or infinite values in expert {index} and cannot be quantized. "
@@ -139,7 +139,7 @@ def quantize_stack(experts: Experts, config: QuantConfig, *, name: str = "expert
         raise ShapeError(f"{name} needs at least one expert, got none.")
     nested = offset = None
     if config.double_quant:
-        absmax, nested, offset = quantize_absmax(absmax)
+        absmax, nested, offset = nf4_quantize_absmax(absmax)
     return NF4Weight(
         packed=packed,
         absmax=absmax,

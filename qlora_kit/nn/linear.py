@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qlora_kit.core.errors import ShapeError
 from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize
 from qlora_kit.ops.nf4_linear.op import nf4_linear
+from qlora_kit.ops.nf4_quantize.op import quantize_weight
 from qlora_kit.quant.config import QuantConfig
 from qlora_kit.quant.double_quant import GROUP_SIZE
 from qlora_kit.quant.weight import NF4Weight
@@ -213,7 +214,7 @@ class NF4Linear(nn.Module):
             device=weight.device,
             transposed=transposed,
         )
-        quantized = NF4Weight.quantize(
+        quantized = quantize_weight(
             matrix,
             block_size=config.block_size,
             double_quant=config.double_quant,

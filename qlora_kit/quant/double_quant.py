@@ -113,12 +113,43 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         >>> offset.item(), nested.item(), codes.tolist()
         (2.0, 1.0, [0, 255])
     """
+    check_absmax(absmax)
+    offset = absmax.mean()
+    return *code_absmax(absmax, offset), offset
+
+
+def check_absmax(absmax: Tensor) -> None:
+    """Refuse what cannot be a weight's scales.
+
+    Args:
+        absmax: what should be quantized.
+
+    Raises:
+        ShapeError: absmax is not a non-empty float32 vector.
+    """
     if absmax.dim() != 1 or absmax.numel() == 0 or absmax.dtype != torch.float32:
         raise ShapeError(
             f"quantize_absmax needs a non-empty float32 vector, got {absmax.dtype} of shape "
             f"{tuple(absmax.shape)}."
         )
-    offset = absmax.mean()
+
+
+def code_absmax(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Code the distance of scales from their mean, in groups of 256.
+
+    Args:
+        absmax: (blocks,) float32, finite.
+        offset: () float32, taken off first.
+
+    Returns:
+        codes: (blocks,) uint8, indices into the dynamic map.
+        nested_absmax: (ceil(blocks/256),) float32, the groups' scales.
+
+    Example:
+        >>> codes, nested = code_absmax(torch.tensor([1.0, 3.0]), torch.tensor(2.0))
+        >>> nested.item(), codes.tolist()
+        (1.0, [0, 255])
+    """
     blocks = absmax.numel()
     nested_absmax = absmax.new_empty(-(-blocks // GROUP_SIZE))
     codes = torch.empty(blocks, dtype=torch.uint8, device=absmax.device)
@@ -129,7 +160,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         codes[start : start + step] = found
         first = start // GROUP_SIZE
         nested_absmax[first : first + scales.numel()] = scales
-    return codes, nested_absmax, offset
+    return codes, nested_absmax
 
 
 def _quantize_groups(centred: Tensor) -> tuple[Tensor, Tensor]:

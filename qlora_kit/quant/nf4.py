@@ -105,13 +105,7 @@ def quantize_nf4(weight: Tensor, *, block_size: int = 64) -> tuple[Tensor, Tenso
         >>> packed.flatten().tolist(), absmax.tolist()
         ([7, 252], [2.0])
     """
-    if block_size not in BLOCK_SIZES:
-        raise ShapeError(f"quantize_nf4 needs block_size in {BLOCK_SIZES}, got {block_size}.")
-    if weight.numel() == 0 or not weight.is_floating_point():
-        raise ShapeError(
-            f"quantize_nf4 needs a non-empty float weight, got {weight.dtype} of shape "
-            f"{tuple(weight.shape)}. Leave this module unquantized with QuantConfig(skip=...)."
-        )
+    check_quantizable(weight, block_size)
     flat = weight.reshape(-1)
     count = flat.numel()
     packed = torch.empty((count + 1) // 2, dtype=torch.uint8, device=weight.device)
@@ -122,6 +116,25 @@ def quantize_nf4(weight: Tensor, *, block_size: int = 64) -> tuple[Tensor, Tenso
         packed[start // 2 : start // 2 + codes.numel()] = codes
         absmax[start // block_size : start // block_size + scales.numel()] = scales
     return packed.unsqueeze(1), absmax
+
+
+def check_quantizable(weight: Tensor, block_size: int) -> None:
+    """Refuse what NF4 cannot store.
+
+    Args:
+        weight: what should be quantized.
+        block_size: weights that share one scale.
+
+    Raises:
+        ShapeError: the weight is empty, not a float, or block_size is not supported.
+    """
+    if block_size not in BLOCK_SIZES:
+        raise ShapeError(f"quantize_nf4 needs block_size in {BLOCK_SIZES}, got {block_size}.")
+    if weight.numel() == 0 or not weight.is_floating_point():
+        raise ShapeError(
+            f"quantize_nf4 needs a non-empty float weight, got {weight.dtype} of shape "
+            f"{tuple(weight.shape)}. Leave this module unquantized with QuantConfig(skip=...)."
+        )
 
 
 def _quantize_chunk(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ hold the same bytes as ordinary uint8 parameters and hand this view of them to
 the ops.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
@@ -14,6 +15,16 @@ from torch import Tensor
 from qlora_kit.core.errors import NonFiniteError, ShapeError
 from qlora_kit.quant.double_quant import GROUP_SIZE, dequantize_absmax, quantize_absmax
 from qlora_kit.quant.nf4 import dequantize_nf4, quantize_nf4
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """What codes a weight and its scales: the definition, or whatever gives its bits faster."""
+
+    quantize: Callable[..., tuple[Tensor, Tensor]] = quantize_nf4
+    """As `quantize_nf4`."""
+    quantize_absmax: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] = quantize_absmax
+    """As `quantize_absmax`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,14 +85,16 @@ class NF4Weight:
         block_size: int = 64,
         double_quant: bool = True,
         name: str = "weight",
+        codec: Codec = Codec(),
     ) -> "NF4Weight":
-        """Quantize a weight.
+        """Quantize a weight; `ops.nf4_quantize.op.quantize_weight` does it faster on a GPU.
 
         Args:
             weight: (N, K) or (E, N, K), float32 / float16 / bfloat16. Not modified.
             block_size: weights that share one scale.
             double_quant: store the scales in 8 bits.
             name: what to call the weight in an error.
+            codec: what computes the codes.
 
         Returns:
             The quantized weight, on the same device.
@@ -92,7 +105,7 @@ class NF4Weight:
 
         Source: arXiv:2305.14314, section 3.
         """
-        packed, absmax = quantize_nf4(weight, block_size=block_size)
+        packed, absmax = codec.quantize(weight, block_size=block_size)
         # A NaN or infinity in a block shows in its largest magnitude.
         if not torch.isfinite(absmax).all():
             bad = int((~torch.isfinite(weight.reshape(-1))).sum())
@@ -103,7 +116,7 @@ class NF4Weight:
             )
         nested_absmax = offset = None
         if double_quant:
-            absmax, nested_absmax, offset = quantize_absmax(absmax)
+            absmax, nested_absmax, offset = codec.quantize_absmax(absmax)
         return cls(
             packed=packed,
             absmax=absmax,

@@ -1,10 +1,13 @@
 """`nf4_dequantize`: an NF4 weight as a float tensor.
 
 The weight is frozen, so the op has no gradient. Every backend gives the same
-bits: dtype(float32 value × float32 scale), rounded once.
+bits: dtype(float32 value × float32 scale), rounded once. It decodes a weight, or
+some of its rows, or the transpose of either, and puts given columns beside it in
+the same pass: [W | s·B] is the weight that a GEMM multiplies with [x | x·Aᵀ].
 """
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -22,28 +25,44 @@ register_backend(OP, Backend("reference", reference, lambda tensor: True, lambda
 register_backend(OP, Backend("cuda", cuda, cuda.serves, jit.is_available))
 
 
-def nf4_dequantize(weight: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
+def nf4_dequantize(
+    weight: NF4Weight,
+    dtype: torch.dtype | None = None,
+    *,
+    rows: tuple[int, int] | None = None,
+    transposed: bool = False,
+    columns: Tensor | None = None,
+) -> Tensor:
     """Decode an NF4 weight on the fastest backend its device has.
 
     Args:
-        weight: of any shape.
+        weight: (N, K) or any other shape. Not modified.
         dtype: float32, bfloat16 or float16; None for the dtype it was made from.
+        rows: first and one past the last row to decode, or None for the whole weight. A
+            stack's (E, N, K) rows are counted through, as E·N.
+        transposed: return the transpose.
+        columns: (rows, r) of the result's dtype, put to the right of the decoded weight,
+            or None. Not differentiated.
 
     Returns:
-        The weight, of `weight.shape`, contiguous.
+        The weight, contiguous: of `weight.shape`; with any option a matrix, (rows, K + r)
+        or its transpose (K + r, rows).
 
     Raises:
-        ShapeError: the dtype is not one of the three.
+        ShapeError: the dtype is not one of the three, or rows or columns do not fit.
         BackendError: a forced backend cannot serve the call.
 
     Example:
-        >>> nf4_dequantize(NF4Weight.quantize(torch.randn(4, 64)), torch.bfloat16).dtype
+        >>> weight = NF4Weight.quantize(torch.randn(4, 64))
+        >>> nf4_dequantize(weight, torch.bfloat16).dtype
         torch.bfloat16
+        >>> nf4_dequantize(weight, rows=(1, 3), columns=torch.ones(2, 8)).shape
+        torch.Size([2, 72])
     """
     dtype = dtype or weight.dtype
     if dtype not in DTYPES:
         raise ShapeError(f"nf4_dequantize needs a dtype in {DTYPES}, got {dtype}.")
-    decoded: Tensor = torch.ops.qlora_kit.nf4_dequantize(
+    fields = (
         weight.packed,
         weight.absmax,
         weight.nested_absmax,
@@ -52,7 +71,34 @@ def nf4_dequantize(weight: NF4Weight, dtype: torch.dtype | None = None) -> Tenso
         weight.block_size,
         dtype,
     )
-    return decoded
+    if rows is None and columns is None and not transposed:
+        decoded: Tensor = torch.ops.qlora_kit.nf4_dequantize(*fields)
+        return decoded
+    _check(weight, dtype, rows, columns)
+    part: Tensor = torch.ops.qlora_kit.nf4_dequantize(*fields, rows, transposed, columns)
+    return part
+
+
+def _check(
+    weight: NF4Weight, dtype: torch.dtype, rows: tuple[int, int] | None, columns: Tensor | None
+) -> None:
+    """Refuse rows outside the weight and columns that do not stand beside them."""
+    height = prod(weight.shape[:-1])
+    start, stop = rows or (0, height)
+    if not 0 <= start <= stop <= height:
+        raise ShapeError(
+            f"nf4_dequantize needs rows within (0, {height}) for shape {weight.shape}, got "
+            f"({start}, {stop})."
+        )
+    if columns is None:
+        return
+    device = weight.packed.device
+    fits = columns.dim() == 2 and columns.shape[0] == stop - start
+    if not fits or columns.dtype != dtype or columns.device != device:
+        raise ShapeError(
+            f"nf4_dequantize needs columns of shape ({stop - start}, r) in {dtype} on {device}, "
+            f"got {tuple(columns.shape)} in {columns.dtype} on {columns.device}."
+        )
 
 
 @torch.library.custom_op("qlora_kit::nf4_dequantize", mutates_args=())
@@ -64,6 +110,9 @@ def _dequantize(
     shape: Sequence[int],
     block_size: int,
     dtype: torch.dtype,
+    rows: Sequence[int] | None = None,
+    transposed: bool = False,
+    columns: Tensor | None = None,
 ) -> Tensor:
     weight = NF4Weight(
         packed=packed,
@@ -74,8 +123,15 @@ def _dequantize(
         block_size=block_size,
         dtype=dtype,
     )
-    decoded: Tensor = resolve(OP, packed).dequantize(weight, dtype)
-    return decoded
+    functions = resolve(OP, packed)
+    if rows is None and columns is None and not transposed:
+        whole: Tensor = functions.dequantize(weight, dtype)
+        return whole
+    span = None if rows is None else (rows[0], rows[1])
+    part: Tensor = functions.dequantize(
+        weight, dtype, rows=span, transposed=transposed, columns=columns
+    )
+    return part
 
 
 @_dequantize.register_fake
@@ -87,5 +143,10 @@ def _(
     shape: Sequence[int],
     block_size: int,
     dtype: torch.dtype,
+    rows: Sequence[int] | None = None,
+    transposed: bool = False,
+    columns: Tensor | None = None,
 ) -> Tensor:
-    return packed.new_empty(list(shape), dtype=dtype)
+    if rows is None and columns is None and not transposed:
+        return packed.new_empty(list(shape), dtype=dtype)
+    return packed.new_empty(reference.part_shape(shape, rows, transposed, columns), dtype=dtype)
