@@ -3,11 +3,11 @@
 // Shapes    activations (M,C) | packed (N*K/2) u8 | small (M,r) | factor (N,r) or (r,K) | out (M,R)
 //           C, the contraction, is K and R, the result's columns, is N; in the transpose N and K
 // Format    qlora_kit/quant/nf4.py and double_quant.py, block size 64
-// Requires  sm_90a, K % 64 == 0, N % 8 == 0, r % 8 == 0, 16-byte alignment; checked in
+// Requires  sm_90a, K % 256 == 0, N % 8 == 0, r % 8 == 0, 16-byte alignment; checked in
 //           qlora_kit/ops/nf4_linear/hopper.py
 // Tile      256 columns of the result x TOKENS rows of the activations per block, 64 of the
 //           contraction per stage. W is wgmma's register operand, the activations its shared one.
-//           Warpgroup 0 brings tiles in with the copy engine and decodes the nested scales;
+//           Warpgroup 0 brings tiles in with the copy engine (warp 0) and decodes scales (1-3);
 //           warpgroups 1 and 2 decode 128 x 64 weights a stage while the last product runs.
 //           Blocks of a cluster share the contraction; their sums meet in shared memory.
 // Decode    one look-up per byte: 256 pairs of f32 in shared memory, once per lane (no conflicts);
@@ -19,13 +19,15 @@
 // Idea      register-fed wgmma with swapped operands: Machete (vLLM), quack
 #include "common/convert.cuh"
 #include "common/hopper.cuh"
+#include "common/mma.cuh"
 #include "common/nf4.cuh"
 
 constexpr int COLUMNS = 256;  // of the result, per block
 constexpr int DEPTH = 64;     // of the contraction, per stage: one block of scales
 constexpr int CONSUMERS = 256;
 constexpr int THREADS = 384;
-constexpr int AHEAD = 4;  // stages for which scales are read before they are decoded
+constexpr int QUAD = 4;  // stages whose scales a warp reads at once: four bytes of a row
+constexpr int SCALE_WARPS = 3;
 
 constexpr int TABLE_BYTES = 256 * 32 * 8;
 constexpr int PACKED_BYTES = COLUMNS * DEPTH / 2;
@@ -59,10 +61,10 @@ __device__ __forceinline__ float2 look_up(u32 table, u32 word, u32 lane_offset, 
 
 // Entry b: the values of byte b's high and low nibble, at lane's own pair of banks.
 __device__ __forceinline__ void fill_table(float4* table, int thread) {
-    for (int i = thread; i < 256 * 16; i += CONSUMERS) {
-        const float high = NF4_VALUES[i >> 8], low = NF4_VALUES[(i >> 4) & 15];
-        table[i] = {high, low, high, low};
-    }
+    const float low = NF4_VALUES[thread >> 4];
+#pragma unroll
+    for (int high = 0; high < 16; ++high)
+        table[high * 256 + thread] = {NF4_VALUES[high], low, NF4_VALUES[high], low};
 }
 
 // The decoded weights of one product: two tiles of 64 columns of the result, 16 of contraction.
@@ -75,12 +77,15 @@ struct Fragments {
     }
 };
 
+// What the table gave for one product, before scaling.
+typedef float2 Pairs[8];
+
 // Y = X W^T: contraction along a row of W. A thread's row j of four is
 // 32 warp + 16 (j / 2) + 8 (j % 2) + g; its byte for columns 2q, 2q+1 is byte q of a word.
 template <typename T>
 struct Forward {
     static constexpr bool TRANSPOSED = false;
-    u32 words[4][4];
+    u32 words[2][4][4];
     float scale[4];
     u32 selector;
     int row, swap;
@@ -94,25 +99,34 @@ struct Forward {
     static __device__ __forceinline__ int column(int consumer, int g, int tile, int half) {
         return (consumer / 32) * 32 + 16 * tile + 8 * half + g;
     }
-    // Half of a stage: 32 of the contraction.
-    __device__ __forceinline__ void load(const u8* packed, const float* scales, int half) {
+    // The bytes of half a stage: 32 of the contraction.
+    __device__ __forceinline__ void load(const u8* packed, int half) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const u8* from = packed + (row + 8 * j) * 32 + ((half ^ swap) * 16);
-            *reinterpret_cast<uint4*>(words[j]) = *reinterpret_cast<const uint4*>(from);
-            if (half == 0) scale[j] = scales[row + 8 * j];
+            *reinterpret_cast<uint4*>(words[half][j]) = *reinterpret_cast<const uint4*>(from);
         }
     }
-    __device__ __forceinline__ void decode(Fragments& f, u32 table, u32 lane_offset,
-                                           const float*, int, int step) const {
+    __device__ __forceinline__ void load_scales(const float* scales) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
+        for (int j = 0; j < 4; ++j) scale[j] = scales[row + 8 * j];
+    }
+    // Product `step` of four in a stage.
+    __device__ __forceinline__ void look_up_pairs(Pairs& pairs, u32 table, u32 lane_offset,
+                                                  int step) const {
 #pragma unroll
-            for (int part = 0; part < 2; ++part) {
-                const float2 v = look_up(table, words[j][2 * step + part], lane_offset, selector);
-                f.a[j / 2][2 * part + (j & 1)] =
-                    T::pack(__fmul_rn(v.x, scale[j]), __fmul_rn(v.y, scale[j]));
-            }
+        for (int i = 0; i < 8; ++i)
+            pairs[i] = look_up(table, words[step / 2][i / 2][2 * (step % 2) + i % 2], lane_offset,
+                               selector);
+    }
+    __device__ __forceinline__ void round(Fragments& f, const Pairs& pairs, const float*,
+                                          int) const {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const int j = i / 2;
+            f.a[j / 2][2 * (i % 2) + (j & 1)] =
+                T::pack(__fmul_rn(pairs[i].x, scale[j]), __fmul_rn(pairs[i].y, scale[j]));
+        }
     }
     // 16 columns of B (N, r) from `column` of r on.
     static __device__ __forceinline__ void low_rank(Fragments& f, const Problem& p, int first,
@@ -136,7 +150,7 @@ struct Forward {
 template <typename T>
 struct Backward {
     static constexpr bool TRANSPOSED = true;
-    u32 words[4];
+    u32 words[2][4];
     u32 address;
     int scale_row;
 
@@ -148,23 +162,31 @@ struct Backward {
     static __device__ __forceinline__ int column(int consumer, int g, int tile, int half) {
         return (consumer / 32) * 32 + 4 * g + 2 * tile + half;
     }
-    __device__ __forceinline__ void load(const u8* packed, const float*, int half) {
+    __device__ __forceinline__ void load(const u8* packed, int half) {
+        u32* to = words[half];
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                      : "r"(shared_address(packed) + address + half * 32 * 128)
                      : "memory");
     }
-    __device__ __forceinline__ void decode(Fragments& f, u32 table, u32 lane_offset,
-                                           const float* scales, int half, int step) const {
+    __device__ __forceinline__ void load_scales(const float*) {}
+    __device__ __forceinline__ void look_up_pairs(Pairs& pairs, u32 table, u32 lane_offset,
+                                                  int step) const {
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            pairs[i] = look_up(table, words[step / 2][2 * (step % 2) + i / 4], lane_offset,
+                               0x5504u + 0x10u * (i % 4));
+    }
+    // Pair i is byte i % 4: of row 2q for 0 and 1, of row 2q + 1 for 2 and 3.
+    __device__ __forceinline__ void round(Fragments& f, const Pairs& pairs, const float* scales,
+                                          int step) const {
 #pragma unroll
         for (int part = 0; part < 2; ++part) {
-            const float2 scale = *reinterpret_cast<const float2*>(scales + scale_row + 32 * half +
-                                                                  16 * step + 8 * part);
+            const float2 scale =
+                *reinterpret_cast<const float2*>(scales + scale_row + 16 * step + 8 * part);
 #pragma unroll
             for (int tile = 0; tile < 2; ++tile) {
-                const u32 word = words[2 * step + part];
-                const float2 v = look_up(table, word, lane_offset, tile ? 0x5514u : 0x5504u);
-                const float2 w = look_up(table, word, lane_offset, tile ? 0x5534u : 0x5524u);
+                const float2 v = pairs[4 * part + tile], w = pairs[4 * part + tile + 2];
                 f.a[tile][2 * part] = T::pack(__fmul_rn(v.x, scale.x), __fmul_rn(w.x, scale.y));
                 f.a[tile][2 * part + 1] =
                     T::pack(__fmul_rn(v.y, scale.x), __fmul_rn(w.y, scale.y));
@@ -193,84 +215,114 @@ struct Backward {
     }
 };
 
-// A thread's scale of a stage: forward, of row `first + i`; transposed, of row `depth + i % 64`
-// and of the block of columns i / 64.
-template <bool TRANSPOSED>
-__device__ __forceinline__ long long scale_block(const Problem& p, int first, int depth, int i) {
-    const int blocks = p.k / DEPTH;
-    const int row = TRANSPOSED ? depth + i % DEPTH : first + i;
-    const int block = TRANSPOSED ? first / DEPTH + i / DEPTH : depth / DEPTH;
-    return row < p.n && block < blocks ? static_cast<long long>(row) * blocks + block : -1;
-}
-
+// One thread of warp 0 keeps the copy engine busy.
 template <bool TRANSPOSED, int TOKENS, int STAGES>
-struct Producer {
-    static __device__ __forceinline__ NF4Scales::Stored read(const Problem& p, int first,
-                                                             int depth, int i, bool wanted) {
-        const long long block = wanted ? scale_block<TRANSPOSED>(p, first, depth, i) : -1;
-        return block < 0 ? NF4Scales::Stored{0.f, 0} : p.scales.load(block * DEPTH);
-    }
-
-    static __device__ __forceinline__ void run(const TensorMap& activations,
-                                               const TensorMap& packed, const TensorMap& small,
-                                               const Problem& p, Stage<TOKENS>* stages,
-                                               Barrier* full, Barrier* empty, float* map,
-                                               int first, int token, int begin, int steps,
-                                               int low_rank_steps) {
-        const int t = threadIdx.x, lane = t & 31;
-        map[t] = DYNAMIC_MAP_VALUES[t];
-        map[t + 128] = DYNAMIC_MAP_VALUES[t + 128];
-        const float mean = p.scales.mean();
-        NF4Scales::Stored stored[AHEAD][2];
-#pragma unroll
-        for (int a = 0; a < AHEAD; ++a)
-#pragma unroll
-            for (int h = 0; h < 2; ++h)
-                stored[a][h] = read(p, first, (begin + a) * DEPTH, t + 128 * h, a < steps);
-        sync_threads<2, 128>();
-
-        const int total = steps + low_rank_steps;
-        for (int base = 0; base < total; base += AHEAD) {
-#pragma unroll
-            for (int a = 0; a < AHEAD; ++a) {
-                const int step = base + a;
-                if (step >= total) break;
-                const int slot = step % STAGES;
-                Stage<TOKENS>& stage = stages[slot];
-                empty[slot].wait(((step / STAGES) & 1) ^ 1);
-                const int depth = (begin + step) * DEPTH;
-                if (t == 0) {
-                    if (step < steps) {
-                        full[slot].arrive_expecting(TOKENS * DEPTH * 2 + PACKED_BYTES);
-                        copy_box(stage.activations, activations, token, depth, full[slot]);
-                        if (TRANSPOSED)
-                            copy_box(stage.packed, packed, depth, first / 2, full[slot]);
-                        else
-                            copy_box(stage.packed, packed, first, depth / 2, full[slot]);
-                    } else {
-                        full[slot].arrive_expecting(TOKENS * DEPTH * 2);
-                        copy_box(stage.activations, small, token, (step - steps) * DEPTH,
-                                 full[slot]);
-                    }
-                }
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    stage.scales[t + 128 * h] = p.scales.decode(stored[a][h], mean, map);
-                    stored[a][h] = read(p, first, depth + AHEAD * DEPTH, t + 128 * h,
-                                        step + AHEAD < steps);
-                }
-                __syncwarp();
-                if (lane == 0) full[slot].arrive();
-            }
+__device__ __forceinline__ void bring_tiles(const TensorMap& activations, const TensorMap& packed,
+                                            const TensorMap& small, Stage<TOKENS>* stages,
+                                            Barrier* full, Barrier* empty, int first, int token,
+                                            int begin, int steps, int low_rank_steps) {
+    for (int step = 0; step < steps + low_rank_steps; ++step) {
+        const int slot = step % STAGES, depth = (begin + step) * DEPTH;
+        Stage<TOKENS>& stage = stages[slot];
+        empty[slot].wait(((step / STAGES) & 1) ^ 1);
+        if (step < steps) {
+            full[slot].arrive_expecting(TOKENS * DEPTH * 2 + PACKED_BYTES);
+            if (TRANSPOSED)
+                copy_box(stage.packed, packed, depth, first / 2, full[slot]);
+            else
+                copy_box(stage.packed, packed, first, depth / 2, full[slot]);
+            copy_box(stage.activations, activations, token, depth, full[slot]);
+        } else {
+            if (step == steps) wait_for_previous_kernel();  // which made `small`
+            full[slot].arrive();  // in the place of the scales
+            full[slot].arrive_expecting(TOKENS * DEPTH * 2);
+            copy_box(stage.activations, small, token, (step - steps) * DEPTH, full[slot]);
         }
     }
+}
+
+// What memory holds for the scales of four stages: a lane's eight rows of W, four blocks each.
+// Forward, row e is `first` + lane + 32 e and the blocks belong to the four stages; transposed, the
+// rows belong to the stages, two to each, and the blocks are the four along this tile's columns.
+template <bool TRANSPOSED>
+struct StoredScales {
+    u32 codes[8];
+    float group[8];
+
+    static __device__ __forceinline__ int row(int first, int depth, int lane, int e) {
+        return (TRANSPOSED ? depth : first) + lane + 32 * e;
+    }
+    __device__ __forceinline__ void load(const Problem& p, int first, int depth, int lane) {
+        const int blocks = p.k / DEPTH, block = (TRANSPOSED ? first : depth) / DEPTH;
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+            const int n = row(first, depth, lane, e);
+            const u32 at = static_cast<u32>(n) * blocks + block;
+            const bool inside = n < p.n && block < blocks && p.scales.nested != nullptr;
+            codes[e] = inside ? __ldg(reinterpret_cast<const u32*>(p.scales.absmax) + at / 4) : 0;
+            group[e] = inside ? __ldg(p.scales.nested + at / 256) : 0.f;
+        }
+    }
+    // Block b of row e.
+    __device__ __forceinline__ float decode(float mean, const float* map, int e, int b) const {
+        return __fadd_rn(__fmul_rn(map[(codes[e] >> (8 * b)) & 255], group[e]), mean);
+    }
 };
+
+// A plain scale: forward, of row `first` + i at `depth`; transposed, of row `depth` + i % 64.
+template <bool TRANSPOSED>
+__device__ __forceinline__ float plain_scale(const Problem& p, int first, int depth, int i) {
+    const int blocks = p.k / DEPTH;
+    const int n = TRANSPOSED ? depth + i % DEPTH : first + i;
+    const int block = TRANSPOSED ? first / DEPTH + i / DEPTH : depth / DEPTH;
+    if (n >= p.n || block >= blocks) return 0.f;
+    return __ldg(static_cast<const float*>(p.scales.absmax) + static_cast<u32>(n) * blocks +
+                 block);
+}
+
+// Warps 1 to 3 decode the scales of four stages in turn.
+template <bool TRANSPOSED, int TOKENS, int STAGES>
+__device__ __forceinline__ void bring_scales(const Problem& p, Stage<TOKENS>* stages,
+                                             Barrier* full, Barrier* empty, float* map, int first,
+                                             int begin, int steps) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 - 1;
+    StoredScales<TRANSPOSED> now, next;
+    now.load(p, first, (begin + QUAD * warp) * DEPTH, lane);
+    for (int i = threadIdx.x - 32; i < 256; i += 32 * SCALE_WARPS) map[i] = DYNAMIC_MAP_VALUES[i];
+    const float mean = p.scales.mean();
+    sync_threads<2, 32 * SCALE_WARPS>();
+    for (int base = QUAD * warp; base < steps; base += QUAD * SCALE_WARPS) {
+        const int depth = (begin + base) * DEPTH;
+        if (base + QUAD * SCALE_WARPS < steps)
+            next.load(p, first, depth + QUAD * SCALE_WARPS * DEPTH, lane);
+#pragma unroll
+        for (int s = 0; s < QUAD; ++s) {
+            const int step = base + s, slot = step % STAGES;
+            if (step >= steps) break;
+            float* to = stages[slot].scales + lane;
+            empty[slot].wait(((step / STAGES) & 1) ^ 1);
+            if (p.scales.nested != nullptr) {
+#pragma unroll
+                for (int i = 0; i < 8; ++i)
+                    to[32 * i] = TRANSPOSED ? now.decode(mean, map, 2 * s + i % 2, i / 2)
+                                            : now.decode(mean, map, i, s);
+            } else {
+#pragma unroll 1
+                for (int i = 0; i < 8; ++i)
+                    to[32 * i] =
+                        plain_scale<TRANSPOSED>(p, first, depth + s * DEPTH, lane + 32 * i);
+            }
+            __syncwarp();
+            if (lane == 0) full[slot].arrive();
+        }
+        now = next;
+    }
+}
 
 template <typename T, typename Way, int TOKENS, int STAGES>
 struct Consumer {
     float c[2][TOKENS / 2];
     Fragments f[2];
-    int waiting;  // the stage to give back once its products are done
 
     __device__ __forceinline__ void multiply(int which, u64 b) {
         wgmma_fence();
@@ -281,34 +333,38 @@ struct Consumer {
         f[which ^ 1].keep_all();
     }
 
-    __device__ __forceinline__ void give_back(Barrier* empty, int lane) {
-        if (waiting >= 0 && lane == 0) empty[waiting].arrive();
-        waiting = -1;
-    }
-
+    // While a product runs, the next one's weights are rounded and those after it looked up.
     __device__ __forceinline__ void run(const Problem& p, Stage<TOKENS>* stages, Barrier* full,
                                         Barrier* empty, u32 table, int first, int steps,
                                         int low_rank_steps) {
         const int consumer = threadIdx.x - 128, lane = threadIdx.x & 31;
         const u32 lane_offset = lane * 8;
         Way way(consumer, lane);
+        Pairs pairs[2];
 #pragma unroll
         for (int i = 0; i < TOKENS; ++i) c[i & 1][i / 2] = 0.f;
-        waiting = -1;
+        int waiting = -1;  // the stage to give back once its products are done
+        if (steps > 0) {
+            full[0].wait(0);
+            way.load(stages[0].packed, 0);
+            way.look_up_pairs(pairs[0], table, lane_offset, 0);
+        }
         for (int step = 0; step < steps; ++step) {
-            const int slot = step % STAGES;
-            Stage<TOKENS>& stage = stages[slot];
-            full[slot].wait((step / STAGES) & 1);
+            const int slot = step % STAGES, after = (step + 1) % STAGES;
+            const Stage<TOKENS>& stage = stages[slot];
             const u64 b = tile_descriptor(stage.activations);
+            way.load(stage.packed, 1);
+            way.load_scales(stage.scales);
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                way.load(stage.packed, stage.scales, half);
-#pragma unroll
-                for (int s = 0; s < 2; ++s) {
-                    way.decode(f[s], table, lane_offset, stage.scales, half, s);
-                    multiply(s, b + 2 * (2 * half + s));
-                    give_back(empty, lane);
+            for (int s = 0; s < 4; ++s) {
+                if (s == 2) {
+                    if (step + 1 < steps) full[after].wait(((step + 1) / STAGES) & 1);
+                    way.load(stages[after].packed, 0);
                 }
+                way.look_up_pairs(pairs[(s + 1) & 1], table, lane_offset, (s + 1) % 4);
+                way.round(f[s & 1], pairs[s & 1], stage.scales, s);
+                multiply(s & 1, b + 2 * s);
+                if (s == 0 && waiting >= 0 && lane == 0) empty[waiting].arrive();
             }
             waiting = slot;
         }
@@ -320,7 +376,7 @@ struct Consumer {
             for (int s = 0; s < 4; ++s) {
                 Way::low_rank(f[s & 1], p, first, consumer, lane, step * DEPTH + 16 * s);
                 multiply(s & 1, b + 2 * s);
-                give_back(empty, lane);
+                if (s == 0 && waiting >= 0 && lane == 0) empty[waiting].arrive();
             }
             waiting = slot;
         }
@@ -400,8 +456,9 @@ __device__ __forceinline__ void fused(const TensorMap& activations, const Tensor
     const int token = (8 * group + inside % width) * TOKENS, first = inside / width * COLUMNS;
     // This block's share of the contraction; the last also adds the low-rank product.
     const int all = (contraction + DEPTH - 1) / DEPTH;
-    const int begin = static_cast<int>(static_cast<long long>(all) * rank / ranks);
-    const int end = static_cast<int>(static_cast<long long>(all) * (rank + 1) / ranks);
+    const int quads = (all + QUAD - 1) / QUAD;
+    const int begin = QUAD * static_cast<int>(quads * rank / ranks);
+    const int end = min(all, QUAD * static_cast<int>(quads * (rank + 1) / ranks));
     const int low_rank_steps =
         p.factor != nullptr && rank == ranks - 1 ? (p.rank + DEPTH - 1) / DEPTH : 0;
 
@@ -409,19 +466,23 @@ __device__ __forceinline__ void fused(const TensorMap& activations, const Tensor
         prefetch_map(activations);
         prefetch_map(packed);
         for (int s = 0; s < STAGES; ++s) {
-            full[s].init(5);  // the copy's, and one per producing warp
+            full[s].init(2);  // the tiles' and the scales'
             empty[s].init(CONSUMERS / 32);
         }
         fence_barrier_init();
     }
     __syncthreads();
     if (threadIdx.x < 128) {
-        give_registers<56>();
-        Producer<Way::TRANSPOSED, TOKENS, STAGES>::run(activations, packed, small, p, stages,
-                                                       full, empty, map, first, token, begin,
-                                                       end - begin, low_rank_steps);
+        give_registers<72>();
+        if (threadIdx.x == 0)
+            bring_tiles<Way::TRANSPOSED, TOKENS, STAGES>(activations, packed, small, stages, full,
+                                                         empty, first, token, begin, end - begin,
+                                                         low_rank_steps);
+        else if (threadIdx.x >= 32)
+            bring_scales<Way::TRANSPOSED, TOKENS, STAGES>(p, stages, full, empty, map, first,
+                                                          begin, end - begin);
     } else {
-        take_registers<224>();
+        take_registers<216>();
         fill_table(table, threadIdx.x - 128);
         sync_threads<1, CONSUMERS>();
         Consumer<T, Way, TOKENS, STAGES> consumer;
@@ -437,6 +498,80 @@ __device__ __forceinline__ void fused(const TensorMap& activations, const Tensor
     write_out<T, TOKENS>(p, sums, first, columns, token, rank, ranks);
     if (ranks > 1) sync_cluster();  // nobody leaves while its sums are being read
 }
+
+constexpr int SMALL = 16;  // tokens and ranks per block of the low-rank product
+constexpr int SMALL_WARPS = 8;
+
+// small (M, r) = scale * activations (M, C) F, with F = factor^T of A (r, C) or factor B (C, r).
+// A cluster's warps share the contraction, 32 a step each; a thread takes 8 neighbours of a row on
+// both sides, which is the same permutation of the sum's order for both operands of mma.
+template <typename T, bool TRANSPOSED>
+__device__ __forceinline__ void low_rank_product(const u16* x, const u16* factor, u16* small,
+                                                 int m, int contraction, int rank, float scale) {
+    __shared__ float sums[SMALL_WARPS + 1][SMALL][SMALL + 4];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
+    const u32 block = cluster_rank(), blocks = cluster_size();
+    const int token = blockIdx.x / blocks * SMALL, first = blockIdx.y * SMALL;
+    launch_next_kernel();
+    float c[2][4] = {};
+    const int stride = 32 * SMALL_WARPS * blocks;
+#pragma unroll 2
+    for (int k = 32 * (warp + SMALL_WARPS * block) + 8 * q; k < contraction; k += stride) {
+        uint4 a[2], b[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const long long row = token + g + 8 * h;
+            a[h] = row < m ? __ldg(reinterpret_cast<const uint4*>(x + row * contraction + k))
+                           : uint4{0, 0, 0, 0};
+            const long long r = first + g + 8 * h;
+            if (!TRANSPOSED) {
+                b[h] = r < rank ? __ldg(reinterpret_cast<const uint4*>(factor + r * contraction + k))
+                                : uint4{0, 0, 0, 0};
+            } else {
+                u32 column[8];
+#pragma unroll
+                for (int i = 0; i < 8; ++i)
+                    column[i] = r < rank ? __ldg(factor + (k + i) * static_cast<long long>(rank) + r)
+                                         : u16(0);
+                b[h] = {column[0] | column[1] << 16, column[2] | column[3] << 16,
+                        column[4] | column[5] << 16, column[6] | column[7] << 16};
+            }
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            Mma::run<T>(c[h], {a[0].x, a[1].x, a[0].y, a[1].y}, b[h].x, b[h].y);
+            Mma::run<T>(c[h], {a[0].z, a[1].z, a[0].w, a[1].w}, b[h].z, b[h].w);
+        }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[warp][g + 8 * (i / 2)][8 * h + 2 * q + i % 2] = c[h][i];
+    __syncthreads();
+    const int row = threadIdx.x / SMALL, column = threadIdx.x % SMALL;
+    float sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < SMALL_WARPS; ++w) sum += sums[w][row][column];
+    float& own = sums[SMALL_WARPS][row][column];
+    own = sum;
+    sync_cluster();
+    if (block == 0) {
+        for (u32 r = 1; r < blocks; ++r) sum += read_peer_one(shared_address(&own), r);
+        if (token + row < m && first + column < rank)
+            small[static_cast<long long>(token + row) * rank + first + column] =
+                static_cast<u16>(T::pack(sum * scale, 0.f));
+    }
+    sync_cluster();  // nobody leaves while its sums are being read
+}
+
+#define LOW_RANK(NAME, T, TRANSPOSED)                                                             \
+    extern "C" __global__ void __launch_bounds__(32 * SMALL_WARPS)                                \
+        NAME(const u16* x, const u16* factor, u16* small, long long m, long long contraction,     \
+             long long rank, float scale) {                                                       \
+        low_rank_product<T, TRANSPOSED>(x, factor, small, static_cast<int>(m),                    \
+                                        static_cast<int>(contraction), static_cast<int>(rank),    \
+                                        scale);                                                   \
+    }
 
 #define FUSED(NAME, T, WAY, TOKENS, STAGES)                                                       \
     extern "C" __global__ void __launch_bounds__(THREADS, 1)                                      \
@@ -463,6 +598,10 @@ __device__ __forceinline__ void fused(const TensorMap& activations, const Tensor
     FUSED(nf4_hopper_transposed_##NAME##_##TOKENS, T, Backward, TOKENS, STAGES)
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+LOW_RANK(nf4_hopper_low_rank_bfloat16, BFloat16, false)
+LOW_RANK(nf4_hopper_low_rank_transposed_bfloat16, BFloat16, true)
+LOW_RANK(nf4_hopper_low_rank_float16, Float16, false)
+LOW_RANK(nf4_hopper_low_rank_transposed_float16, Float16, true)
 FUSED_BOTH(bfloat16, BFloat16, 8, 12)
 FUSED_BOTH(bfloat16, BFloat16, 16, 12)
 FUSED_BOTH(bfloat16, BFloat16, 32, 10)

@@ -13,6 +13,7 @@ torch's current stream of the tensor's device.
 
 import os
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -118,6 +119,24 @@ def _with_includes(file: str, seen: set[str]) -> str:
     return "".join(parts) + text[start:]
 
 
+@dataclass(frozen=True, slots=True)
+class Compilation:
+    """How one source file became machine code in this process."""
+
+    architecture: str
+    """What it was compiled for."""
+    seconds: float
+    """How long compiling took, or reading from the cache."""
+    from_cache: bool
+    """Whether the code came from the disk cache."""
+
+
+COMPILATIONS: dict[str, Compilation] = {}
+"""Source file to how it was compiled last."""
+DYNAMIC_SHARED_BYTES: dict[str, int] = {}
+"""Kernel to the dynamic shared memory it was launched with, where it has any."""
+
+
 def compile_source(file: str, architecture: str, *, use_cache: bool = True) -> tuple[Any, str]:
     """Compile one source file; needs NVRTC, not a GPU.
 
@@ -129,17 +148,41 @@ def compile_source(file: str, architecture: str, *, use_cache: bool = True) -> t
     Returns:
         The `cuda.core` object code, and what the compiler said (registers, shared
         memory and spills of each kernel; empty on a cache hit).
+
+    Raises:
+        BackendError: the compiler refuses the source.
     """
     from cuda.core import Program, ProgramOptions
+    from cuda.core._utils.cuda_utils import NVRTCError  # has no public name in cuda-core 1.2
     from cuda.core.utils import FileStreamProgramCache
 
     options = ProgramOptions(
         name=Path(file).name, arch=architecture, std="c++17", ptxas_options=["-v"]
     )
     log = _Log()
+    start = time.perf_counter()
     program = Program(source_text(file), "c++", options)
     cache = FileStreamProgramCache(cache_folder()) if use_cache else None
-    return program.compile("cubin", logs=log, cache=cache), log.text
+    try:
+        code = program.compile("cubin", logs=log, cache=cache)
+    except NVRTCError as error:
+        raise BackendError(f"{file} does not compile for {architecture}: {error}") from error
+    seconds = time.perf_counter() - start
+    # The compiler always names the kernels it makes; a cache has nothing to say.
+    COMPILATIONS[file] = Compilation(architecture, seconds, log.text == "")
+    return code, log.text
+
+
+def kernel_names(code: Any) -> list[str]:
+    """The kernels in compiled code.
+
+    Args:
+        code: what `compile_source` returned.
+
+    Returns:
+        Their names, sorted: each has a section of its own.
+    """
+    return sorted({name.decode() for name in re.findall(rb"\.text\.([A-Za-z_]\w*)", code.code)})
 
 
 class _Log:
@@ -185,6 +228,8 @@ class Kernels:
             Device(device.index).set_current()
             code, _ = compile_source(self.file, architecture_of(device))
             kernel = code.get_kernel(name)
+            if shared:
+                DYNAMIC_SHARED_BYTES[name] = shared
             if shared > _DEFAULT_SHARED_BYTES:
                 _allow_shared(kernel, shared, device.index)
             self._loaded[key] = kernel
@@ -200,6 +245,7 @@ class Kernels:
         device: torch.device,
         shared: int = 0,
         cluster: int = 1,
+        overlap: bool = False,
     ) -> None:
         """Launch a kernel on torch's current stream of a device.
 
@@ -213,6 +259,8 @@ class Kernels:
             device: where the tensors live.
             shared: bytes of dynamic shared memory, the same for each launch of a kernel.
             cluster: blocks per cluster, along the first dimension of the grid.
+            overlap: let the kernel start before the stream's previous one has ended
+                (programmatic dependent launch); it waits where it says so.
         """
         from cuda.core import launch
 
@@ -220,20 +268,24 @@ class Kernels:
             current = torch.device("cuda", torch.cuda.current_device())
             kernel = self._kernel(name, current, shared)
             stream = _stream(torch.cuda.current_stream().cuda_stream)
-            config = _config(grid, block, shared, cluster)
+            config = _config(grid, block, shared, cluster, overlap)
             launch(stream, config, kernel, *(_argument(value) for value in arguments))
 
 
 @lru_cache(maxsize=4096)
 def _config(  # needs a GPU
-    grid: int | tuple[int, ...], block: int, shared: int, cluster: int
+    grid: int | tuple[int, ...], block: int, shared: int, cluster: int, overlap: bool
 ) -> Any:
     """A launch configuration; the same few come again and again."""
     from cuda.core import LaunchConfig
 
-    if cluster == 1:
-        return LaunchConfig(grid=grid, block=block, shmem_size=shared)
-    return LaunchConfig(grid=grid, cluster=cluster, block=block, shmem_size=shared)
+    return LaunchConfig(
+        grid=grid,
+        block=block,
+        shmem_size=shared,
+        cluster=None if cluster == 1 else cluster,
+        programmatic_stream_serialization=overlap,
+    )
 
 
 def _allow_shared(kernel: Any, shared: int, device: int) -> None:  # needs a GPU

@@ -139,15 +139,19 @@ def forward(
         xa: (M, r) = scale·x·Aᵀ in the dtype of x; (M, 0) without LoRA.
     """
     x = _ready(x)
-    xa = None
-    if lora_a is not None and lora_b is not None:
-        xa = reference.scaled_product(x, lora_a.to(x.dtype).T, scale)
-        lora_b = _ready(lora_b.to(x.dtype))
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     name = strategy_for(x, weight)
     log_once(f"nf4_linear: {name}")
-    y = STRATEGIES[name].multiply(x, weight, bias, xa, lora_b)
-    return y, x.new_empty((x.shape[0], 0)) if xa is None else xa
+    module = STRATEGIES[name]
+    if lora_a is None or lora_b is None:
+        y = module.multiply(x, weight, bias, None, None)
+        return y, x.new_empty((x.shape[0], 0))
+    a, b = _ready(lora_a.to(x.dtype)), _ready(lora_b.to(x.dtype))
+    if hasattr(module, "multiply_low_rank") and a.shape[0] % 8 == 0:
+        y, xa = module.multiply_low_rank(x, weight, bias, a, b, scale)
+        return y, xa
+    xa = reference.scaled_product(x, a.T, scale)
+    return module.multiply(x, weight, bias, xa, b), xa
 
 
 def backward(
@@ -185,14 +189,27 @@ def backward(
         dbias: (N,) float32.
     """
     dy = _ready(dy)
-    dyb = None
-    if lora_a is not None and lora_b is not None and (need_dx or need_da):
-        dyb = reference.scaled_product(dy, lora_b.to(dy.dtype), scale)
-    dx = dy.new_empty(0)
+    dx, dyb = dy.new_empty(0), None
     if need_dx:
-        name = strategy_for(dy, weight, "multiply_transposed")
-        log_once(f"nf4_linear backward: {name}")
-        a = None if lora_a is None else _ready(lora_a.to(dy.dtype))
-        dx = STRATEGIES[name].multiply_transposed(dy, weight, dyb, a)
+        dx, dyb = _input_gradient(dy, weight, lora_a, lora_b, scale)
+    elif need_da and lora_b is not None:
+        dyb = reference.scaled_product(dy, lora_b.to(dy.dtype), scale)
     small = reference.small_gradients(dy, x, dyb, xa, lora_a, lora_b, need_da, need_db, need_dbias)
     return dx, *small
+
+
+def _input_gradient(
+    dy: Tensor, weight: NF4Weight, lora_a: Tensor | None, lora_b: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """dX, and dYB = scale·dY·B where there is LoRA."""
+    name = strategy_for(dy, weight, "multiply_transposed")
+    log_once(f"nf4_linear backward: {name}")
+    module = STRATEGIES[name]
+    if lora_a is None or lora_b is None:
+        return module.multiply_transposed(dy, weight, None, None), None
+    a, b = _ready(lora_a.to(dy.dtype)), _ready(lora_b.to(dy.dtype))
+    if hasattr(module, "multiply_transposed_low_rank") and a.shape[0] % 8 == 0:
+        dx, dyb = module.multiply_transposed_low_rank(dy, weight, a, b, scale)
+        return dx, dyb
+    dyb = reference.scaled_product(dy, b, scale)
+    return module.multiply_transposed(dy, weight, dyb, a), dyb

@@ -23,6 +23,9 @@ _THREADS = 384
 _STAGES = {8: 12, 16: 12, 32: 10, 64: 8, 128: 6}
 """Stages in flight, per number of tokens a block takes."""
 _TABLE_BYTES = 256 * 32 * 8
+_SMALL = 16
+_PACKED_BOX = {"": ((_COLUMNS, _DEPTH // 2), 32), "transposed_": ((_DEPTH, _COLUMNS // 2), 128)}
+"""Rows and bytes of a stage's weights, and how the copy engine permutes them."""
 
 _SPLITS = (1, 2, 4, 8)
 _FIXED_STEPS = 6
@@ -39,17 +42,18 @@ def serves(x: Tensor, weight: NF4Weight) -> bool:
         weight: (N, K).
 
     Returns:
-        True on Hopper for bfloat16 and float16, K a multiple of 64, N of 8, scales per
+        True on Hopper for bfloat16 and float16, K a multiple of 256, N of 8, scales per
         64 weights.
     """
     n, k = weight.shape
     return (
         x.dtype in _NAMES
         and x.shape[0] > 0
-        and k % _DEPTH == 0
+        and k % _COLUMNS == 0
         and n % 8 == 0
         and weight.block_size == 64
         and weight.packed.data_ptr() % 16 == 0
+        and weight.absmax.data_ptr() % 16 == 0
         and weight.packed.is_contiguous()
         and torch.cuda.get_device_capability(x.device) == (9, 0)
     )
@@ -70,13 +74,9 @@ def multiply(
     Returns:
         (M, N) in the dtype of x.
     """
-    if xa is not None and lora_b is not None and lora_b.shape[1] % 8:
-        columns = -lora_b.shape[1] % 8
-        xa = torch.nn.functional.pad(xa, (0, columns))
-        lora_b = torch.nn.functional.pad(lora_b, (0, columns))
-    packed = weight.packed.view(weight.shape[0], weight.shape[1] // 2)
-    weight_map = tensor_map(packed, (_COLUMNS, _DEPTH // 2), 32)
-    return _launch("nf4_hopper", x, weight, weight_map, bias, xa, lora_b, weight.shape[0])
+    if xa is not None and lora_b is not None:
+        xa, lora_b = _in_eights(xa), _in_eights(lora_b)
+    return _launch("", x, weight, bias, xa, lora_b, False)
 
 
 def multiply_transposed(
@@ -93,42 +93,105 @@ def multiply_transposed(
     Returns:
         (M, K) in the dtype of dy.
     """
-    if dyb is not None and lora_a is not None and lora_a.shape[0] % 8:
-        rows = -lora_a.shape[0] % 8
-        dyb = torch.nn.functional.pad(dyb, (0, rows))
-        lora_a = torch.nn.functional.pad(lora_a, (0, 0, 0, rows))
-    packed = weight.packed.view(weight.shape[0], weight.shape[1] // 2)
-    weight_map = tensor_map(packed, (_DEPTH, _COLUMNS // 2), 128)
-    name = "nf4_hopper_transposed"
-    return _launch(name, dy, weight, weight_map, None, dyb, lora_a, weight.shape[1])
+    if dyb is not None and lora_a is not None:
+        dyb, lora_a = _in_eights(dyb), _in_eights(lora_a.T).T.contiguous()
+    return _launch("transposed_", dy, weight, None, dyb, lora_a, False)
+
+
+def multiply_low_rank(
+    x: Tensor,
+    weight: NF4Weight,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute xa = scale·x·Aᵀ and x·Wᵀ + xa·Bᵀ + bias, the second beginning during the first.
+
+    Args:
+        x: (M, K), on a Hopper GPU, aligned to 16 bytes.
+        weight: (N, K).
+        bias: (N,) in the dtype of x, or None.
+        lora_a: (r, K) in the dtype of x, r a multiple of 8.
+        lora_b: (N, r) in the dtype of x.
+        scale: factor on the low-rank product.
+
+    Returns:
+        (M, N) and xa, (M, r), in the dtype of x.
+    """
+    xa = _small_product("", x, lora_a, lora_a.shape[0], scale)
+    return _launch("", x, weight, bias, xa, lora_b, True), xa
+
+
+def multiply_transposed_low_rank(
+    dy: Tensor, weight: NF4Weight, lora_a: Tensor, lora_b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Compute dyb = scale·dy·B and dy·W + dyb·A, the second beginning during the first.
+
+    Args:
+        dy: (M, N), on a Hopper GPU, aligned to 16 bytes.
+        weight: (N, K).
+        lora_a: (r, K) in the dtype of dy, r a multiple of 8.
+        lora_b: (N, r) in the dtype of dy.
+        scale: factor on the low-rank product.
+
+    Returns:
+        (M, K) and dyb, (M, r), in the dtype of dy.
+    """
+    dyb = _small_product("transposed_", dy, lora_b, lora_b.shape[1], scale)
+    return _launch("transposed_", dy, weight, None, dyb, lora_a, True), dyb
+
+
+def _in_eights(matrix: Tensor) -> Tensor:
+    """The matrix with zero columns up to a multiple of eight, aligned to 16 bytes."""
+    columns = -matrix.shape[1] % 8
+    if columns:
+        return torch.nn.functional.pad(matrix, (0, columns))
+    return matrix if matrix.data_ptr() % 16 == 0 else matrix.clone()
+
+
+def _small_product(kind: str, x: Tensor, factor: Tensor, rank: int, scale: float) -> Tensor:
+    m, contraction = x.shape
+    small = x.new_empty((m, rank))
+    tiles = -(-m // _SMALL)
+    cluster = next((s for s in reversed(_SPLITS) if s * tiles <= 128), 1)
+    _KERNELS.launch(
+        f"nf4_hopper_low_rank_{kind}{_NAMES[x.dtype]}",
+        (tiles, -(-rank // _SMALL)),
+        32 * 8,
+        (x, factor, small, m, contraction, rank, scale),
+        device=x.device,
+        cluster=cluster,
+    )
+    return small
 
 
 def _launch(
-    name: str,
+    kind: str,
     x: Tensor,
     weight: NF4Weight,
-    weight_map: object,
     bias: Tensor | None,
     small: Tensor | None,
     factor: Tensor | None,
-    columns: int,
+    overlap: bool,
 ) -> Tensor:
+    n, k = weight.shape
     m, contraction = x.shape
+    columns = k if kind else n
     tokens, split = tiling(m, columns, contraction, _processors(x.device))
-    box = (tokens, _DEPTH)
     out = x.new_empty((m, columns))
-    if small is not None:
-        small = small if small.data_ptr() % 16 == 0 else small.clone()
+    packed = weight.packed.view(n, k // 2)
+    box = (tokens, _DEPTH)
     x_map = tensor_map(x, box, 128)
-    stage = tokens * _DEPTH * 2 + _COLUMNS * _DEPTH // 2 + _COLUMNS * 4
     stages = _STAGES[tokens]
+    stage = tokens * _DEPTH * 2 + _COLUMNS * _DEPTH // 2 + _COLUMNS * 4
     _KERNELS.launch(
-        f"{name}_{_NAMES[x.dtype]}_{tokens}",
+        f"nf4_hopper_{kind}{_NAMES[x.dtype]}_{tokens}",
         -(-m // tokens) * -(-columns // _COLUMNS),
         _THREADS,
         (
             x_map,
-            weight_map,
+            tensor_map(packed, *_PACKED_BOX[kind]),
             x_map if small is None else tensor_map(small, box, 128),
             weight.packed,
             weight.absmax,
@@ -138,12 +201,14 @@ def _launch(
             factor,
             out,
             m,
-            *weight.shape,
+            n,
+            k,
             0 if small is None else small.shape[1],
         ),
         device=x.device,
         shared=_TABLE_BYTES + stages * stage + 1024 + 16 * stages,
         cluster=split,
+        overlap=overlap,
     )
     return out
 
@@ -182,4 +247,4 @@ def tiling(m: int, columns: int, contraction: int, processors: int) -> tuple[int
         extra = _SPLIT_STEPS if split > 1 else 0
         return rounds * (-(-steps // split) + _FIXED_STEPS + extra)
 
-    return tokens, min((s for s in _SPLITS if s <= steps), key=cost)
+    return tokens, min((s for s in _SPLITS if 4 * s <= steps or s == 1), key=cost)
