@@ -1,0 +1,119 @@
+"""Every kernel once on small shapes, for compute-sanitizer; see scripts/sanitize.sh.
+
+    python -m tests.ops.sanitize                    # each strategy, both products, against float64
+    python -m tests.ops.sanitize --plant overrun    # a kernel that writes past its output
+    python -m tests.ops.sanitize --plant race       # a kernel without the barrier it needs
+
+The planted mistakes show that the tool sees our kernels at all: compiled at run time,
+picked by name, launched through the driver.
+"""
+
+import argparse
+import sys
+
+import torch
+
+from qlora_kit.ops.backend import force_backend
+from qlora_kit.ops.jit import architecture_of
+from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize
+from qlora_kit.ops.nf4_linear import cuda, reference
+from qlora_kit.ops.nf4_linear.op import nf4_linear
+from qlora_kit.quant.weight import NF4Weight
+from tests.ops.helpers import SCALE, Options, make_case, truth
+
+ROWS = (1, 9, 16, 33, 130, 300)
+SHAPES = ((64, 64), (192, 576), (136, 320))
+RANKS = (0, 1, 16, 33)
+
+_PLANTED = """
+extern "C" __global__ void nf4_planted_overrun(float* out) { out[threadIdx.x + 1] = 1.0f; }
+extern "C" __global__ void nf4_planted_race(float* out) {
+    __shared__ float values[256];
+    values[threadIdx.x] = threadIdx.x;
+    out[threadIdx.x] = values[255 - threadIdx.x];
+}
+"""
+
+
+def plant(name: str) -> None:
+    """Launch a kernel with a mistake in it, on 256 threads and 256 floats."""
+    import numpy as np
+    from cuda.core import Device, LaunchConfig, Program, ProgramOptions, launch
+
+    device = Device(0)
+    device.set_current()
+    architecture = architecture_of(torch.device("cuda", 0))
+    program = Program(_PLANTED, "c++", ProgramOptions(std="c++17", arch=architecture))
+    kernel = program.compile("cubin").get_kernel(f"nf4_planted_{name}")
+    out = torch.zeros(256, device="cuda")
+    stream = device.create_stream()
+    torch.cuda.synchronize()
+    launch(stream, LaunchConfig(grid=1, block=256), kernel, np.uint64(out.data_ptr()))
+    stream.sync()
+
+
+def products(m: int, n: int, k: int, options: Options) -> int:
+    """Each strategy that serves a case, both products, held against float64; how many ran."""
+    case = make_case(m, n, k, options, "cuda")
+    wanted = truth(case)
+    dtype = options.dtype
+    x, bias = case.x.detach(), None if case.bias is None else case.bias.detach()
+    xa = dyb = a = b = None
+    if case.a is not None:
+        a, b = case.a.detach().to(dtype), case.b.detach().to(dtype)
+        xa = reference.scaled_product(x, a.T, SCALE)
+        dyb = reference.scaled_product(case.dy, b, SCALE)
+    ran = 0
+    for strategy, module in cuda.STRATEGIES.items():
+        if module.serves(x, case.weight):
+            got = module.multiply(x, case.weight, bias, xa, b)
+            wanted.check("y", got, f"{strategy}, {case}")
+            ran += 1
+        if hasattr(module, "multiply_transposed") and module.serves(case.dy, case.weight):
+            got = module.multiply_transposed(case.dy, case.weight, dyb, a)
+            wanted.check("dx", got, f"{strategy}, {case}")
+            ran += 1
+    return ran
+
+
+def everything() -> None:
+    """All strategies, then the public ops at sizes that are no multiple of anything."""
+    ran = 0
+    for index, m in enumerate(ROWS):
+        for n, k in SHAPES:
+            rank = RANKS[(index + k) % 4]
+            dtype = (torch.bfloat16, torch.float16)[index % 2]
+            ran += products(m, n, k, Options(rank, dtype, bias=m % 2 == 0, nested=n != 192))
+    with force_backend("cuda"):
+        for n, k in ((31, 77), (65, 130)):
+            source = torch.randn(n, k, device="cuda")
+            weight = NF4Weight.quantize(source)
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                assert torch.equal(nf4_dequantize(weight, dtype), weight.dequantize(dtype))
+            case = make_case(5, n, k, Options(4), "cuda", weight)
+            y = nf4_linear(case.x, weight, case.bias, lora_a=case.a, lora_b=case.b, scale=SCALE)
+            y.backward(case.dy)
+    torch.cuda.synchronize()
+    print(f"{ran} products right")
+
+
+def main() -> int:
+    """Run; the exit status is the sanitizer's business, or 1 when a result is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--plant", choices=("overrun", "race"))
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("needs a CUDA device", file=sys.stderr)
+        return 1
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_bf16_reduced_precision_reduction = False
+    matmul.allow_fp16_reduced_precision_reduction = False
+    if arguments.plant:
+        plant(arguments.plant)
+    else:
+        everything()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
