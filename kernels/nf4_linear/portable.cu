@@ -6,10 +6,14 @@
 // Format    qlora_kit/quant/nf4.py and double_quant.py
 // Requires  sm_80+, K % 64 == 0, N % 64 == 0, block size 64, 16-byte alignment; checked in
 //           qlora_kit/ops/nf4_linear/portable.py
-// Tile      128 rows x 32, 64 or 128 tokens x 64; 4 warps of 32 rows, so that each weight is decoded
-//           once per block; 44 or 64 KiB of stages, 4 KiB of tables
-// Numerics  W rounded to the compute dtype as everywhere, f32 accumulate. The depth may be shared by
-//           several blocks: f32 partial sums, added in a fixed order by a second kernel: repeatable
+// Tile      128 rows x 32, 64 or 128 tokens x 64; 4 warps of 32 rows, so that each weight is
+//           decoded once per block; 28 to 64 KiB of stages, 4 KiB of tables; 2 (128 tokens) or 3
+//           blocks per processor
+// Cost      of a step of 128 tokens: 512 products (1024 cycles of an A100's tensor cores), 4 x 650
+//           instructions; shared memory serves 512 wavefronts of tokens, 256 of look-ups and 192
+//           of copies and codes. Counted in the code for sm_80
+// Numerics  W rounded to the compute dtype as everywhere, f32 accumulate. Several blocks may share
+//           the depth: f32 partial sums, added in a fixed order by a second kernel: repeatable
 // Truth     qlora_kit/ops/nf4_linear/reference.py
 // Idea      swapped operands, weights decoded into fragments: FLUTE, arXiv:2407.10960; Marlin,
 //           arXiv:2408.11743
@@ -30,11 +34,12 @@ constexpr int STEP = 64;  // of the contraction
 constexpr int TOKEN_BYTES = STEP * 2;
 constexpr int WEIGHT_BYTES = ROWS * STEP / 2;
 
-// Two blocks per processor: of 164 KiB or more, or of 100. portable.py passes the same numbers.
+// Two blocks of 128 tokens or three of fewer, with their tables, fill a processor's 164 KiB of
+// shared memory, or its 100 KiB. portable.py passes the same numbers.
 #if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000 || __CUDA_ARCH__ == 1030
-constexpr int STAGES_BYTES = 64 * 1024;
+constexpr int FEW_TOKENS_BYTES = 44 * 1024, MANY_TOKENS_BYTES = 64 * 1024;
 #else
-constexpr int STAGES_BYTES = 44 * 1024;
+constexpr int FEW_TOKENS_BYTES = 28 * 1024, MANY_TOKENS_BYTES = 44 * 1024;
 #endif
 
 struct Problem {
@@ -71,7 +76,7 @@ __device__ __forceinline__ int weight_at(int line, int piece) {
 template <bool TRANSPOSED, int TOKENS>
 struct Stages {
     static constexpr int BYTES = TOKENS * TOKEN_BYTES + WEIGHT_BYTES;
-    static constexpr int COUNT = STAGES_BYTES / BYTES;
+    static constexpr int COUNT = (TOKENS < 128 ? FEW_TOKENS_BYTES : MANY_TOKENS_BYTES) / BYTES;
     static constexpr int TOKEN_LOADS = TOKENS * TOKEN_BYTES / 16 / THREADS;
     static_assert(COUNT >= 2, "one stage is read while another is written");
 
@@ -199,14 +204,15 @@ struct Fragments {
     __device__ __forceinline__ void load(const Problem& problem, long long row, int column) {
         const bool present = row < problem.rows;
         if constexpr (TRANSPOSED) {
-            const u16* from = problem.adapter + column * problem.rows + row;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 uint2 line[2] = {};
 #pragma unroll
-                for (int h = 0; h < 2; ++h)
-                    if (present && column + 2 * i + h < problem.rank)
-                        line[h] = *reinterpret_cast<const uint2*>(from + (2 * i + h) * problem.rows);
+                for (int h = 0; h < 2; ++h) {
+                    const int at = column + 2 * i + h;
+                    const u16* from = problem.adapter + at * problem.rows + row;
+                    if (present && at < problem.rank) line[h] = *reinterpret_cast<const uint2*>(from);
+                }
                 pair(0, 0, i) = __byte_perm(line[0].x, line[1].x, 0x5410);
                 pair(0, 1, i) = __byte_perm(line[0].x, line[1].x, 0x7632);
                 pair(1, 0, i) = __byte_perm(line[0].y, line[1].y, 0x5410);
@@ -339,6 +345,13 @@ __device__ __forceinline__ void multiply(const Problem& problem) {
     for (int step = first; step < last; ++step) {
         copy_wait<Copies::COUNT - 2>();
         __syncthreads();  // this step has arrived, the one before has been read by all
+        const u8* stage = stages + slot * Copies::BYTES;
+        const u32 packed = to_shared(stage) + TOKENS * TOKEN_BYTES;
+        u32 words[2][4];
+        load_matrices<TRANSPOSED>(words[0], packed + weights);
+        load_matrices<TRANSPOSED>(words[1],
+                                  packed + (TRANSPOSED ? weights + 2048 : (weights ^ 64) + 512));
+
         const int ahead = step + Copies::COUNT - 1;
         if (ahead < last) copies.load(slot == 0 ? Copies::COUNT - 1 : slot - 1, ahead);
         copy_commit();
@@ -346,12 +359,6 @@ __device__ __forceinline__ void multiply(const Problem& problem) {
         queue.next[0] = queue.next[1];
         queue.next[1] = queue.load(step + 3, last);
 
-        const u8* stage = stages + slot * Copies::BYTES;
-        const u32 packed = to_shared(stage) + TOKENS * TOKEN_BYTES;
-        u32 words[2][4];
-        load_matrices<TRANSPOSED>(words[0], packed + weights);
-        load_matrices<TRANSPOSED>(words[1],
-                                  packed + (TRANSPOSED ? weights + 2048 : (weights ^ 64) + 512));
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float near[8];  // the scales of 4 rows, or of 8 lines
@@ -401,10 +408,10 @@ __device__ __forceinline__ void add_splits(const float* partial, const u16* bias
 
 #define PORTABLE_ALL(DTYPE, T)                                                                     \
     PORTABLE(nf4_portable_##DTYPE##_32, T, false, 32, 3)                                           \
-    PORTABLE(nf4_portable_##DTYPE##_64, T, false, 64, 2)                                           \
+    PORTABLE(nf4_portable_##DTYPE##_64, T, false, 64, 3)                                           \
     PORTABLE(nf4_portable_##DTYPE##_128, T, false, 128, 2)                                         \
     PORTABLE(nf4_portable_transposed_##DTYPE##_32, T, true, 32, 3)                                 \
-    PORTABLE(nf4_portable_transposed_##DTYPE##_64, T, true, 64, 2)                                 \
+    PORTABLE(nf4_portable_transposed_##DTYPE##_64, T, true, 64, 3)                                 \
     PORTABLE(nf4_portable_transposed_##DTYPE##_128, T, true, 128, 2)                               \
     extern "C" __global__ void __launch_bounds__(THREADS)                                          \
         nf4_portable_add_##DTYPE(const float* partial, const u16* bias, u16* out, long long m,     \

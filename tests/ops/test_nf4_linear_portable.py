@@ -236,16 +236,18 @@ def test_tiling_fills_the_gpu():
 
 def test_stages_are_as_large_as_the_source_says():
     text = (jit.kernels_folder() / "nf4_linear" / "portable.cu").read_text()
-    condition, large, small = re.search(
-        r"#if (.*__CUDA_ARCH__.*)\n.*STAGES_BYTES = (\d+) \* 1024;\n#else\n"
-        r".*STAGES_BYTES = (\d+) \* 1024;",
+    condition, *sizes = re.search(
+        r"#if (.*__CUDA_ARCH__.*)\n"
+        r".*FEW_TOKENS_BYTES = (\d+) \* 1024, MANY_TOKENS_BYTES = (\d+) \* 1024;\n#else\n"
+        r".*FEW_TOKENS_BYTES = (\d+) \* 1024, MANY_TOKENS_BYTES = (\d+) \* 1024;",
         text,
     ).groups()
     named = {int(number) for number in re.findall(r"__CUDA_ARCH__ == (\d+)", condition)}
     capabilities = [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)]
     for major, minor in capabilities:
-        kib = int(large if major * 100 + minor * 10 in named else small)
-        assert portable.stages_bytes((major, minor)) == kib * 1024
+        few, many = sizes[:2] if major * 100 + minor * 10 in named else sizes[2:]
+        for tokens, kib in ((32, few), (64, few), (128, many)):
+            assert portable.stages_bytes((major, minor), tokens) == int(kib) * 1024
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -258,7 +260,7 @@ def test_launches_cover_the_result(monkeypatch, transposed, m):
             launches.append((name, grid, block, arguments, shared))
 
     monkeypatch.setattr(portable, "_KERNELS", Recorder())
-    monkeypatch.setattr(portable, "_properties", lambda device: (108, 65536))
+    monkeypatch.setattr(portable, "_properties", lambda device: (108, (8, 0)))
     n, k = 320, 1024
     weight = quantized(n, k, "cpu")
     if transposed:
@@ -274,7 +276,7 @@ def test_launches_cover_the_result(monkeypatch, transposed, m):
     name, grid, block, arguments, shared = launches[0]
     direction = "transposed_" if transposed else ""
     assert name == f"nf4_portable_{direction}bfloat16_{tokens}"
-    assert (block, shared) == (128, 65536)
+    assert (block, shared) == (128, portable.stages_bytes((8, 0), tokens))
     assert grid[0] * tokens >= m
     assert grid[1] * 128 >= rows
     assert grid[2] == splits

@@ -26,14 +26,15 @@ _STEP = 64
 _TOKENS = (32, 64, 128)
 _LARGE = frozenset({(8, 0), (9, 0), (10, 0), (10, 3)})
 """Compute capabilities with 164 KiB of shared memory or more; others may have 100."""
-_LARGE_STAGES_BYTES = 64 * 1024
-_SMALL_STAGES_BYTES = 44 * 1024
+_LARGE_STAGES_KIB = (44, 64)
+_SMALL_STAGES_KIB = (28, 44)
+"""What the stages of a block of fewer than 128 tokens, or of 128, take."""
 
 _MOST_SPLITS = 16
 _FEWEST_STEPS = 4
 """Steps of the contraction that a split has at least."""
-_BLOCKS = 2
-"""Blocks a processor runs at once."""
+_RESIDENT = {32: 3, 64: 3, 128: 2}
+"""Blocks that a processor runs at once, by their tokens."""
 
 
 def serves(x: Tensor, weight: NF4Weight) -> bool:
@@ -124,8 +125,8 @@ def tiling(m: int, rows: int, depth: int, processors: int) -> tuple[int, int]:
         splits: blocks that share the contraction.
 
     Example:
-        >>> tiling(64, 14336, 4096, 108), tiling(64, 4096, 14336, 108)
-        ((64, 1), (64, 6))
+        >>> tiling(1024, 14336, 4096, 108), tiling(64, 4096, 14336, 108)
+        ((128, 1), (64, 10))
     """
     choices = []
     for tokens in _TOKENS:
@@ -133,7 +134,7 @@ def tiling(m: int, rows: int, depth: int, processors: int) -> tuple[int, int]:
         most = max(1, min(_MOST_SPLITS, depth // _STEP // _FEWEST_STEPS))
         for splits in range(1, most + 1):
             blocks = tiles * splits
-            if splits == 1 or blocks <= _BLOCKS * processors:
+            if splits == 1 or blocks <= _RESIDENT[tokens] * processors:
                 steps = -(-depth // _STEP // splits)
                 cycles = _cycles(tokens, steps, -(-blocks // processors))
                 if splits > 1:
@@ -149,7 +150,7 @@ def _cycles(tokens: int, steps: int, blocks: int) -> int:
     step = 256 + 8 * tokens  # looking 8192 weights up, and multiplying
     if blocks == 1:
         return 2500 + steps * step * 3 // 2  # alone, a block waits for its own latencies
-    return 2500 * -(-blocks // _BLOCKS) + blocks * steps * step
+    return 2500 * -(-blocks // _RESIDENT[tokens]) + blocks * steps * step
 
 
 def _launch(
@@ -164,7 +165,7 @@ def _launch(
 ) -> Tensor:
     """Run one product; `low` and `adapter` are the two sides of the low-rank one."""
     m, depth = x.shape
-    processors, shared = _properties(x.device)
+    processors, capability = _properties(x.device)
     tokens, splits = tiling(m, rows, depth, processors)
     out = x.new_empty((m, rows))
     partial = x.new_empty((splits, m, rows), dtype=torch.float32) if splits > 1 else None
@@ -190,7 +191,7 @@ def _launch(
             -(-depth // _STEP // splits),
         ),
         device=x.device,
-        shared=shared,
+        shared=stages_bytes(capability, tokens),
     )
     if partial is not None:
         _KERNELS.launch(
@@ -209,23 +210,25 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _properties(device: torch.device) -> tuple[int, int]:  # needs a GPU
-    """A GPU's multiprocessors, and the bytes of stages its kernels were compiled for."""
+def _properties(device: torch.device) -> tuple[int, tuple[int, int]]:  # needs a GPU
+    """A GPU's multiprocessors and compute capability."""
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, stages_bytes((properties.major, properties.minor))
+    return properties.multi_processor_count, (properties.major, properties.minor)
 
 
-def stages_bytes(capability: tuple[int, int]) -> int:
+def stages_bytes(capability: tuple[int, int], tokens: int) -> int:
     """Shared memory that a block's stages take, as portable.cu decides when it is compiled.
 
     Args:
         capability: the GPU's compute capability.
+        tokens: rows of x per block.
 
     Returns:
         Bytes of dynamic shared memory.
 
     Example:
-        >>> stages_bytes((8, 0)), stages_bytes((8, 6))
-        (65536, 45056)
+        >>> stages_bytes((8, 0), 128), stages_bytes((8, 6), 128), stages_bytes((8, 6), 32)
+        (65536, 45056, 28672)
     """
-    return _LARGE_STAGES_BYTES if capability in _LARGE else _SMALL_STAGES_BYTES
+    few, many = _LARGE_STAGES_KIB if capability in _LARGE else _SMALL_STAGES_KIB
+    return (few if tokens < 128 else many) * 1024
