@@ -21,7 +21,10 @@ from qlora_kit.core.units import GIB, format_bytes
 MIN_PYTHON = (3, 11)
 MIN_CAPABILITY = (8, 0)
 _OPTIONAL = ("peft", "liger-kernel", "cuda-core", "cuda-bindings")
-_BROKEN = (ImportError, OSError, RuntimeError)
+BROKEN = (ImportError, OSError, RuntimeError)
+"""What a broken installation raises."""
+REPORT = "please report it, with this whole output"
+"""Advice where something of ours is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +95,8 @@ def check_torch() -> Iterator[Check]:
     """
     try:
         import torch
-    except _BROKEN as error:
-        yield Check("FAIL", "torch", f"does not import: {_first_line(error)}", "reinstall torch")
+    except BROKEN as error:
+        yield Check("FAIL", "torch", f"does not import: {first_line(error)}", "reinstall torch")
         return
     built_for = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     yield Check("ok", "torch", f"{torch.__version__}, {built_for}")
@@ -112,9 +115,9 @@ def check_torch() -> Iterator[Check]:
         import bitsandbytes
 
         yield Check("ok", "bitsandbytes", f"{bitsandbytes.__version__} imports")
-    except _BROKEN as error:
+    except BROKEN as error:
         advice = "8-bit and paged optimizers need it: pip install -U bitsandbytes"
-        yield Check("FAIL", "bitsandbytes", f"does not import: {_first_line(error)}", advice)
+        yield Check("FAIL", "bitsandbytes", f"does not import: {first_line(error)}", advice)
 
 
 def _gpu(index: int) -> Check:
@@ -187,43 +190,17 @@ def _folder(name: str, folder: Path) -> Check:
     return Check("ok", name, found)
 
 
-def check_kernels() -> Iterator[Check]:
-    """The codec's known answers, and each backend of each op against float64.
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says.
 
-    Yields:
-        One check per test.
+    Args:
+        error: any.
+
+    Returns:
+        One line; its type's name if it says nothing.
 
     Example:
-        >>> all(check.status == "ok" for check in check_kernels())
-        True
+        >>> first_line(ValueError("one\\ntwo"))
+        'one'
     """
-    try:
-        from qlora_kit.cli.selftest import codec_errors, op_errors
-        from qlora_kit.ops import backend
-    except _BROKEN as error:
-        yield Check("FAIL", "ops", f"do not import: {_first_line(error)}", "see torch above")
-        return
-    wrong = codec_errors()
-    found = "known codes and values" if not wrong else f"wrong: {', '.join(wrong)}"
-    yield Check("FAIL" if wrong else "ok", "nf4 codec", found, _REPORT if wrong else "")
-    forced = os.environ.get(backend.ENVIRONMENT_VARIABLE)
-    for op in backend.known_ops():
-        names = backend.available_backends(op)
-        yield Check("ok", op, f"backends: {', '.join(names)}")
-        if forced and forced not in names:
-            advice = f"unset {backend.ENVIRONMENT_VARIABLE}"
-            yield Check("FAIL", op, f"{forced} is forced but not available", advice)
-            continue
-        for name in names:
-            for test, distance, bound in op_errors(op, name):
-                good = distance <= bound
-                found = f"{test}: error {distance:.1e}, at most {bound:.1e} allowed"
-                status: Literal["ok", "FAIL"] = "ok" if good else "FAIL"
-                yield Check(status, f"  {name}", found, "" if good else _REPORT)
-
-
-_REPORT = "please report it, with this whole output"
-
-
-def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

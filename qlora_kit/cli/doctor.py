@@ -2,19 +2,23 @@
 
 Each line is `ok`, `note` (works, worth knowing) or `FAIL` (something will not
 work), with what to do about it. The self-test is small but real: known NF4
-codes, and every available backend of every op against float64 arithmetic.
+codes, and every available backend of every op and every strategy of `nf4_linear`
+against float64 arithmetic, bit for bit where the format says so. What cannot be
+tested on a machine is named.
 """
 
 from collections.abc import Sequence
 
 from qlora_kit.cli.arguments import Parser
-from qlora_kit.cli.checks import Check, check_environment, check_kernels, check_storage, check_torch
+from qlora_kit.cli.checks import Check, check_environment, check_storage, check_torch
+from qlora_kit.cli.kernel_checks import check_ops, check_resources, check_sources
 from qlora_kit.cli.logs import setup_logging
 
 _ABOUT = """\
 Check this machine and this installation: Python, torch, GPU and driver, package
-versions, backends of each op, caches, and a self-test of the 4-bit codec and of
-every op against float64. Include its output when you report a problem."""
+versions, caches, how each CUDA kernel compiles and what it takes of the GPU, and a
+self-test of the 4-bit codec, of every op and of every strategy. Include its output
+when you report a problem."""
 _EPILOG = "exit code: 0 when everything works, 2 when something has to be repaired"
 
 
@@ -34,13 +38,19 @@ def run(argv: Sequence[str]) -> int:
         ("environment", check_environment),
         ("torch and devices", check_torch),
         ("storage", check_storage),
-        ("ops and self-test", check_kernels),
+        ("kernels", check_sources),
+        ("ops and self-test", check_ops),
+        ("registers and shared memory", check_resources),
     ):
-        print(f"# {title}")
+        heading = f"# {title}"
         for check in checks():
+            if heading:
+                print(heading)
+            heading = ""
             _print(check)
             failed += check.status == "FAIL"
-        print()
+        if not heading:
+            print()
     if failed:
         print(f"{failed} of the checks failed: see the lines marked FAIL")
         return 2

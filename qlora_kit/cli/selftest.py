@@ -11,9 +11,14 @@ from torch import Tensor
 
 from qlora_kit.ops.backend import force_backend
 from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize
+from qlora_kit.ops.nf4_linear import cuda as nf4_linear_cuda
 from qlora_kit.ops.nf4_linear.op import nf4_linear
+from qlora_kit.ops.nf4_quantize.op import nf4_quantize, nf4_quantize_absmax
+from qlora_kit.quant.double_quant import quantize_absmax
 from qlora_kit.quant.nf4 import NF4_VALUES, dequantize_nf4, quantize_nf4
 from qlora_kit.quant.weight import NF4Weight
+
+_CUDA = torch.device("cuda")
 
 
 def codec_errors() -> list[str]:
@@ -71,6 +76,82 @@ def _dequantize_errors(device: torch.device) -> Iterator[tuple[str, float, float
         decoded = nf4_dequantize(weight.to(device), dtype).cpu()
         name = str(dtype).removeprefix("torch.")
         yield f"{name}, bit for bit", _error(decoded, weight.dequantize(dtype).double()), 0.0
+        right = _random(30, 16).to(dtype)
+        for transposed, columns in ((False, None), (False, right), (True, None), (True, right)):
+            part = nf4_dequantize(
+                weight.to(device),
+                dtype,
+                rows=(5, 35),
+                transposed=transposed,
+                columns=None if columns is None else columns.to(device),
+            )
+            exact = weight.dequantize(dtype)[5:35]
+            exact = exact if columns is None else torch.cat((exact, columns), dim=1)
+            exact = exact.T if transposed else exact
+            what = "transposed" if transposed else "rows"
+            what += " with columns" if columns is not None else ""
+            yield f"{name}, {what}, bit for bit", _error(part.cpu(), exact.double()), 0.0
+
+
+def _quantize_errors(device: torch.device) -> Iterator[tuple[str, float, float]]:
+    """Codes and scales equal the codec's on the same device, bit for bit."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        source = _random(97, 331).to(device, dtype)  # the last block is short
+        source[3:7] = 0
+        for block_size in (64, 4096):
+            found = nf4_quantize(source, block_size=block_size)
+            wanted = quantize_nf4(source, block_size=block_size)
+            name = f"{str(dtype).removeprefix('torch.')}, blocks of {block_size}, bit for bit"
+            yield name, _total(found, wanted), 0.0
+    scales = _random(3000).abs().to(device)
+    error = _total(nf4_quantize_absmax(scales), quantize_absmax(scales))
+    yield "scales in 8 bits, bit for bit", error, 0.0
+
+
+def strategies() -> list[str]:
+    """The strategies of `nf4_linear` on CUDA.
+
+    Returns:
+        Their names.
+
+    Example:
+        >>> "dense" in strategies()
+        True
+    """
+    return list(nf4_linear_cuda.STRATEGIES)
+
+
+def strategy_errors(
+    strategy: str, device: torch.device = _CUDA
+) -> Iterator[tuple[str, float, float]]:
+    """Compare both products of one strategy of `nf4_linear` with float64.
+
+    Args:
+        strategy: a member of `strategies()`.
+        device: where to.
+
+    Yields:
+        What was compared, its largest error relative to the largest value, and the bound;
+        nothing where the strategy does not serve this GPU.
+    """
+    module = nf4_linear_cuda.STRATEGIES[strategy]
+    n, k, rank = 384, 512, 16
+    weight = NF4Weight.quantize(_random(n, k)).to(device)
+    for dtype in (torch.bfloat16, torch.float16):
+        decoded = weight.dequantize(dtype).double()
+        a, b, bias = (_random(*shape).to(device, dtype) for shape in ((rank, k), (n, rank), (n,)))
+        bound = 4 * torch.finfo(dtype).eps + (k + rank) * torch.finfo(torch.float32).eps
+        for rows in (1, 7, 16, 64, 129, 300):
+            x, dy, small = (_random(rows, size).to(device, dtype) for size in (k, n, rank))
+            what = f"{str(dtype).removeprefix('torch.')}, {rows} rows"
+            if hasattr(module, "multiply") and module.serves(x, weight):
+                y = module.multiply(x, weight, bias, small, b)
+                exact = x.double() @ decoded.T + small.double() @ b.double().T + bias.double()
+                yield f"forward, {what}", _error(y, exact), bound
+            if hasattr(module, "multiply_transposed") and module.serves(dy, weight):
+                dx = module.multiply_transposed(dy, weight, small, a)
+                exact = dy.double() @ decoded + small.double() @ a.double()
+                yield f"transposed, {what}", _error(dx, exact), bound
 
 
 def _linear_errors(device: torch.device) -> Iterator[tuple[str, float, float]]:
@@ -97,7 +178,11 @@ def _linear_errors(device: torch.device) -> Iterator[tuple[str, float, float]]:
         yield f"backward, {rows} rows", _error(x.grad, dy.double() @ exact), bound
 
 
-OP_TESTS = {"nf4_dequantize": _dequantize_errors, "nf4_linear": _linear_errors}
+OP_TESTS = {
+    "nf4_dequantize": _dequantize_errors,
+    "nf4_linear": _linear_errors,
+    "nf4_quantize": _quantize_errors,
+}
 """Op to its self-test; a test checks that every op has one."""
 
 
@@ -107,3 +192,9 @@ def _random(*shape: int) -> Tensor:
 
 def _error(value: Tensor, exact: Tensor) -> float:
     return float((value.detach().double() - exact).abs().max() / exact.abs().max())
+
+
+def _total(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> float:
+    """The errors of several tensors, added up: a NaN stays one."""
+    pairs = zip(found, wanted, strict=True)
+    return sum(_error(value, exact.double()) for value, exact in pairs)

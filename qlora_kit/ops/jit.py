@@ -173,16 +173,35 @@ def compile_source(file: str, architecture: str, *, use_cache: bool = True) -> t
     return code, log.text
 
 
-def kernel_names(code: Any) -> list[str]:
-    """The kernels in compiled code.
-
-    Args:
-        code: what `compile_source` returned.
+def errors() -> tuple[type[Exception], ...]:
+    """What compiling, loading and launching kernels may raise.
 
     Returns:
-        Their names, sorted: each has a section of its own.
+        Exceptions, to be named in an `except`.
+
+    Example:
+        >>> BackendError in errors()
+        True
     """
-    return sorted({name.decode() for name in re.findall(rb"\.text\.([A-Za-z_]\w*)", code.code)})
+    try:
+        from cuda.core._utils.cuda_utils import CUDAError
+    except ImportError:
+        return BackendError, RuntimeError
+    return BackendError, RuntimeError, CUDAError
+
+
+def source_files() -> list[str]:
+    """All CUDA sources, as paths below `kernels/`.
+
+    Returns:
+        Sorted paths.
+
+    Example:
+        >>> "nf4_dequantize/nf4_dequantize.cu" in source_files()
+        True
+    """
+    folder = kernels_folder()
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.cu"))
 
 
 class _Log:
