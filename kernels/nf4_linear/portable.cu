@@ -211,7 +211,8 @@ struct Fragments {
                 for (int h = 0; h < 2; ++h) {
                     const int at = column + 2 * i + h;
                     const u16* from = problem.adapter + at * problem.rows + row;
-                    if (present && at < problem.rank) line[h] = *reinterpret_cast<const uint2*>(from);
+                    if (present && at < problem.rank)
+                        line[h] = *reinterpret_cast<const uint2*>(from);
                 }
                 pair(0, 0, i) = __byte_perm(line[0].x, line[1].x, 0x5410);
                 pair(0, 1, i) = __byte_perm(line[0].x, line[1].x, 0x7632);
