@@ -33,7 +33,6 @@ struct Tile {
 
     Word codes[PIECES];
     NF4Scales::Stored stored;
-    int skipped;  // weights of the first block that lie before the tile
 
     __device__ __forceinline__ void load(const u8* packed, const NF4Scales& scales,
                                          long long first, u32 tile, int lane) {
@@ -42,15 +41,15 @@ struct Tile {
 #pragma unroll
         for (int p = 0; p < PIECES; ++p) codes[p] = __ldcs(from + 32 * p);  // read once: no caching
         const int shift = scales.block_shift;
-        skipped = static_cast<int>(weight) & ((1 << shift) - 1);
+        const int skipped = static_cast<int>(weight) & ((1 << shift) - 1);
         const int last = (skipped + SIZE - 1) >> shift;
         const int block = lane < last ? lane : last;
         stored = scales.load_block((weight >> shift) + block);
     }
 
     template <typename Table>
-    __device__ __forceinline__ uint4 decode(int p, float scale, int shift, const Table& table,
-                                            int lane) const {
+    __device__ __forceinline__ uint4 decode(int p, float scale, int skipped, int shift,
+                                            const Table& table, int lane) const {
         const int block = (skipped + (p * 32 + lane) * WEIGHTS) >> shift;
         const float mine = __shfl_sync(0xffffffffu, scale, block);
         float v[WEIGHTS];
@@ -103,11 +102,14 @@ __device__ __forceinline__ void dequantize(const u8* packed, const NF4Scales& sc
 
     const auto write = [&](const Tile& tile, u32 index) {
         const float scale = scales.decode(tile.stored, mean, map);
+        const int shift = scales.block_shift;
+        // Weights of the tile's first block that lie before it.
+        const int skipped = static_cast<int>(first + index * Tile::SIZE) & ((1 << shift) - 1);
         const u32 piece = index * (PIECES * 32) + lane;
         uint4* to = static_cast<uint4*>(out) + piece;
 #pragma unroll
         for (int p = 0; p < PIECES; ++p) {
-            const uint4 rounded = tile.decode(p, scale, scales.block_shift, table, lane);
+            const uint4 rounded = tile.decode(p, scale, skipped, shift, table, lane);
             if constexpr (COLUMNS) {
                 const u32 row = (piece + p * 32) / row_pieces;
                 to[p * 32 + static_cast<long long>(row) * rank_pieces] = rounded;
