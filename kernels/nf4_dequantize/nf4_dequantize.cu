@@ -8,13 +8,15 @@
 //           qlora_kit/ops/nf4_dequantize/cuda.py, which sends all else to layouts.cu
 // Tile      4 pieces of 32 lanes x 16 bytes of output (1024 or 512 weights) per warp, the next tile
 //           read while this one is decoded; a grid that stays, 256 threads, 4 blocks per processor
-// Numerics  f32 product per scale, f32 sum, f32 product per weight, one rounding: the reference's bits
+// Numerics  f32 product and sum per scale, f32 product per weight, one rounding: the reference's
+//           bits
 // Truth     qlora_kit/quant/nf4.py: dequantize_nf4
 //
 // Why these accesses: four fifths of the traffic are stores, so stores decide. A lane owns the
-// weights of one 16-byte store, hence a warp stores 512 bytes in a row and reads 128 in one request.
+// weights of one 16-byte store, hence a warp stores 512 bytes in a row and reads 128 in a request.
 // 16-byte reads would need a transposition before the stores and save no traffic: reads need some
-// 5 KB in flight per processor (0.6 TB/s for 1 us), and 1024 threads x 4 words hold 16 KB.
+// 5 KB in flight per processor (0.6 TB/s for 1 us), and 1024 threads x 4 words hold 16 KB. Nor do
+// instructions limit: 7 a weight, of the 22 that an H100 issues while its memory moves 2.5 bytes.
 // A warp's tile has at most 32 scales: each lane decodes one and passes it on.
 #include "common/convert.cuh"
 #include "common/nf4.cuh"
@@ -76,15 +78,17 @@ __device__ __forceinline__ void copy_columns(const uint4* columns, uint4* out, l
 // n weights from weight `first` on; with COLUMNS in rows of k weights and r given values.
 template <typename T, typename Table, bool COLUMNS>
 __device__ __forceinline__ void dequantize(const u8* packed, const NF4Scales& scales, void* out,
-                                           long long first, long long n, const void* columns = nullptr,
-                                           long long k = 0, long long r = 0) {
+                                           long long first, long long n,
+                                           const void* columns = nullptr, long long k = 0,
+                                           long long r = 0) {
     __shared__ float map[256];
     __shared__ Table table;
     typedef Tile<T> Tile;
     constexpr int WEIGHTS = Tile::WEIGHTS;
     const int t = threadIdx.x, lane = t & 31;
     __builtin_assume(t < THREADS);
-    const u32 row_pieces = static_cast<u32>(k / WEIGHTS), rank_pieces = static_cast<u32>(r / WEIGHTS);
+    const u32 row_pieces = static_cast<u32>(k / WEIGHTS);
+    const u32 rank_pieces = static_cast<u32>(r / WEIGHTS);
 
     const u32 tiles = static_cast<u32>(n / Tile::SIZE);
     const u32 stride = gridDim.x * WARPS;

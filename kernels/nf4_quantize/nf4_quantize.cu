@@ -7,8 +7,8 @@
 //           checked in qlora_kit/ops/nf4_quantize/cuda.py
 // Tile      4096 weights per step of a block: whole blocks of any size. A thread owns two runs of 8
 //           weights: 16 bytes (or 32) in, 4 out; the next tile is read while this one is coded
-// Numerics  a block's weights are multiplied by the rounded reciprocal of its scale, those of a last
-//           partial block divided by it; ties go to the lower code: the reference's bits
+// Numerics  a block's weights are multiplied by the rounded reciprocal of its scale, those of a
+//           last partial block divided by it; ties go to the lower code: the reference's bits
 // Truth     qlora_kit/quant/nf4.py: quantize_nf4; qlora_kit/quant/double_quant.py: code_absmax
 //
 // The nearest of 16 values is the number of midpoints below. As the reference does on a CPU, bins
@@ -57,7 +57,8 @@ struct Input<Float32> {
     float4 low, high;
 
     __device__ __forceinline__ void load(const void* weight, long long at) {
-        const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(weight) + at);
+        const float* first = static_cast<const float*>(weight) + at;
+        const float4* from = reinterpret_cast<const float4*>(first);
         low = __ldg(from);  // the lines are shared by both reads: they stay cached
         high = __ldg(from + 1);
     }
