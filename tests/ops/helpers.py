@@ -21,6 +21,7 @@ is wrong by a little everywhere shows. dX is the same with W, B and A taken the
 other way round; dA and dB are products of a rounded factor with an exact one.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -276,6 +277,21 @@ def truth(case):
     return Truth(results)
 
 
+@contextmanager
+def float32_sums():
+    """The bounds are those of float32 sums; by default cuBLAS may add parts in 16 bits."""
+    matmul = torch.backends.cuda.matmul
+    names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")]
+    before = [getattr(matmul, name) for name in names]
+    for name in names:
+        setattr(matmul, name, False)
+    try:
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(matmul, name, value)
+
+
 def poison(device, *shapes, dtype=torch.bfloat16):
     """Fill the memory the caching allocator will hand out next with NaN, in any float dtype.
 
@@ -288,10 +304,11 @@ def poison(device, *shapes, dtype=torch.bfloat16):
         torch.cuda.empty_cache()
     held = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes for _ in "ab"]
     del held
-    stream = torch.cuda.current_stream().cuda_stream
+    here = torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream, (0, 0)
     held = []
     for segment in torch.cuda.memory_snapshot():
-        if segment["stream"] != stream or tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0):
+        pool = tuple(segment.get("segment_pool_id", (0, 0)))  # others belong to CUDA graphs
+        if (segment["device"], segment["stream"], pool) != here:
             continue
         sizes = [block["size"] for block in segment["blocks"] if block["state"] == "inactive"]
         held += [torch.full((size,), 255, dtype=torch.uint8, device=device) for size in sizes]

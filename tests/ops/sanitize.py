@@ -19,7 +19,7 @@ from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize
 from qlora_kit.ops.nf4_linear import cuda, reference
 from qlora_kit.ops.nf4_linear.op import nf4_linear
 from qlora_kit.quant.weight import NF4Weight
-from tests.ops.helpers import SCALE, Options, make_case, truth
+from tests.ops.helpers import SCALE, Options, float32_sums, make_case, truth
 
 ROWS = (1, 9, 16, 33, 130, 300)
 SHAPES = ((64, 64), (192, 576), (136, 320))
@@ -105,12 +105,10 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("needs a CUDA device", file=sys.stderr)
         return 1
-    matmul = torch.backends.cuda.matmul
-    matmul.allow_bf16_reduced_precision_reduction = False
-    matmul.allow_fp16_reduced_precision_reduction = False
     if arguments.plant:
         plant(arguments.plant)
-    else:
+        return 0
+    with float32_sums():
         everything()
     return 0
 

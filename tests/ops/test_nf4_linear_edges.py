@@ -10,7 +10,7 @@ from qlora_kit.core.errors import BackendError
 from qlora_kit.ops.nf4_linear import cuda
 from qlora_kit.ops.nf4_linear.op import nf4_linear
 from qlora_kit.quant.weight import NF4Weight
-from tests.ops.helpers import SCALE, Options, make_case, poison, truth
+from tests.ops.helpers import SCALE, Options, float32_sums, make_case, poison, truth
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 DEVICES = ["cpu", GPU]
@@ -18,6 +18,12 @@ REGIMES = [1, 7, 16, 40, 130, 300, 2049]
 """Rows that meet every strategy."""
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
+
+
+@pytest.fixture(autouse=True)
+def _sums():
+    with float32_sums():
+        yield
 
 
 def small(m, device, **fields):

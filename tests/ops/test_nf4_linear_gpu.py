@@ -14,7 +14,7 @@ import torch
 from qlora_kit.ops.nf4_linear import cuda, reference
 from qlora_kit.ops.nf4_linear.op import nf4_linear
 from qlora_kit.quant.weight import NF4Weight
-from tests.ops.helpers import SCALE, Options, make_case, poison, truth
+from tests.ops.helpers import SCALE, Options, float32_sums, make_case, poison, truth
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 DEVICES = ["cpu", GPU]
@@ -92,18 +92,9 @@ IDS = [f"{n}x{k}-m{m}-{options}" for m, n, k, options in CASES]
 
 
 @pytest.fixture(autouse=True)
-def _float32_sums():
-    """The bounds are those of float32 sums; by default cuBLAS may add parts in 16 bits."""
-    matmul = torch.backends.cuda.matmul
-    before = (
-        matmul.allow_bf16_reduced_precision_reduction,
-        matmul.allow_fp16_reduced_precision_reduction,
-    )
-    matmul.allow_bf16_reduced_precision_reduction = False
-    matmul.allow_fp16_reduced_precision_reduction = False
-    yield
-    matmul.allow_bf16_reduced_precision_reduction = before[0]
-    matmul.allow_fp16_reduced_precision_reduction = before[1]
+def _sums():
+    with float32_sums():
+        yield
 
 
 def run(case, device):
