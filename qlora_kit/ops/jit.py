@@ -157,7 +157,11 @@ def compile_source(file: str, architecture: str, *, use_cache: bool = True) -> t
     from cuda.core.utils import FileStreamProgramCache
 
     options = ProgramOptions(
-        name=Path(file).name, arch=architecture, std="c++17", ptxas_options=["-v"]
+        name=Path(file).name,
+        arch=architecture,
+        std="c++17",
+        ptxas_options=["-v"],
+        no_cache=None if use_cache else True,  # NVRTC has a cache of its own, which says nothing
     )
     log = _Log()
     start = time.perf_counter()
@@ -188,6 +192,22 @@ def errors() -> tuple[type[Exception], ...]:
     except ImportError:
         return BackendError, RuntimeError
     return BackendError, RuntimeError, CUDAError
+
+
+def architectures_of(file: str) -> tuple[str, ...]:
+    """What a source is compiled for.
+
+    Args:
+        file: path below `kernels/`.
+
+    Returns:
+        All of `ARCHITECTURES`, or only Hopper for a file in a folder of that name.
+
+    Example:
+        >>> architectures_of("nf4_linear/hopper/low_rank.cu")
+        ('sm_90a',)
+    """
+    return ("sm_90a",) if "/hopper/" in file else ARCHITECTURES
 
 
 def source_files() -> list[str]:
@@ -289,6 +309,32 @@ class Kernels:
             stream = _stream(torch.cuda.current_stream().cuda_stream)
             config = _config(grid, block, shared, cluster, overlap)
             launch(stream, config, kernel, *(_argument(value) for value in arguments))
+
+    def most_clusters(  # needs a GPU
+        self, name: str, block: int, shared: int, cluster: int, device: torch.device
+    ) -> int:
+        """How many clusters of blocks a GPU holds at once.
+
+        Args:
+            name: the kernel's name in the source.
+            block: threads per block.
+            shared: bytes of dynamic shared memory.
+            cluster: blocks per cluster.
+            device: a CUDA device.
+
+        Returns:
+            Clusters; with one block each, blocks.
+        """
+        with torch.cuda.device(device):
+            current = torch.device("cuda", torch.cuda.current_device())
+            occupancy = self._kernel(name, current, shared).occupancy
+            if cluster == 1:
+                properties = torch.cuda.get_device_properties(current)
+                blocks = occupancy.max_active_blocks_per_multiprocessor(block, shared)
+                return int(blocks * properties.multi_processor_count)
+            config = _config(1, block, shared, cluster, False)
+            stream = _stream(torch.cuda.current_stream().cuda_stream)
+            return int(occupancy.max_active_clusters(config, stream=stream))
 
 
 @lru_cache(maxsize=4096)

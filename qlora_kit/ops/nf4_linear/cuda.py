@@ -19,10 +19,15 @@ from torch import Tensor
 from qlora_kit.core.errors import BackendError
 from qlora_kit.core.log import log_once
 from qlora_kit.ops.nf4_dequantize import cuda as nf4_dequantize
-from qlora_kit.ops.nf4_linear import dense, hopper, reference, small_m
+from qlora_kit.ops.nf4_linear import dense, hopper, portable, reference, small_m
 from qlora_kit.quant.weight import NF4Weight
 
-STRATEGIES: dict[str, ModuleType] = {"small_m": small_m, "hopper": hopper, "dense": dense}
+STRATEGIES: dict[str, ModuleType] = {
+    "small_m": small_m,
+    "portable": portable,
+    "hopper": hopper,
+    "dense": dense,
+}
 """Each has `serves`, `multiply` and, where it has a transposed product, `multiply_transposed`."""
 
 ROWS: dict[tuple[str, str], tuple[tuple[int, str], ...]] = {

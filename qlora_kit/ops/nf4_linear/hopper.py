@@ -1,10 +1,11 @@
 """`nf4_linear` on Hopper: the product straight from the 4-bit weight, in both directions.
 
-`kernels/nf4_linear/hopper.cu` decodes W in registers while the tensor cores work and
+`kernels/nf4_linear/hopper/` decodes W in registers while the tensor cores work and
 adds the low-rank product as extra steps of the contraction. Where a result has too
 few tiles for the chip, blocks of a cluster share the contraction.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -13,25 +14,57 @@ from torch import Tensor
 from qlora_kit.ops.jit import Kernels, tensor_map
 from qlora_kit.quant.weight import NF4Weight
 
-_KERNELS = Kernels("nf4_linear/hopper.cu")
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
-# As in hopper.cu.
+# As in kernels/nf4_linear/hopper/.
 _COLUMNS = 256
 _DEPTH = 64
-_THREADS = 384
-_STAGES = {8: 12, 16: 12, 32: 10, 64: 8, 128: 6}
-"""Stages in flight, per number of tokens a block takes."""
 _TABLE_BYTES = 256 * 32 * 8
 _SMALL = 16
-_PACKED_BOX = {"": ((_COLUMNS, _DEPTH // 2), 32), "transposed_": ((_DEPTH, _COLUMNS // 2), 128)}
+_PACKED_BOX = {"": ((_COLUMNS, _DEPTH // 2), 32), "_transposed": ((_DEPTH, _COLUMNS // 2), 128)}
 """Rows and bytes of a stage's weights, and how the copy engine permutes them."""
 
-_SPLITS = (1, 2, 4, 8)
-_FIXED_STEPS = 6
-"""What a block costs before and after its steps, in steps."""
-_SPLIT_STEPS = 3
-"""What adding up a cluster's sums costs, in steps."""
+
+@dataclass(frozen=True, slots=True)
+class _Variant:
+    """What a block does for a number of tokens."""
+
+    stages: int
+    """In flight."""
+    groups: int
+    """Warpgroups that decode."""
+    step: float
+    """Time of a step of 64, relative to one for eight tokens."""
+
+    def threads(self) -> int:
+        """Threads of a block: the decoding warpgroups and the one that brings tiles."""
+        return 128 * (self.groups + 1)
+
+    def shared(self, tokens: int) -> int:
+        """Bytes of shared memory: table, stages, the 8-bit scales' map, barriers."""
+        stage = tokens * _DEPTH * 2 + _COLUMNS * _DEPTH // 2 + _COLUMNS * 4
+        return _TABLE_BYTES + self.stages * stage + 1024 + 16 * self.stages
+
+
+_VARIANTS = {
+    8: _Variant(12, 4, 1.0),
+    16: _Variant(12, 4, 1.0),
+    32: _Variant(10, 4, 1.1),
+    64: _Variant(8, 2, 1.3),
+    128: _Variant(6, 2, 1.8),
+}
+"""By tokens per block."""
+_FIXED = 6.0
+"""What a block costs before and after its steps, in steps of eight tokens."""
+_SPLIT = 2.0
+"""What adding up a cluster's sums costs besides, and per 16 tokens of a block again."""
+
+_LOW_RANK = Kernels("nf4_linear/hopper/low_rank.cu")
+_FUSED = {
+    (dtype, tokens): Kernels(f"nf4_linear/hopper/{name}_{tokens}.cu")
+    for dtype, name in _NAMES.items()
+    for tokens in _VARIANTS
+}
 
 
 def serves(x: Tensor, weight: NF4Weight) -> bool:
@@ -95,7 +128,7 @@ def multiply_transposed(
     """
     if dyb is not None and lora_a is not None:
         dyb, lora_a = _in_eights(dyb), _in_eights(lora_a.T).T.contiguous()
-    return _launch("transposed_", dy, weight, None, dyb, lora_a, False)
+    return _launch("_transposed", dy, weight, None, dyb, lora_a, False)
 
 
 def multiply_low_rank(
@@ -138,8 +171,8 @@ def multiply_transposed_low_rank(
     Returns:
         (M, K) and dyb, (M, r), in the dtype of dy.
     """
-    dyb = _small_product("transposed_", dy, lora_b, lora_b.shape[1], scale)
-    return _launch("transposed_", dy, weight, None, dyb, lora_a, True), dyb
+    dyb = _small_product("_transposed", dy, lora_b, lora_b.shape[1], scale)
+    return _launch("_transposed", dy, weight, None, dyb, lora_a, True), dyb
 
 
 def _in_eights(matrix: Tensor) -> Tensor:
@@ -154,14 +187,13 @@ def _small_product(kind: str, x: Tensor, factor: Tensor, rank: int, scale: float
     m, contraction = x.shape
     small = x.new_empty((m, rank))
     tiles = -(-m // _SMALL)
-    cluster = next((s for s in reversed(_SPLITS) if s * tiles <= 128), 1)
-    _KERNELS.launch(
-        f"nf4_hopper_low_rank_{kind}{_NAMES[x.dtype]}",
+    _LOW_RANK.launch(
+        f"nf4_low_rank{kind}_{_NAMES[x.dtype]}",
         (tiles, -(-rank // _SMALL)),
-        32 * 8,
+        256,
         (x, factor, small, m, contraction, rank, scale),
         device=x.device,
-        cluster=cluster,
+        cluster=max(1, min(8, 128 // tiles)),
     )
     return small
 
@@ -178,17 +210,16 @@ def _launch(
     n, k = weight.shape
     m, contraction = x.shape
     columns = k if kind else n
-    tokens, split = tiling(m, columns, contraction, _processors(x.device))
+    tokens, split = tiling(m, columns, contraction, _clusters(x.device))
+    variant = _VARIANTS[tokens]
     out = x.new_empty((m, columns))
     packed = weight.packed.view(n, k // 2)
     box = (tokens, _DEPTH)
     x_map = tensor_map(x, box, 128)
-    stages = _STAGES[tokens]
-    stage = tokens * _DEPTH * 2 + _COLUMNS * _DEPTH // 2 + _COLUMNS * 4
-    _KERNELS.launch(
-        f"nf4_hopper_{kind}{_NAMES[x.dtype]}_{tokens}",
+    _FUSED[x.dtype, tokens].launch(
+        f"nf4_fused{kind}",
         -(-m // tokens) * -(-columns // _COLUMNS),
-        _THREADS,
+        variant.threads(),
         (
             x_map,
             tensor_map(packed, *_PACKED_BOX[kind]),
@@ -206,7 +237,7 @@ def _launch(
             0 if small is None else small.shape[1],
         ),
         device=x.device,
-        shared=_TABLE_BYTES + stages * stage + 1024 + 16 * stages,
+        shared=variant.shared(tokens),
         cluster=split,
         overlap=overlap,
     )
@@ -214,37 +245,50 @@ def _launch(
 
 
 @lru_cache(maxsize=64)
-def _processors(device: torch.device) -> int:  # needs a GPU
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _clusters(device: torch.device) -> tuple[int, ...]:  # needs a GPU
+    """How many clusters of 1, 2, ... 8 blocks the GPU holds at once; no two chips are alike."""
+    tokens = 16
+    kernels, variant = _FUSED[torch.bfloat16, tokens], _VARIANTS[tokens]
+    return tuple(
+        kernels.most_clusters("nf4_fused", variant.threads(), variant.shared(tokens), size, device)
+        for size in range(1, 9)
+    )
 
 
 @lru_cache(maxsize=4096)
-def tiling(m: int, columns: int, contraction: int, processors: int) -> tuple[int, int]:
+def tiling(m: int, columns: int, contraction: int, clusters: tuple[int, ...]) -> tuple[int, int]:
     """Choose how a product is cut into blocks.
 
-    The fewest rounds of blocks, each round costing its steps along the contraction and
-    what starting, ending and adding up cost.
+    The least time by a simple model: rounds of clusters, each costing its steps along the
+    contraction and what starting, ending and adding up cost.
 
     Args:
         m: rows of the activations.
         columns: of the result.
         contraction: length of the sums.
-        processors: of the GPU.
+        clusters: how many clusters of 1, 2, ... blocks the GPU holds at once.
 
     Returns:
         Tokens per block, and blocks per cluster that share a contraction.
 
     Example:
-        >>> tiling(16, 4096, 4096, 132)
+        >>> tiling(16, 4096, 4096, (132, 66, 44, 32, 26, 22, 18, 16))
         (16, 8)
     """
-    tokens = next((size for size in _STAGES if size >= m), max(_STAGES))
-    tiles = -(-m // tokens) * -(-columns // _COLUMNS)
-    steps = -(-contraction // _DEPTH)
+    quads = -(-contraction // (4 * _DEPTH))
 
-    def cost(split: int) -> float:
-        rounds = -(-tiles * split // processors)
-        extra = _SPLIT_STEPS if split > 1 else 0
-        return rounds * (-(-steps // split) + _FIXED_STEPS + extra)
+    def cost(choice: tuple[int, int]) -> float:
+        tokens, split = choice
+        tiles = -(-m // tokens) * -(-columns // _COLUMNS)
+        rounds = -(-tiles // max(1, clusters[split - 1]))
+        each = 4 * -(-quads // split) * _VARIANTS[tokens].step + _FIXED
+        return rounds * (each + (_SPLIT * (1 + tokens / 16) if split > 1 else 0))
 
-    return tokens, min((s for s in _SPLITS if 4 * s <= steps or s == 1), key=cost)
+    most = next((tokens for tokens in _VARIANTS if tokens >= m), max(_VARIANTS))
+    choices = [
+        (tokens, split)
+        for tokens in _VARIANTS
+        if tokens == most or most > tokens >= 32
+        for split in range(1, min(len(clusters), quads) + 1)
+    ]
+    return min(choices, key=cost)

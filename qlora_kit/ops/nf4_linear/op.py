@@ -13,6 +13,7 @@ frozen weight needs no gradient and so needs nothing.
 """
 
 from collections.abc import Sequence
+from contextvars import copy_context
 from typing import Any
 
 import torch
@@ -246,6 +247,7 @@ class _NF4Linear(torch.autograd.Function):
         x, packed, absmax, nested, offset, shape, block_size, bias, lora_a, lora_b, scale = inputs
         needs = ctx.needs_input_grad
         ctx.needs = needs[0], needs[8], needs[9], needs[7]
+        ctx.choices = copy_context()  # autograd's threads know nothing of a forced backend
         ctx.mark_non_differentiable(xa)
         ctx.set_materialize_grads(False)
         x = x if needs[8] else None
@@ -264,8 +266,9 @@ class _NF4Linear(torch.autograd.Function):
         need_dx, need_da, need_db, need_dbias = ctx.needs
         xa = dy.new_empty((dy.shape[0], 0)) if xa is None else xa
         weight = (packed, absmax, nested, offset, shape, block_size)
-        dx, da, db, dbias = torch.ops.qlora_kit.nf4_linear_backward.default(
-            dy.contiguous(), x, *weight, lora_a, lora_b, xa, scale, *ctx.needs
+        dx, da, db, dbias = ctx.choices.copy().run(
+            torch.ops.qlora_kit.nf4_linear_backward.default,
+            *(dy.contiguous(), x, *weight, lora_a, lora_b, xa, scale, *ctx.needs),
         )
         return (
             dx if need_dx else None,
