@@ -16,44 +16,67 @@ from qlora_kit.quant.weight import NF4Weight
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
-# As in kernels/nf4_linear/hopper/.
-_COLUMNS = 256
 _DEPTH = 64
 _TABLE_BYTES = 256 * 32 * 8
 _SMALL = 16
-_PACKED_BOX = {"": ((_COLUMNS, _DEPTH // 2), 32), "_transposed": ((_DEPTH, _COLUMNS // 2), 128)}
-"""Rows and bytes of a stage's weights, and how the copy engine permutes them."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Variant:
-    """What a block does for a number of tokens."""
+class _Shape:
+    """What a block does, as in kernels/nf4_linear/hopper/shape.cuh."""
 
+    tokens: int
+    """Rows of the activations it takes."""
     stages: int
     """In flight."""
     groups: int
     """Warpgroups that decode."""
+    tiles: int
+    """Of 64 columns of the result, for each of them."""
     step: float
-    """Time of a step of 64, relative to one for eight tokens."""
+    """Measured time of 64 of the contraction, relative to a block of eight tokens."""
 
+    @property
+    def columns(self) -> int:
+        """Columns of the result."""
+        return 128 * self.tiles
+
+    @property
+    def sharing(self) -> int:
+        """Blocks that bring in their common activations together."""
+        return 2 if self.tiles == 1 else 1
+
+    @property
     def threads(self) -> int:
-        """Threads of a block: the decoding warpgroups and the one that brings tiles."""
+        """Those that decode, and the warpgroup that brings tiles."""
         return 128 * (self.groups + 1)
 
-    def shared(self, tokens: int) -> int:
+    @property
+    def shared(self) -> int:
         """Bytes of shared memory: table, stages, the 8-bit scales' map, barriers."""
-        stage = tokens * _DEPTH * 2 + _COLUMNS * _DEPTH // 2 + _COLUMNS * 4
+        stage = self.tokens * _DEPTH * 2 + self.columns * (_DEPTH // 2 + 4)
+        stage = -(-stage // 1024) * 1024
         return _TABLE_BYTES + self.stages * stage + 1024 + 16 * self.stages
 
+    def packed_box(self, transposed: bool) -> tuple[tuple[int, int], int]:
+        """Rows and bytes of a stage's weights, and how the copy engine permutes them."""
+        if transposed:
+            return (_DEPTH, self.columns // 2), self.columns // 2
+        return (self.columns, _DEPTH // 2), 32
 
-_VARIANTS = {
-    8: _Variant(12, 4, 1.0),
-    16: _Variant(12, 4, 1.0),
-    32: _Variant(10, 4, 1.1),
-    64: _Variant(8, 2, 1.3),
-    128: _Variant(6, 2, 1.8),
-}
-"""By tokens per block."""
+    def tiles_of(self, m: int, columns: int) -> int:
+        """Blocks, or pairs of blocks that share, that cover a result."""
+        return -(-m // self.tokens) * -(-columns // (self.columns * self.sharing))
+
+
+_SHAPES = (
+    _Shape(8, 12, 4, 2, 1.0),
+    _Shape(16, 12, 4, 2, 1.0),
+    _Shape(32, 10, 4, 2, 1.05),
+    _Shape(64, 8, 2, 2, 1.2),
+    _Shape(128, 6, 2, 2, 1.5),
+    _Shape(256, 4, 2, 1, 1.3),
+)
 _FIXED = 6.0
 """What a block costs before and after its steps, in steps of eight tokens."""
 _SPLIT = 2.0
@@ -61,9 +84,9 @@ _SPLIT = 2.0
 
 _LOW_RANK = Kernels("nf4_linear/hopper/low_rank.cu")
 _FUSED = {
-    (dtype, tokens): Kernels(f"nf4_linear/hopper/{name}_{tokens}.cu")
+    (dtype, shape): Kernels(f"nf4_linear/hopper/{name}_{shape.tokens}.cu")
     for dtype, name in _NAMES.items()
-    for tokens in _VARIANTS
+    for shape in _SHAPES
 }
 
 
@@ -82,7 +105,7 @@ def serves(x: Tensor, weight: NF4Weight) -> bool:
     return (
         x.dtype in _NAMES
         and x.shape[0] > 0
-        and k % _COLUMNS == 0
+        and k % 256 == 0
         and n % 8 == 0
         and weight.block_size == 64
         and weight.packed.data_ptr() % 16 == 0
@@ -210,19 +233,18 @@ def _launch(
     n, k = weight.shape
     m, contraction = x.shape
     columns = k if kind else n
-    tokens, split = tiling(m, columns, contraction, _clusters(x.device))
-    variant = _VARIANTS[tokens]
+    shape, split = tiling(m, columns, contraction, _clusters(x.device))
     out = x.new_empty((m, columns))
     packed = weight.packed.view(n, k // 2)
-    box = (tokens, _DEPTH)
+    box = (shape.tokens // shape.sharing, _DEPTH)
     x_map = tensor_map(x, box, 128)
-    _FUSED[x.dtype, tokens].launch(
+    _FUSED[x.dtype, shape].launch(
         f"nf4_fused{kind}",
-        -(-m // tokens) * -(-columns // _COLUMNS),
-        variant.threads(),
+        shape.tiles_of(m, columns),
+        shape.threads,
         (
             x_map,
-            tensor_map(packed, *_PACKED_BOX[kind]),
+            tensor_map(packed, *shape.packed_box(bool(kind))),
             x_map if small is None else tensor_map(small, box, 128),
             weight.packed,
             weight.absmax,
@@ -237,8 +259,8 @@ def _launch(
             0 if small is None else small.shape[1],
         ),
         device=x.device,
-        shared=variant.shared(tokens),
-        cluster=split,
+        shared=shape.shared,
+        cluster=split * shape.sharing,
         overlap=overlap,
     )
     return out
@@ -247,16 +269,16 @@ def _launch(
 @lru_cache(maxsize=64)
 def _clusters(device: torch.device) -> tuple[int, ...]:  # needs a GPU
     """How many clusters of 1, 2, ... 8 blocks the GPU holds at once; no two chips are alike."""
-    tokens = 16
-    kernels, variant = _FUSED[torch.bfloat16, tokens], _VARIANTS[tokens]
+    shape = _SHAPES[1]
+    kernels = _FUSED[torch.bfloat16, shape]
     return tuple(
-        kernels.most_clusters("nf4_fused", variant.threads(), variant.shared(tokens), size, device)
+        kernels.most_clusters("nf4_fused", shape.threads, shape.shared, size, device)
         for size in range(1, 9)
     )
 
 
 @lru_cache(maxsize=4096)
-def tiling(m: int, columns: int, contraction: int, clusters: tuple[int, ...]) -> tuple[int, int]:
+def tiling(m: int, columns: int, contraction: int, clusters: tuple[int, ...]) -> tuple[_Shape, int]:
     """Choose how a product is cut into blocks.
 
     The least time by a simple model: rounds of clusters, each costing its steps along the
@@ -269,26 +291,26 @@ def tiling(m: int, columns: int, contraction: int, clusters: tuple[int, ...]) ->
         clusters: how many clusters of 1, 2, ... blocks the GPU holds at once.
 
     Returns:
-        Tokens per block, and blocks per cluster that share a contraction.
+        The shape of a block, and how many share a contraction.
 
     Example:
-        >>> tiling(16, 4096, 4096, (132, 66, 44, 32, 26, 22, 18, 16))
+        >>> shape, split = tiling(16, 4096, 4096, (132, 66, 44, 32, 26, 22, 18, 16))
+        >>> shape.tokens, split
         (16, 8)
     """
     quads = -(-contraction // (4 * _DEPTH))
 
-    def cost(choice: tuple[int, int]) -> float:
-        tokens, split = choice
-        tiles = -(-m // tokens) * -(-columns // _COLUMNS)
-        rounds = -(-tiles // max(1, clusters[split - 1]))
-        each = 4 * -(-quads // split) * _VARIANTS[tokens].step + _FIXED
-        return rounds * (each + (_SPLIT * (1 + tokens / 16) if split > 1 else 0))
+    def cost(choice: tuple[_Shape, int]) -> float:
+        shape, split = choice
+        rounds = -(-shape.tiles_of(m, columns) // max(1, clusters[split * shape.sharing - 1]))
+        each = 4 * -(-quads // split) * shape.step + _FIXED
+        return rounds * (each + (_SPLIT * (1 + shape.tokens / 16) if split > 1 else 0))
 
-    most = next((tokens for tokens in _VARIANTS if tokens >= m), max(_VARIANTS))
+    most = next((shape.tokens for shape in _SHAPES if shape.tokens >= m), _SHAPES[-1].tokens)
     choices = [
-        (tokens, split)
-        for tokens in _VARIANTS
-        if tokens == most or most > tokens >= 32
-        for split in range(1, min(len(clusters), quads) + 1)
+        (shape, split)
+        for shape in _SHAPES
+        if shape.tokens == most or most > shape.tokens >= 32
+        for split in range(1, min(len(clusters) // shape.sharing, quads) + 1)
     ]
     return min(choices, key=cost)

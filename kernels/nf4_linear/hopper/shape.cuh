@@ -1,0 +1,47 @@
+// What the parts of Hopper's fused product share: sizes, the problem, a stage. See fused.cuh.
+#pragma once
+#include "common/convert.cuh"
+#include "common/hopper.cuh"
+#include "common/nf4.cuh"
+
+constexpr int DEPTH = 64;  // of the contraction, per stage: one block of scales
+constexpr int QUAD = 4;    // stages whose scales are read at once: four bytes of a row
+constexpr int TABLE_BYTES = 256 * 32 * 8;
+constexpr int MAP_BYTES = 1024;
+
+// TOKENS x COLUMNS of the result per block, GROUPS warpgroups that decode, each TILES x 64 columns.
+template <int TOKENS_, int STAGES_, int GROUPS_, int TILES_>
+struct Shape {
+    static constexpr int TOKENS = TOKENS_, STAGES = STAGES_, GROUPS = GROUPS_, TILES = TILES_;
+    static constexpr int COLUMNS = 128 * TILES;
+    static constexpr int THREADS = 128 * GROUPS;  // that decode
+    static constexpr int PARTS = GROUPS / 2;      // warpgroups that share a stage's contraction
+    static constexpr int PRODUCTS = 4 / PARTS;    // of 16 of the contraction, for each of them
+    static constexpr int PITCH = COLUMNS + 4;     // floats per token when sums meet
+    static constexpr int TILE_BYTES = TOKENS * DEPTH * 2, PACKED_BYTES = COLUMNS * DEPTH / 2;
+    // Two blocks with neighbouring columns bring in half of their common activations each.
+    static constexpr int SHARING = TILES == 1 ? 2 : 1;
+};
+
+template <typename S>
+struct alignas(1024) Stage {
+    u8 activations[S::TILE_BYTES];
+    u8 packed[S::PACKED_BYTES];
+    float scales[S::COLUMNS];
+};
+
+// One matrix product as the blocks see it.
+struct Problem {
+    const u8* packed;
+    NF4Scales scales;
+    const u16* bias;    // null without
+    const u16* factor;  // null without LoRA
+    u16* out;
+    int m, n, k, rank;
+};
+
+// What a block brings in: its tile, and its share of the contraction.
+struct Work {
+    int first, token, begin, steps, low_rank_steps;
+    u32 half;  // which half of shared activations
+};
