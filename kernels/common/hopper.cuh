@@ -25,12 +25,13 @@ struct Barrier {
         asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&state))
                      : "memory");
     }
-    // Arrives at the same barrier of another block of the cluster.
+    // Arrives at the same barrier of another block of the cluster. Not `.release.cluster`: that is
+    // a fence of the whole GPU's memory, and what is given back here has only been read.
     __device__ __forceinline__ void arrive_at(u32 rank) {
         asm volatile(
             "{ .reg .b32 remote;\n"
             "mapa.shared::cluster.u32 remote, %0, %1;\n"
-            "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(
+            "mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(
                 shared_address(&state)),
             "r"(rank)
             : "memory");

@@ -31,10 +31,10 @@ STRATEGIES: dict[str, ModuleType] = {
 """Each has `serves`, `multiply` and, where it has a transposed product, `multiply_transposed`."""
 
 ROWS: dict[tuple[str, str], tuple[tuple[int, str], ...]] = {
-    ("hopper", "multiply"): ((16, "small_m"),),
-    ("hopper", "multiply_transposed"): (),
-    ("other", "multiply"): ((16, "small_m"),),
-    ("other", "multiply_transposed"): (),
+    ("hopper", "multiply"): ((1024, "hopper"),),
+    ("hopper", "multiply_transposed"): ((1024, "hopper"),),
+    ("other", "multiply"): ((16, "small_m"), (256, "portable")),
+    ("other", "multiply_transposed"): ((256, "portable"),),
 }
 """Per architecture and product: up to so many rows, this strategy; beyond, `dense`."""
 
