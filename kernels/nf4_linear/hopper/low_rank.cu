@@ -2,7 +2,7 @@
 // product that follows can start beside it.
 // Shapes    activations (M,C) | factor (r,C), or transposed (C,r) | small (M,r)
 // Requires  sm_90a, C % 8 == 0, 16-byte alignment; checked in qlora_kit/ops/nf4_linear/hopper.py
-// Tile      16 tokens x 16 ranks per cluster, whose warps share the contraction, 32 a step each. A
+// Tile      32 tokens x 16 ranks per cluster, whose warps share the contraction, 32 a step each. A
 //           thread takes 8 neighbours of a row on both sides: the same permutation of the sum's
 //           order for both operands of mma.
 // Numerics  f32 accumulate, fixed order, one rounding after the scale: repeatable
@@ -11,70 +11,90 @@
 #include "common/hopper.cuh"
 #include "common/mma.cuh"
 
-constexpr int SMALL = 16;  // tokens and ranks per block of the low-rank product
-constexpr int SMALL_WARPS = 8;
+constexpr int TOKENS = 32;
+constexpr int RANKS = 16;
+constexpr int WARPS = 8;
+
+// A thread's eight neighbours of the contraction, from row r of F's transpose.
+template <bool TRANSPOSED>
+__device__ __forceinline__ uint4 read_factor(const u16* factor, int contraction, int rank, int r,
+                                             int k) {
+    if (r >= rank) return {0, 0, 0, 0};
+    if (!TRANSPOSED)
+        return __ldg(reinterpret_cast<const uint4*>(factor + static_cast<long long>(r) *
+                                                                 contraction + k));
+    const u16* from = factor + static_cast<long long>(k) * rank + r;
+    u32 v[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = __ldg(from + static_cast<long long>(i) * rank);
+    return {v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16};
+}
 
 template <typename T, bool TRANSPOSED>
 __device__ __forceinline__ void low_rank_product(const u16* x, const u16* factor, u16* small,
                                                  int m, int contraction, int rank, float scale) {
-    __shared__ float sums[SMALL_WARPS + 1][SMALL][SMALL + 4];
+    __shared__ float sums[WARPS][TOKENS][RANKS];
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
     const u32 block = cluster_rank(), blocks = cluster_size();
-    const int token = blockIdx.x / blocks * SMALL, first = blockIdx.y * SMALL;
+    const int token = blockIdx.x / blocks * TOKENS, first = blockIdx.y * RANKS;
     launch_next_kernel();
-    float c[2][4] = {};
-    const int stride = 32 * SMALL_WARPS * blocks;
+    float c[TOKENS / 16][2][4] = {};
+    const int stride = 32 * WARPS * blocks;
 #pragma unroll 2
-    for (int k = 32 * (warp + SMALL_WARPS * block) + 8 * q; k < contraction; k += stride) {
-        uint4 a[2], b[2];
+    for (int k = 32 * (warp + WARPS * block) + 8 * q; k < contraction; k += stride) {
+        uint4 a[TOKENS / 8], b[2];
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const long long row = token + g + 8 * h;
-            a[h] = row < m ? __ldg(reinterpret_cast<const uint4*>(x + row * contraction + k))
+        for (int i = 0; i < TOKENS / 8; ++i) {
+            const long long row = token + g + 8 * i;
+            a[i] = row < m ? __ldg(reinterpret_cast<const uint4*>(x + row * contraction + k))
                            : uint4{0, 0, 0, 0};
-            const long long r = first + g + 8 * h;
-            if (!TRANSPOSED) {
-                b[h] = r < rank ? __ldg(reinterpret_cast<const uint4*>(factor + r * contraction + k))
-                                : uint4{0, 0, 0, 0};
-            } else {
-                u32 column[8];
+        }
 #pragma unroll
-                for (int i = 0; i < 8; ++i)
-                    column[i] = r < rank ? __ldg(factor + (k + i) * static_cast<long long>(rank) + r)
-                                         : u16(0);
-                b[h] = {column[0] | column[1] << 16, column[2] | column[3] << 16,
-                        column[4] | column[5] << 16, column[6] | column[7] << 16};
+        for (int h = 0; h < 2; ++h)
+            b[h] = read_factor<TRANSPOSED>(factor, contraction, rank, first + g + 8 * h, k);
+#pragma unroll
+        for (int tile = 0; tile < TOKENS / 16; ++tile)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const uint4 low = a[2 * tile], high = a[2 * tile + 1];
+                Mma::run<T>(c[tile][h], {low.x, high.x, low.y, high.y}, b[h].x, b[h].y);
+                Mma::run<T>(c[tile][h], {low.z, high.z, low.w, high.w}, b[h].z, b[h].w);
             }
-        }
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            Mma::run<T>(c[h], {a[0].x, a[1].x, a[0].y, a[1].y}, b[h].x, b[h].y);
-            Mma::run<T>(c[h], {a[0].z, a[1].z, a[0].w, a[1].w}, b[h].z, b[h].w);
-        }
     }
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
+    for (int tile = 0; tile < TOKENS / 16; ++tile)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sums[warp][g + 8 * (i / 2)][8 * h + 2 * q + i % 2] = c[h][i];
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                sums[warp][16 * tile + 8 * (i / 2) + g][8 * h + 2 * q + i % 2] = c[tile][h][i];
     __syncthreads();
-    const int row = threadIdx.x / SMALL, column = threadIdx.x % SMALL;
-    float sum = 0.f;
+    // Two neighbours each; the block's sum replaces its first warp's.
+    const int row = threadIdx.x / 8, column = threadIdx.x % 8 * 2;
+    float2 sum = {0.f, 0.f};
 #pragma unroll
-    for (int w = 0; w < SMALL_WARPS; ++w) sum += sums[w][row][column];
-    float& own = sums[SMALL_WARPS][row][column];
-    own = sum;
+    for (int w = 0; w < WARPS; ++w) {
+        sum.x += sums[w][row][column];
+        sum.y += sums[w][row][column + 1];
+    }
+    float* own = &sums[0][row][column];
+    own[0] = sum.x;
+    own[1] = sum.y;
     sync_cluster();
     if (block == 0) {
-        for (u32 r = 1; r < blocks; ++r) sum += read_peer_one(shared_address(&own), r);
+        for (u32 r = 1; r < blocks; ++r) {
+            sum.x += read_peer_one(shared_address(own), r);
+            sum.y += read_peer_one(shared_address(own + 1), r);
+        }
+        u16* to = small + static_cast<long long>(token + row) * rank + first + column;
         if (token + row < m && first + column < rank)
-            small[static_cast<long long>(token + row) * rank + first + column] =
-                static_cast<u16>(T::pack(sum * scale, 0.f));
+            *reinterpret_cast<u32*>(to) = T::pack(sum.x * scale, sum.y * scale);
     }
     sync_cluster();  // nobody leaves while its sums are being read
 }
 
 #define LOW_RANK(NAME, T, TRANSPOSED)                                                             \
-    extern "C" __global__ void __launch_bounds__(32 * SMALL_WARPS)                                \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS)                                \
         NAME(const u16* x, const u16* factor, u16* small, long long m, long long contraction,     \
              long long rank, float scale) {                                                       \
         low_rank_product<T, TRANSPOSED>(x, factor, small, static_cast<int>(m),                    \

@@ -18,7 +18,8 @@ _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 _DEPTH = 64
 _TABLE_BYTES = 256 * 32 * 8
-_SMALL = 16
+_LOW_RANK_TILE = 32, 16
+"""Tokens and ranks of a cluster of low_rank.cu."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ _SHAPES = (
     _Shape(32, 10, 4, 2, 1.05),
     _Shape(64, 8, 2, 2, 1.2),
     _Shape(128, 6, 2, 2, 1.5),
-    _Shape(256, 4, 2, 1, 1.3),
+    _Shape(256, 4, 2, 1, 1.25),
 )
 _FIXED = 6.0
 """What a block costs before and after its steps, in steps of eight tokens."""
@@ -209,14 +210,15 @@ def _in_eights(matrix: Tensor) -> Tensor:
 def _small_product(kind: str, x: Tensor, factor: Tensor, rank: int, scale: float) -> Tensor:
     m, contraction = x.shape
     small = x.new_empty((m, rank))
-    tiles = -(-m // _SMALL)
+    tokens, ranks = _LOW_RANK_TILE
+    tiles = -(-m // tokens)
     _LOW_RANK.launch(
         f"nf4_low_rank{kind}_{_NAMES[x.dtype]}",
-        (tiles, -(-rank // _SMALL)),
+        (tiles, -(-rank // ranks)),
         256,
         (x, factor, small, m, contraction, rank, scale),
         device=x.device,
-        cluster=max(1, min(8, 128 // tiles)),
+        cluster=max(1, min(8, 256 // tiles)),
     )
     return small
 
