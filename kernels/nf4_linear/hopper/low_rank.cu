@@ -41,17 +41,20 @@ __device__ __forceinline__ void low_rank_product(const u16* x, const u16* factor
     float c[TOKENS / 16][2][4] = {};
     const int stride = 32 * WARPS * blocks;
 #pragma unroll 2
-    for (int k = 32 * (warp + WARPS * block) + 8 * q; k < contraction; k += stride) {
+    for (int base = 32 * (warp + WARPS * block); base < contraction; base += stride) {
+        const int k = base + 8 * q;  // past the end for some lanes: they multiply zeros
+        const bool inside = k < contraction;
         uint4 a[TOKENS / 8], b[2];
 #pragma unroll
         for (int i = 0; i < TOKENS / 8; ++i) {
             const long long row = token + g + 8 * i;
-            a[i] = row < m ? __ldg(reinterpret_cast<const uint4*>(x + row * contraction + k))
+            a[i] = inside && row < m ? __ldg(reinterpret_cast<const uint4*>(x + row * contraction + k))
                            : uint4{0, 0, 0, 0};
         }
 #pragma unroll
         for (int h = 0; h < 2; ++h)
-            b[h] = read_factor<TRANSPOSED>(factor, contraction, rank, first + g + 8 * h, k);
+            b[h] = read_factor<TRANSPOSED>(factor, contraction, inside ? rank : 0,
+                                           first + g + 8 * h, k);
 #pragma unroll
         for (int tile = 0; tile < TOKENS / 16; ++tile)
 #pragma unroll

@@ -75,7 +75,9 @@ _SHAPES = (
     _Shape(16, 12, 4, 2, 1.0),
     _Shape(32, 10, 4, 2, 1.05),
     _Shape(64, 8, 2, 2, 1.2),
+    _Shape(64, 10, 2, 1, 0.65),
     _Shape(128, 6, 2, 2, 1.5),
+    _Shape(128, 7, 2, 1, 0.8),
     _Shape(256, 4, 2, 1, 1.25),
 )
 _FIXED = 6.0
@@ -85,7 +87,7 @@ _SPLIT = 2.0
 
 _LOW_RANK = Kernels("nf4_linear/hopper/low_rank.cu")
 _FUSED = {
-    (dtype, shape): Kernels(f"nf4_linear/hopper/{name}_{shape.tokens}.cu")
+    (dtype, shape): Kernels(f"nf4_linear/hopper/{name}_{shape.tokens}x{shape.columns}.cu")
     for dtype, name in _NAMES.items()
     for shape in _SHAPES
 }

@@ -1,0 +1,4 @@
+// 64 tokens x 128 columns a block; the counts are also in qlora_kit/ops/nf4_linear/hopper.py.
+#include "nf4_linear/hopper/fused.cuh"
+
+NF4_FUSED(Float16, 64, 10, 2, 1)
