@@ -26,10 +26,8 @@ template <typename T, typename Way, typename S>
 struct Consumer {
     static constexpr int TOKENS = S::TOKENS, TILES = S::TILES, PARTS = S::PARTS;
     static constexpr int COLUMNS = S::COLUMNS, STAGES = S::STAGES, PITCH = S::PITCH;
-    // Small fragments leave room for more of them: products queue while others are decoded.
-    static constexpr int BUFFERS = TILES == 1 ? 4 : 2, PENDING = BUFFERS / 2;
     float c[TILES][TOKENS / 2];
-    Fragments<TILES> f[BUFFERS];
+    Fragments<TILES> f[2];
     Pairs<TILES> pairs[PARTS == 1 ? 2 : 1];  // with two warpgroups to a stage, warps hide the look-ups
     Way way;
     const u32 table, lane_offset;
@@ -54,8 +52,8 @@ struct Consumer {
         for (int tile = 0; tile < TILES; ++tile)
             Wgmma<T, TOKENS>::run(c[tile], f[which].a[tile], b);
         wgmma_commit();
-        wgmma_wait<PENDING>();
-        f[(which + PENDING) % BUFFERS].keep_all();
+        wgmma_wait<1>();
+        f[which ^ 1].keep_all();
     }
 
     // Rounds and multiplies product s of this warpgroup, whose table entries have arrived, and
@@ -64,9 +62,9 @@ struct Consumer {
     __device__ __forceinline__ void product(const Stage<S>& stage, u64 b, int s) {
         const int step = PARTS == 1 ? s : 2 * part + s;
         if (PARTS == 1) look_up<BUFFER, WHICH>(pairs[(s + 1) % (3 - PARTS)]);
-        way.round(f[s % BUFFERS], pairs[s % (3 - PARTS)], stage.scales, step);
+        way.round(f[s & 1], pairs[s % (3 - PARTS)], stage.scales, step);
         if (PARTS == 2) look_up<BUFFER, WHICH>(pairs[0]);
-        multiply(s % BUFFERS, b + 2 * step);
+        multiply(s & 1, b + 2 * step);
     }
 
     // A stage whose products are done, to all who fill it.
@@ -98,9 +96,8 @@ struct Consumer {
             way.load_scales(stage.scales);
 
             product<0, 1>(stage, b, 0);
-            if (PENDING == 1) give_back(empty, waiting);
+            give_back(empty, waiting);
             if (PARTS == 1) product<1, 0>(stage, b, 1);
-            if (PENDING == 2) give_back(empty, waiting);
             if (step + 1 < w.steps) full[after].wait(((step + 1) / STAGES) & 1);
             way.template load<0>(stages[after].packed, PARTS == 1 ? 0 : part);
             if (PARTS == 1) product<1, 1>(stage, b, 2);
@@ -108,8 +105,8 @@ struct Consumer {
             waiting = slot;
         }
         wgmma_wait<0>();
-#pragma unroll
-        for (int i = 0; i < BUFFERS; ++i) f[i].keep_all();
+        f[0].keep_all();
+        f[1].keep_all();
 #pragma unroll 1
         for (int step = 0; step < w.low_rank_steps; ++step) {
             const int slot = (w.steps + step) % STAGES;

@@ -31,7 +31,7 @@ STRATEGIES: dict[str, ModuleType] = {
 """Each has `serves`, `multiply` and, where it has a transposed product, `multiply_transposed`."""
 
 ROWS: dict[tuple[str, str], tuple[tuple[int, str], ...]] = {
-    ("hopper", "multiply"): ((1024, "hopper"),),
+    ("hopper", "multiply"): ((2048, "hopper"),),
     ("hopper", "multiply_transposed"): ((1024, "hopper"),),
     ("other", "multiply"): ((16, "small_m"), (256, "portable")),
     ("other", "multiply_transposed"): ((256, "portable"),),
