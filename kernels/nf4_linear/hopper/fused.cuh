@@ -230,10 +230,10 @@ __device__ __forceinline__ void fused(const TensorMap& activations, const Tensor
         }
         fence_barrier_init();
     }
-    if (S::SHARING > 1) sync_cluster();  // a neighbour's copies count on these barriers
-    if (threadIdx.x == 0)
-        bring_first_tiles<Way::TRANSPOSED, S>(activations, packed, small, work, stages, full);
-    if (S::SHARING == 1) __syncthreads();
+    if (S::SHARING > 1)
+        sync_cluster();  // a neighbour's copies count on these barriers
+    else
+        __syncthreads();
     if (threadIdx.x < 128) {
         give_registers<56>();
         produce<Way::TRANSPOSED, S>(activations, packed, small, p, work, stages, full, empty, map);

@@ -2,8 +2,8 @@
 // product that follows can start beside it.
 // Shapes    activations (M,C) | factor (r,C), or transposed (C,r) | small (M,r)
 // Requires  sm_90a, C % 8 == 0, 16-byte alignment; checked in qlora_kit/ops/nf4_linear/hopper.py
-// Tile      32 tokens x 16 ranks per cluster, whose warps share the contraction, 64 a step each. A
-//           thread takes 16 neighbours of a row on both sides: the same permutation of the sum's
+// Tile      32 tokens x 16 ranks per cluster, whose warps share the contraction, 32 a step each. A
+//           thread takes 8 neighbours of a row on both sides: the same permutation of the sum's
 //           order for both operands of mma.
 // Numerics  f32 accumulate, fixed order, one rounding after the scale: repeatable
 // Truth     qlora_kit/ops/nf4_linear/reference.py: scaled_product
@@ -14,7 +14,6 @@
 constexpr int TOKENS = 32;
 constexpr int RANKS = 16;
 constexpr int WARPS = 8;
-constexpr int STEP = 64;  // of the contraction: a row's whole cache line for the four lanes on it
 
 // A thread's eight neighbours of the contraction, from row r of F's transpose.
 template <bool TRANSPOSED>
@@ -40,37 +39,30 @@ __device__ __forceinline__ void low_rank_product(const u16* x, const u16* factor
     const int token = blockIdx.x / blocks * TOKENS, first = blockIdx.y * RANKS;
     launch_next_kernel();
     float c[TOKENS / 16][2][4] = {};
-    const int stride = STEP * WARPS * blocks;
-#pragma unroll 1
-    for (int base = STEP * (warp + WARPS * block); base < contraction; base += stride) {
-        uint4 a[2][TOKENS / 8], b[2][2];
+    const int stride = 32 * WARPS * blocks;
+#pragma unroll 2
+    for (int base = 32 * (warp + WARPS * block); base < contraction; base += stride) {
+        const int k = base + 8 * q;  // past the end for some lanes: they multiply zeros
+        const bool inside = k < contraction;
+        uint4 a[TOKENS / 8], b[2];
 #pragma unroll
-        for (int part = 0; part < 2; ++part) {
-            const int k = base + 16 * q + 8 * part;  // some lanes may be past the end: zeros
-            const bool inside = k < contraction;
-#pragma unroll
-            for (int i = 0; i < TOKENS / 8; ++i) {
-                const long long row = token + g + 8 * i;
-                const u16* from = x + row * contraction + k;
-                a[part][i] = inside && row < m ? __ldg(reinterpret_cast<const uint4*>(from))
-                                               : uint4{0, 0, 0, 0};
-            }
-#pragma unroll
-            for (int h = 0; h < 2; ++h)
-                b[part][h] = read_factor<TRANSPOSED>(factor, contraction, inside ? rank : 0,
-                                                     first + g + 8 * h, k);
+        for (int i = 0; i < TOKENS / 8; ++i) {
+            const long long row = token + g + 8 * i;
+            a[i] = inside && row < m ? __ldg(reinterpret_cast<const uint4*>(x + row * contraction + k))
+                           : uint4{0, 0, 0, 0};
         }
 #pragma unroll
-        for (int part = 0; part < 2; ++part)
+        for (int h = 0; h < 2; ++h)
+            b[h] = read_factor<TRANSPOSED>(factor, contraction, inside ? rank : 0,
+                                           first + g + 8 * h, k);
 #pragma unroll
-            for (int tile = 0; tile < TOKENS / 16; ++tile)
+        for (int tile = 0; tile < TOKENS / 16; ++tile)
 #pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const uint4 low = a[part][2 * tile], high = a[part][2 * tile + 1];
-                    const uint4 f = b[part][h];
-                    Mma::run<T>(c[tile][h], {low.x, high.x, low.y, high.y}, f.x, f.y);
-                    Mma::run<T>(c[tile][h], {low.z, high.z, low.w, high.w}, f.z, f.w);
-                }
+            for (int h = 0; h < 2; ++h) {
+                const uint4 low = a[2 * tile], high = a[2 * tile + 1];
+                Mma::run<T>(c[tile][h], {low.x, high.x, low.y, high.y}, b[h].x, b[h].y);
+                Mma::run<T>(c[tile][h], {low.z, high.z, low.w, high.w}, b[h].z, b[h].w);
+            }
     }
 #pragma unroll
     for (int tile = 0; tile < TOKENS / 16; ++tile)

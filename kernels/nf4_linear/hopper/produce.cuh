@@ -76,15 +76,6 @@ __device__ __forceinline__ void bring_tiles(const TensorMap& activations, const 
     }
 }
 
-// One thread, as soon as the barriers it counts on exist: as many stages as there are.
-template <bool TRANSPOSED, typename S>
-__device__ __forceinline__ void bring_first_tiles(const TensorMap& activations,
-                                                  const TensorMap& packed, const TensorMap& small,
-                                                  const Work& w, Stage<S>* stages, Barrier* full) {
-    for (int step = 0; step < min(S::STAGES, w.steps); ++step)
-        bring_tiles<TRANSPOSED, S>(activations, packed, small, w, stages[step], full[step], step);
-}
-
 // Warpgroup 0: one thread keeps the copy engine busy, all of them decode scales.
 template <bool TRANSPOSED, typename S>
 __device__ __forceinline__ void produce(const TensorMap& activations, const TensorMap& packed,
@@ -92,7 +83,11 @@ __device__ __forceinline__ void produce(const TensorMap& activations, const Tens
                                         Stage<S>* stages, Barrier* full, Barrier* empty,
                                         float* map) {
     const int t = threadIdx.x, total = w.steps + w.low_rank_steps;
-    const int at_once = min(S::STAGES, w.steps);  // brought by bring_first_tiles
+    const int at_once = min(S::STAGES, w.steps);
+    if (t == 0)
+        for (int step = 0; step < at_once; ++step)
+            bring_tiles<TRANSPOSED, S>(activations, packed, small, w, stages[step], full[step],
+                                       step);
     StoredScales<TRANSPOSED, S::TILES> now, next;
     now.load(p, w.first, w.begin * DEPTH);
     map[t] = DYNAMIC_MAP_VALUES[t];
