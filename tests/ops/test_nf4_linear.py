@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qlora_kit.core.errors import BackendError, ShapeError
 from qlora_kit.ops.backend import available_backends, force_backend, known_ops
+from qlora_kit.ops.nf4_linear import reference
 from qlora_kit.ops.nf4_linear.op import nf4_linear
 from qlora_kit.quant.weight import NF4Weight
 
@@ -273,3 +274,27 @@ def test_cuda_takes_unaligned_rows_and_passes_nan_through():
     assert y[3].isnan().all()
     assert not torch.isfinite(y[4]).any()
     assert torch.isfinite(y[[0, 1, 2, 5, 6, 7]]).all()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_a_sum_in_two_parts_is_the_sum(rows):
+    left, right = torch.randn(rows, 5), torch.randn(rows, 3)
+    torch.testing.assert_close(reference._in_two_parts(left, right), left.T @ right)
+    changed = right.clone()
+    changed[-1] += 1
+    assert not torch.allclose(reference._in_two_parts(left, changed), left.T @ right)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1025, 4097, 8193, 16385])
+def test_no_row_is_left_out_of_a_long_sum(rows, dtype):
+    """docs/decisions/0008-the-last-row.md"""
+    left = torch.randn(rows, 2048, device="cuda").to(dtype)
+    right = torch.randn(rows, 128, device="cuda").to(dtype)
+    wanted = left.double().T @ right.double()
+    error = reference.transposed_product(left, right).double() - wanted
+    last = left[-1:].double().T @ right[-1:].double()
+    share = (error * last).sum() / (last * last).sum()
+    assert share.abs() < 0.25, f"{share:.2f} of the last row"
+    assert error.norm() < 2 * torch.finfo(dtype).eps * wanted.norm()

@@ -133,10 +133,10 @@ def small_gradients(
         assert dyb is not None
         assert x is not None
         assert lora_a is not None
-        da = (dyb.T @ x).to(lora_a.dtype)
+        da = transposed_product(dyb, x).to(lora_a.dtype)
     if need_db:
         assert lora_b is not None
-        db = (dy.T @ xa).to(lora_b.dtype)
+        db = transposed_product(dy, xa).to(lora_b.dtype)
     if need_dbias:
         return da, db, dy.sum(dim=0, dtype=torch.float32)
     return da, db, dy.new_empty(0, dtype=torch.float32)
@@ -169,6 +169,39 @@ def product(
         return x @ w if bias is None else torch.addmm(bias, x, w)
     y = small @ factor if bias is None else torch.addmm(bias, small, factor)
     return y.addmm_(x, w)
+
+
+_SAFE_ODD_ROWS = 1024
+"""Odd numbers of rows above this go to cuBLAS in two parts; 4,097 was right, 8,193 was not."""
+
+
+def transposed_product(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply leftᵀ·right, the sum over a batch's tokens.
+
+    cuBLAS 13 on Hopper leaves the last of 8,193 rows out of a 16-bit sum
+    (docs/decisions/0008-the-last-row.md), so an odd last row is added by itself.
+
+    Args:
+        left: (M, p).
+        right: (M, q), of the same dtype.
+
+    Returns:
+        (p, q).
+
+    Example:
+        >>> transposed_product(torch.ones(3, 1), torch.ones(3, 2)).tolist()
+        [[3.0, 3.0]]
+    """
+    rows = left.shape[0]
+    if left.is_cuda and left.element_size() == 2 and rows % 2 and rows > _SAFE_ODD_ROWS:
+        return _in_two_parts(left, right)
+    return left.T @ right
+
+
+def _in_two_parts(left: Tensor, right: Tensor) -> Tensor:
+    """The last row's share added to that of all others."""
+    product = left[:-1].T @ right[:-1]
+    return product.addmm_(left[-1:].T, right[-1:])
 
 
 def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
