@@ -44,8 +44,17 @@ def check_sources() -> Iterator[Check]:
         if reason:
             yield Check("note", file, f"not compiled, not tested: {reason}", advice)
             advice = ""  # once is enough
-        else:
+        elif _is_for_this_gpu(file):
             yield _compiled(file)
+
+
+def _is_for_this_gpu(file: str) -> bool:  # needs a GPU
+    """Whether a source is one of those that the current GPU can run."""
+    import torch
+
+    from qlora_kit.ops import jit
+
+    return jit.is_for(file, jit.architecture_of(torch.device("cuda")))
 
 
 def _cache(folder: Path) -> Check:
@@ -164,7 +173,7 @@ def check_resources() -> Iterator[Check]:
         return  # reported above
     if _why_not()[0]:
         return
-    for file in jit.source_files():  # needs a GPU
+    for file in filter(_is_for_this_gpu, jit.source_files()):  # needs a GPU
         yield from _resources(file)
 
 
@@ -173,7 +182,7 @@ def _resources(file: str) -> Iterator[Check]:  # needs a GPU
     import torch
     from cuda.core import Device
 
-    from qlora_kit.ops import jit
+    from qlora_kit.ops import jit, launch
 
     device = torch.device("cuda", torch.cuda.current_device())
     Device(device.index).set_current()
@@ -181,11 +190,13 @@ def _resources(file: str) -> Iterator[Check]:  # needs a GPU
         code, _ = jit.compile_source(file, jit.architecture_of(device))
         for name in _kernel_names(code):
             attributes = code.get_kernel(name).attributes
-            shared = attributes.shared_size_bytes + jit.DYNAMIC_SHARED_BYTES.get(name, 0)
+            dynamic = launch.DYNAMIC_SHARED_BYTES.get((file, name), 0)
+            shared = attributes.shared_size_bytes + dynamic
             found = f"{attributes.num_regs} registers, {format_bytes(shared)} shared"
             spilled = attributes.local_size_bytes
             if spilled:
                 found += f", {spilled} bytes of local memory per thread"
-            yield Check("note" if spilled else "ok", name, found)
+            label = name if Path(file).stem in name else f"{name} {Path(file).stem}"
+            yield Check("note" if spilled else "ok", label, found)
     except jit.errors() as error:
         yield Check("FAIL", file, first_line(error), REPORT)

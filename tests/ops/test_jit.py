@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qlora_kit.core.errors import BackendError
-from qlora_kit.ops import jit
+from qlora_kit.ops import jit, launch
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
@@ -35,7 +35,7 @@ def resources(log: str) -> dict[str, dict[str, int]]:
 
 @pytest.mark.parametrize(
     ("file", "architecture"),
-    [(file, name) for file in SOURCES for name in jit.architectures_of(file)],
+    [(file, name) for file in SOURCES for name in jit.ARCHITECTURES if jit.is_for(file, name)],
 )
 def test_every_kernel_compiles_without_spills(file, architecture, record_property):
     code, log = jit.compile_source(file, architecture, use_cache=False)
@@ -101,6 +101,6 @@ def test_a_cached_binary_is_reused(monkeypatch, tmp_path):
 def test_arguments_keep_their_width():
     """Kernels read addresses and integers as 64 bits, floats as 32."""
     tensor = torch.zeros(4)
-    passed = [jit._argument(value) for value in (tensor, None, 2**40, 0.5)]
+    passed = [launch._argument(value) for value in (tensor, None, 2**40, 0.5)]
     assert [value.dtype.name for value in passed] == ["uint64", "uint64", "int64", "float32"]
     assert [int(value) for value in passed[:3]] == [tensor.data_ptr(), 0, 2**40]

@@ -14,7 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from qlora_kit.ops.jit import Kernels
+from qlora_kit.ops.launch import Kernels
 from qlora_kit.ops.nf4_dequantize import reference
 from qlora_kit.quant.weight import NF4Weight
 

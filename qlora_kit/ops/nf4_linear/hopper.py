@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from qlora_kit.ops.jit import Kernels, tensor_map
+from qlora_kit.ops.launch import Kernels, tensor_map
 from qlora_kit.quant.weight import NF4Weight
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}

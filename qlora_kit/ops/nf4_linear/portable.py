@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from qlora_kit.ops.jit import Kernels
+from qlora_kit.ops.launch import Kernels
 from qlora_kit.quant.weight import NF4Weight
 
 _KERNELS = Kernels("nf4_linear/portable.cu")

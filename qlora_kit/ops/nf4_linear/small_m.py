@@ -7,7 +7,7 @@ step. It has no transposed product.
 import torch
 from torch import Tensor
 
-from qlora_kit.ops.jit import Kernels
+from qlora_kit.ops.launch import Kernels
 from qlora_kit.quant.weight import NF4Weight
 
 MOST_ROWS = 16

@@ -7,7 +7,7 @@ torch's own: it depends on the order of summation, and the bits must not.
 import torch
 from torch import Tensor
 
-from qlora_kit.ops.jit import Kernels
+from qlora_kit.ops.launch import Kernels
 from qlora_kit.ops.nf4_dequantize import cuda as nf4_dequantize
 from qlora_kit.quant.double_quant import GROUP_SIZE
 
