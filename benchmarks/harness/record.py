@@ -81,7 +81,7 @@ def write_record(
 
     Args:
         bench: the benchmark's name, which is also its folder.
-        rows: one measurement each; fields as docs/benchmarks.md lists them.
+        rows: one measurement each; the fields are those the benchmark writes.
         peaks: measured limits of the card, such as `bf16_tflops` and `copy_tbs`.
         folder: where to; None for benchmarks/results. `QLORA_KIT_COMMIT` names the
             commit where there is no git.

@@ -5,12 +5,13 @@
 // Format    qlora_kit/quant/nf4.py and double_quant.py, block size 64
 // Requires  sm_90a, K % 256 == 0, N % 8 == 0, r % 8 == 0, 16-byte alignment; checked in
 //           qlora_kit/ops/nf4_linear/hopper.py
-// Tile      256 columns of the result x TOKENS rows of the activations per block, 64 of the
+// Tile      128 or 256 columns of the result x TOKENS rows of the activations per block, 64 of the
 //           contraction per stage. W is wgmma's register operand, the activations its shared one.
 //           Warpgroup 0 brings tiles in with the copy engine and decodes the nested scales; each
-//           other warpgroup decodes weights of 128 columns while its last product runs. For few
-//           tokens there are four of them, two sharing each stage, to hide the look-ups.
-//           Blocks of a cluster share the contraction; their sums meet in shared memory.
+//           other warpgroup decodes weights of 64 or 128 columns while its last product runs. For
+//           few tokens there are four of them, two sharing each stage, to hide the look-ups.
+//           Blocks of a cluster share the contraction; their sums meet in shared memory. Blocks of
+//           128 columns come in pairs that bring in half of their common activations each.
 // Decode    one look-up per byte: 256 pairs of f32 in shared memory, once per lane (no conflicts);
 //           a permute makes the address, two products, one rounding: 2.5 instructions per weight
 // Transpose a byte holds two neighbours along K, which are rows of the result there: rows of a
