@@ -20,7 +20,6 @@ import torch
 
 from benchmarks.harness.record import write_record
 from benchmarks.harness.timing import Call, Captured, peaks, spread
-from qlora_kit.ops.nf4_dequantize import cuda
 from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize
 from qlora_kit.quant.weight import NF4Weight
 
@@ -112,19 +111,8 @@ def variants(n: int, k: int, copies: int) -> dict[str, Call]:
     decoded = bnb.dequantize_4bit(*theirs[0])
     assert torch.equal(nf4_dequantize(ours[0]), decoded), "not the bits of bitsandbytes"
 
-    def with_table(table: str) -> Call:
-        def run(i: int) -> object:
-            before, cuda.TABLE = cuda.TABLE, table
-            try:
-                return nf4_dequantize(ours[i])
-            finally:
-                cuda.TABLE = before
-
-        return run
-
     return {
-        "ours": with_table(""),
-        "ours, pair table": with_table("_pairs"),
+        "ours": lambda i: nf4_dequantize(ours[i]),
         "ours, with columns": lambda i: nf4_dequantize(ours[i], columns=columns),
         "ours, transposed": lambda i: nf4_dequantize(ours[i], transposed=True),
         "bitsandbytes": lambda i: bnb.dequantize_4bit(*theirs[i]),

@@ -26,40 +26,6 @@ struct NF4Table {
     }
 };
 
-// Both values of a byte in one look-up: 256 entries of two floats. Half the look-ups and address
-// arithmetic of NF4Table for a larger table, so for kernels whose blocks live long.
-// A 64-bit read is served half a warp at a time: 16 copies (32 KB) already keep the banks apart.
-// With 32 copies (64 KB) the entries are 256 bytes apart, and one PRMT makes the address: the byte
-// in bits 8 to 15, the lane's copy below.
-template <int COPIES>
-struct NF4PairTable {
-    static_assert(COPIES == 16 || COPIES == 32, "entries are 128 or 256 bytes apart");
-    float4 entries[256][COPIES / 2];  // high nibble, low nibble, and the same again
-
-    // All threads of the block call this, then synchronize.
-    __device__ __forceinline__ void fill(int thread, int threads) {
-        float4* to = &entries[0][0];
-        for (int i = thread; i < 256 * COPIES / 2; i += threads) {
-            const int byte = i / (COPIES / 2);
-            const float high = NF4_VALUES[byte >> 4], low = NF4_VALUES[byte & 15];
-            to[i] = {high, low, high, low};
-        }
-    }
-
-    // Values of byte `byte` (0..3) of a word, in storage order.
-    __device__ __forceinline__ float2 pair(u32 word, int byte, int lane) const {
-        const u32 copy = (lane & (COPIES - 1)) * 8;
-        u32 at;
-        if constexpr (COPIES == 32) {
-            at = __byte_perm(word, copy, 0x5504 | byte << 4);
-        } else {
-            const int bit = byte * 8;
-            at = ((bit >= 7 ? word >> (bit - 7) : word << (7 - bit)) & 0x7f80u) | copy;
-        }
-        return *reinterpret_cast<const float2*>(reinterpret_cast<const char*>(entries) + at);
-    }
-};
-
 struct NF4Scales {
     const void* absmax;   // codes (nested) or float32 scales
     const float* nested;  // per 256 blocks; null without double quantization

@@ -49,9 +49,8 @@ struct Tile {
         stored = scales.load_block((weight >> shift) + block);
     }
 
-    template <typename Table>
     __device__ __forceinline__ uint4 decode(int p, float scale, int skipped, int shift,
-                                            const Table& table, int lane) const {
+                                            const NF4Table& table, int lane) const {
         const int block = (skipped + (p * 32 + lane) * WEIGHTS) >> shift;
         const float mine = __shfl_sync(0xffffffffu, scale, block);
         float v[WEIGHTS];
@@ -76,13 +75,13 @@ __device__ __forceinline__ void copy_columns(const uint4* columns, uint4* out, l
 }
 
 // n weights from weight `first` on; with COLUMNS in rows of k weights and r given values.
-template <typename T, typename Table, bool COLUMNS>
+template <typename T, bool COLUMNS>
 __device__ __forceinline__ void dequantize(const u8* packed, const NF4Scales& scales, void* out,
                                            long long first, long long n,
                                            const void* columns = nullptr, long long k = 0,
                                            long long r = 0) {
     __shared__ float map[256];
-    __shared__ Table table;
+    __shared__ NF4Table table;
     typedef Tile<T> Tile;
     constexpr int WEIGHTS = Tile::WEIGHTS;
     const int t = threadIdx.x, lane = t & 31;
@@ -146,13 +145,13 @@ __device__ __forceinline__ void dequantize(const u8* packed, const NF4Scales& sc
     }
 }
 
-#define NF4_DEQUANTIZE(NAME, T, TABLE)                                                            \
+#define NF4_DEQUANTIZE(NAME, T)                                                                   \
     extern "C" __global__ void __launch_bounds__(THREADS, 4)                                      \
         nf4_dequantize_##NAME(const u8* packed, const void* absmax, const float* nested,          \
                               const float* offset, void* out, long long first, long long n,       \
                               long long block_shift) {                                            \
         const NF4Scales scales{absmax, nested, offset, static_cast<int>(block_shift)};            \
-        dequantize<T, TABLE, false>(packed, scales, out, first, n);                               \
+        dequantize<T, false>(packed, scales, out, first, n);                                      \
     }
 
 #define NF4_DEQUANTIZE_COLUMNS(NAME, T)                                                           \
@@ -161,15 +160,12 @@ __device__ __forceinline__ void dequantize(const u8* packed, const NF4Scales& sc
         void* out, long long first, long long n, long long block_shift, const void* columns,      \
         long long k, long long r) {                                                               \
         const NF4Scales scales{absmax, nested, offset, static_cast<int>(block_shift)};            \
-        dequantize<T, NF4Table, true>(packed, scales, out, first, n, columns, k, r);              \
+        dequantize<T, true>(packed, scales, out, first, n, columns, k, r);                        \
     }
 
-NF4_DEQUANTIZE(bfloat16, BFloat16, NF4Table)
-NF4_DEQUANTIZE(float16, Float16, NF4Table)
-NF4_DEQUANTIZE(float32, Float32, NF4Table)
-NF4_DEQUANTIZE(bfloat16_pairs, BFloat16, NF4PairTable<16>)
-NF4_DEQUANTIZE(float16_pairs, Float16, NF4PairTable<16>)
-NF4_DEQUANTIZE(float32_pairs, Float32, NF4PairTable<16>)
+NF4_DEQUANTIZE(bfloat16, BFloat16)
+NF4_DEQUANTIZE(float16, Float16)
+NF4_DEQUANTIZE(float32, Float32)
 NF4_DEQUANTIZE_COLUMNS(bfloat16, BFloat16)
 NF4_DEQUANTIZE_COLUMNS(float16, Float16)
 NF4_DEQUANTIZE_COLUMNS(float32, Float32)

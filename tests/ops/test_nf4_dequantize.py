@@ -132,13 +132,11 @@ def test_unaligned_codes_and_columns(shift, transposed):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("table", ["", "_pairs"])
 @pytest.mark.parametrize("shape", [(4096, 4096), (4097, 4095), (14336, 4096), (1, 33_000_001)])
-def test_both_tables_on_large_weights(monkeypatch, table, shape):
+def test_large_weights(shape):
     """Sizes at which each block of threads takes many tiles."""
     from qlora_kit.ops.nf4_dequantize import cuda
 
-    monkeypatch.setattr(cuda, "TABLE", table)
     weight = NF4Weight.quantize(torch.randn(shape, device="cuda"))
     for dtype in DTYPES:
         out = torch.full(shape, float("nan"), dtype=dtype, device="cuda")

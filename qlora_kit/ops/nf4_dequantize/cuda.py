@@ -18,9 +18,6 @@ from qlora_kit.ops.launch import Kernels
 from qlora_kit.ops.nf4_dequantize import reference
 from qlora_kit.quant.weight import NF4Weight
 
-TABLE = ""
-"""Which look-up table the plain kernel uses: of single values, or `_pairs` of values."""
-
 _STREAM = Kernels("nf4_dequantize/nf4_dequantize.cu")
 _LAYOUTS = Kernels("nf4_dequantize/layouts.cu")
 _THREADS = 256
@@ -100,7 +97,7 @@ def _stream(weight: NF4Weight, out: Tensor, first: int, count: int, *columns: ob
         packed = packed.clone(memory_format=torch.contiguous_format)  # an unaligned slice
     tile = _THREADS * 4 * _STORE_BYTES // out.element_size()
     _STREAM.launch(
-        _NAMES[out.dtype] + ("_columns" if columns else TABLE),
+        _NAMES[out.dtype] + ("_columns" if columns else ""),
         min(-(-count // tile), resident_blocks(out.device)),
         _THREADS,
         (
