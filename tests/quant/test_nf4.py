@@ -2,6 +2,7 @@
 
 from statistics import NormalDist
 
+import bitsandbytes.functional as bnb
 import pytest
 import torch
 
@@ -9,8 +10,7 @@ from qlora_kit.core.errors import NonFiniteError, ShapeError
 from qlora_kit.quant.double_quant import dequantize_absmax, dynamic_map, quantize_absmax
 from qlora_kit.quant.nf4 import NF4_VALUES, dequantize_nf4, nf4_table, quantize_nf4
 from qlora_kit.quant.weight import NF4Weight
-
-bnb = pytest.importorskip("bitsandbytes.functional")
+from tests.quant import by_bitsandbytes
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,9 +45,7 @@ def test_codes_scales_and_values_equal_bitsandbytes(kind, shape, dtype):
     assert torch.equal(packed, theirs)
     assert torch.equal(absmax, state.absmax)
     for out in DTYPES:
-        expected = torch.ops.bitsandbytes.dequantize_4bit(
-            theirs, state.absmax, 64, "nf4", list(shape), out
-        )
+        expected = by_bitsandbytes.decoded(theirs, state, out)
         assert torch.equal(dequantize_nf4(packed, absmax, shape, dtype=out), expected)
 
 

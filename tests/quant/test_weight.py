@@ -2,6 +2,7 @@
 
 import json
 
+import bitsandbytes.functional as bnb
 import pytest
 import torch
 
@@ -9,8 +10,7 @@ from qlora_kit.core.errors import ConfigError, FormatError, ShapeError
 from qlora_kit.quant.config import QuantConfig
 from qlora_kit.quant.format import STATE_SUFFIX, from_bnb_tensors, is_companion, to_bnb_tensors
 from qlora_kit.quant.weight import NF4Weight
-
-bnb = pytest.importorskip("bitsandbytes.functional")
+from tests.quant import by_bitsandbytes
 
 
 def bnb_tensors(weight, double_quant):
@@ -34,7 +34,7 @@ def test_file_bytes_equal_bitsandbytes(double_quant, shape, dtype):
         assert ours[suffix].shape == tensor.shape, suffix
         assert torch.equal(ours[suffix], tensor), suffix
     read = from_bnb_tensors(theirs, name="w")
-    assert torch.equal(read.dequantize(), bnb.dequantize_4bit(theirs[""], state))
+    assert torch.equal(read.dequantize(), by_bitsandbytes.decoded(theirs[""], state, dtype))
 
 
 def test_other_storage_dtypes_are_read():
