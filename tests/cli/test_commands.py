@@ -31,7 +31,7 @@ def base(tmp_path_factory):
 def adapter(base, tmp_path_factory):
     """A run's folder with an adapter whose effect is visible."""
     run = tmp_path_factory.mktemp("run")
-    model, _ = load_model.load(base)
+    model, _ = load_model.load(base, device="cpu")
     attached = attach(model, LoRA(rank=4))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in attached.named_parameters():

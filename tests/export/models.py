@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    PreTrainedModel,
 )
 
 from qlora_kit.adapters.config import LoRA
@@ -49,9 +50,11 @@ def unmerged_logits(base: Path, folder: Path, *, quant: QuantConfig | None) -> t
     return logits(model)
 
 
-def logits(model: torch.nn.Module) -> torch.Tensor:
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    """Logits of the model where it is, in float32 on the CPU."""
+    ids = tiny_models.tokens(rows=3, length=9).to(model.device)
     with torch.no_grad():
-        return model(input_ids=tiny_models.tokens(rows=3, length=9)).logits.float()
+        return model(input_ids=ids).logits.float().cpu()
 
 
 def plain_logits(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32):

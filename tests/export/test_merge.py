@@ -79,7 +79,7 @@ def test_every_weight_is_the_formula(tmp_path):
     """Adapted: W_q + s·B·A; quantized without adapter: W_q; the rest: untouched."""
     base, adapter = tiny_models.saved("llama"), tmp_path / "adapter"
     train_adapter(base, adapter, config=LoRA(rank=4, alpha=8.0, targets=("q_proj",)))
-    merge(base, adapter, tmp_path / "out", dtype="float32")
+    merge(base, adapter, tmp_path / "out", dtype="float32", device="cpu")
     files, source, got = read_adapter(adapter), open_source(base), open_source(tmp_path / "out")
     assert got.tensors.keys() == source.tensors.keys()
     for name in source.tensors:
@@ -123,16 +123,16 @@ def test_trained_in_bfloat16(tmp_path, stored):
     name = "model.layers.1.mlp.down_proj"
     wrapper = model.get_submodule(name)
     pair = read_adapter(adapter).deltas[name]
-    expected = wrapper.base.dequantize(torch.bfloat16).float() + pair.delta()
+    expected = wrapper.base.dequantize(torch.bfloat16).float().cpu() + pair.delta()
     got = open_source(tmp_path / "out").read(f"{name}.weight")
     assert (got - expected).abs().max() < 1e-6
-    unrounded = wrapper.base.dequantize(torch.float32) + pair.delta()
+    unrounded = wrapper.base.dequantize(torch.float32).cpu() + pair.delta()
     assert (got - unrounded).abs().max() > 1e-5
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "llama_tied"])
 def test_a_base_that_is_nf4_already(tmp_path, family):
-    model, _ = load(tiny_models.saved(family))
+    model, _ = load(tiny_models.saved(family), dtype="float32")
     model.save_pretrained(tmp_path / "base")
     trained = train_adapter(tmp_path / "base", tmp_path / "adapter")
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype="float32")

@@ -56,7 +56,7 @@ def without_experts(family):
 def test_a_quantized_folder_computes_like_the_loaded_model(tmp_path, family, style):
     base = tiny_models.saved(family)
     quant = without_experts(family) if style == "bitsandbytes" else QuantConfig()
-    model, _ = load(base, quant=quant)
+    model, _ = load(base, quant=quant, dtype="float32")
     save_quantized(base, tmp_path / "out", style=style, dtype="float32", max_shard="100KB")
     expected = logits(model)
     assert error(READERS[style](tmp_path / "out"), expected) < FP32_BOUND
@@ -67,7 +67,7 @@ def test_a_quantized_folder_computes_like_the_loaded_model(tmp_path, family, sty
 @pytest.mark.parametrize("style", READERS)
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "gpt2", "mixtral"])
 def test_a_loaded_model_is_written_as_it_is(tmp_path, family, style):
-    model, _ = load(tiny_models.saved(family))
+    model, _ = load(tiny_models.saved(family), dtype="float32")
     save_quantized(model, tmp_path / "out", style=style, dtype="float32", max_shard="100KB")
     assert error(READERS[style](tmp_path / "out"), logits(model)) < FP32_BOUND
     assert (tmp_path / "out" / "generation_config.json").is_file()
@@ -75,7 +75,7 @@ def test_a_loaded_model_is_written_as_it_is(tmp_path, family, style):
 
 @pytest.mark.parametrize("quant", [QuantConfig(block_size=128), QuantConfig(double_quant=False)])
 def test_the_same_codes_as_the_loader(tmp_path, quant):
-    model, _ = load(tiny_models.saved("llama"), quant=quant)
+    model, _ = load(tiny_models.saved("llama"), quant=quant, dtype="float32")
     save_quantized(tiny_models.saved("llama"), tmp_path / "a", quant=quant, dtype="float32")
     save_quantized(model, tmp_path / "b", dtype="float32")
     one, two = open_source(tmp_path / "a"), open_source(tmp_path / "b")
@@ -98,7 +98,7 @@ def test_merged_weights_are_quantized_again(tmp_path, family, style, into):
     quant = without_experts(family)
     train_adapter(base, adapter, quant=quant)
     merge(base, adapter, tmp_path / "merged", into=into, dtype="float32")
-    model, _ = load(tmp_path / "merged", quant=quant)
+    model, _ = load(tmp_path / "merged", quant=quant, dtype="float32")
     out = tmp_path / "out"
     save_quantized(base, out, style=style, adapter=adapter, into=into, dtype="float32")
     assert error(READERS[style](out), logits(model)) < FP32_BOUND
@@ -110,7 +110,7 @@ def test_merged_weights_are_quantized_again(tmp_path, family, style, into):
 def test_weights_no_adapter_touches_keep_their_codes(tmp_path):
     base, adapter = tiny_models.saved("llama"), tmp_path / "adapter"
     train_adapter(base, adapter, config=LoRA(rank=4, targets=("q_proj",)))
-    save_quantized(base, tmp_path / "out", adapter=adapter)
+    save_quantized(base, tmp_path / "out", adapter=adapter, device="cpu")
     source, got = open_source(base), open_source(tmp_path / "out")
     for name in got.quantized_names():
         expected = NF4Weight.quantize(source.read(name))
@@ -123,7 +123,7 @@ def test_weights_no_adapter_touches_keep_their_codes(tmp_path):
 @pytest.mark.parametrize("style", READERS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_a_folder_that_is_nf4_changes_its_style(tmp_path, family, style):
-    model, _ = load(tiny_models.saved(family))
+    model, _ = load(tiny_models.saved(family), dtype="float32")
     model.save_pretrained(tmp_path / "own")
     save_quantized(tmp_path / "own", tmp_path / "out", style=style, dtype="float32")
     assert error(READERS[style](tmp_path / "out"), logits(model)) < FP32_BOUND
@@ -137,7 +137,7 @@ def test_a_folder_that_is_nf4_changes_its_style(tmp_path, family, style):
     )
     merge(tmp_path / "own", tmp_path / "adapter", tmp_path / "merged", dtype="float32")
     quant = without_experts(family) if style == "bitsandbytes" else QuantConfig()
-    merged, _ = load(tmp_path / "merged", quant=quant)
+    merged, _ = load(tmp_path / "merged", quant=quant, dtype="float32")
     if family not in tiny_models.MOE:  # decoded experts are not quantized a second time
         assert error(READERS[style](tmp_path / "new"), logits(merged)) < FP32_BOUND
 

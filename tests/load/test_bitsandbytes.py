@@ -1,4 +1,7 @@
-"""Checkpoints travel both ways between this package and transformers with bitsandbytes."""
+"""Checkpoints travel both ways between this package and transformers with bitsandbytes.
+
+Both are on the CPU wherever numbers are compared.
+"""
 
 import json
 
@@ -70,7 +73,7 @@ def decoded(layer):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_bitsandbytes_checkpoint_is_taken_over_bit_for_bit(family, double_quant, tmp_path):
     theirs, folder = quantized_by_bitsandbytes(tmp_path, family, double_quant=double_quant)
-    ours, _ = load(folder, **options_of(family))
+    ours, _ = load(folder, device="cpu", **options_of(family))
     names = [n for n, m in theirs.named_modules() if isinstance(m, bnb.nn.Linear4bit)]
     assert names == [n for n, _ in nf4_modules(ours)]
     stored = {}
@@ -97,7 +100,7 @@ def test_a_bitsandbytes_checkpoint_is_taken_over_bit_for_bit(family, double_quan
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_our_own_quantization_equals_theirs(family, tmp_path):
     theirs, _ = quantized_by_bitsandbytes(tmp_path, family)
-    ours, _ = load(tmp_path / "plain", **options_of(family))
+    ours, _ = load(tmp_path / "plain", device="cpu", **options_of(family))
     compared = 0
     for name, layer in nf4_modules(ours):
         other = theirs.get_submodule(name)
@@ -114,7 +117,8 @@ def test_our_own_quantization_equals_theirs(family, tmp_path):
 def test_what_we_save_loads_in_bitsandbytes(family, double_quant, tmp_path):
     """The tensors are bitsandbytes'; only the name of the method in config.json is ours."""
     tiny_models.save(family, tmp_path / "plain")
-    ours, _ = load(tmp_path / "plain", quant=QuantConfig(double_quant=double_quant))
+    quant = QuantConfig(double_quant=double_quant)
+    ours, _ = load(tmp_path / "plain", quant=quant, device="cpu")
     ours.save_pretrained(tmp_path / "saved")
     path = tmp_path / "saved" / "config.json"
     config = json.loads(path.read_text())
@@ -142,7 +146,7 @@ def test_bytes_stored_as_another_dtype(tmp_path):
     theirs, folder = quantized_by_bitsandbytes(
         tmp_path, "llama", bnb_4bit_quant_storage=torch.bfloat16
     )
-    ours, _ = load(folder)
+    ours, _ = load(folder, device="cpu")
     name = "model.layers.1.mlp.up_proj"
     assert theirs.get_submodule(name).weight.dtype == torch.bfloat16
     assert ours.get_submodule(name).weight.dtype == torch.uint8
@@ -213,7 +217,7 @@ def test_fp4_is_refused_by_name(tmp_path):
 @pytest.mark.transformers_compat
 def test_an_nf4_checkpoint_can_be_decoded(tmp_path):
     theirs, folder = quantized_by_bitsandbytes(tmp_path, "llama")
-    model, _ = load(folder, quant=None)
+    model, _ = load(folder, quant=None, device="cpu")
     assert not list(nf4_modules(model))
     assert not any(isinstance(m, NF4Linear) for m in model.modules())
     layer = model.model.layers[0].mlp.up_proj
@@ -223,5 +227,5 @@ def test_an_nf4_checkpoint_can_be_decoded(tmp_path):
         getattr(AutoConfig.from_pretrained(tmp_path / "plain16"), "quantization_config", None)
         is None
     )
-    again, _ = load(tmp_path / "plain16", quant=None)
+    again, _ = load(tmp_path / "plain16", quant=None, device="cpu")
     assert torch.equal(logits(again), logits(model))

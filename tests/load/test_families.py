@@ -1,4 +1,7 @@
-"""Every supported family, end to end: checkpoint, load, forward, backward, save, load again."""
+"""Every supported family, end to end: checkpoint, load, forward, backward, save, load again.
+
+On the CPU where it is compared with a dense model; test_gpu.py does so on a GPU.
+"""
 
 import pytest
 import torch
@@ -84,7 +87,7 @@ def swap_nibbles(model):
 @pytest.mark.transformers_compat
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_gradients_are_those_of_the_decoded_weights(family, checkpoints):
-    model, _ = load(checkpoints(family), **options(family))
+    model, _ = load(checkpoints(family), device="cpu", **options(family))
     dense = with_decoded_weights(family, model)
     ids = tiny_models.tokens()
     logits, grad = run(model, ids)
@@ -101,7 +104,7 @@ def test_logits_and_gradients_are_those_of_the_decoded_weights(family, checkpoin
 @pytest.mark.parametrize("family", FAMILIES)
 def test_quantized_close_to_the_original(family, checkpoints):
     """NF4 loses about 9% per weight; unrelated weights would differ by 140%."""
-    model, _ = load(checkpoints(family), **options(family))
+    model, _ = load(checkpoints(family), device="cpu", **options(family))
     dense = built(family)
     for name, module in nf4_modules(model):
         if isinstance(module, NF4Linear):
@@ -117,7 +120,7 @@ def test_quantized_close_to_the_original(family, checkpoints):
 @pytest.mark.transformers_compat
 @pytest.mark.parametrize("family", FAMILIES)
 def test_everything_but_the_linears_is_untouched(family, checkpoints):
-    model, _ = load(checkpoints(family), **options(family))
+    model, _ = load(checkpoints(family), device="cpu", **options(family))
     quantized = {name for name, _ in nf4_modules(model)}
     dense = dict(built(family).named_parameters())
     compared = 0
@@ -145,7 +148,7 @@ def test_save_and_load_keeps_every_bit(family, checkpoints, tmp_path):
         state, wanted = again.state_dict(), model.state_dict()
         assert state.keys() == wanted.keys()
         assert all(torch.equal(state[name], wanted[name]) for name in wanted)
-        ids = tiny_models.tokens()
+        ids = tiny_models.tokens().to(model.device)
         with torch.no_grad():
             assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
     model.save_pretrained(tmp_path / "twice", max_shard_size="50KB")

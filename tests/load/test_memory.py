@@ -26,7 +26,8 @@ from qlora_kit.core.memory import anonymous_bytes, rss_bytes
 from qlora_kit.load import hf_quantizer
 from qlora_kit.load.model import load
 
-load(sys.argv[1])  # a tiny model first: imports and thread pools are not what is measured
+# A tiny model first: imports and thread pools are not what is measured.
+load(sys.argv[1], device="cpu")
 models, samples, stop = [], [], threading.Event()
 swap = hf_quantizer.swap
 
@@ -54,7 +55,7 @@ start = anonymous_bytes()
 thread = threading.Thread(target=sample)
 thread.start()
 begun = time.perf_counter()
-model, _ = load(sys.argv[2])
+model, _ = load(sys.argv[2], device="cpu")
 seconds = time.perf_counter() - begun
 stop.set()
 thread.join()

@@ -50,7 +50,7 @@ def test_output_head_stays_unless_targeted_and_untied():
     head = QuantConfig(skip=(), target=("lm_head", "down_proj"))
     assert "lm_head" not in names(load(tiny_models.saved("llama"), quant=QuantConfig(skip=()))[0])
     assert "lm_head" in names(load(tiny_models.saved("llama"), quant=head)[0])
-    tied, _ = load(tiny_models.saved("llama_tied"), quant=head)
+    tied, _ = load(tiny_models.saved("llama_tied"), quant=head, dtype="float32")
     assert "lm_head" not in names(tied)
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
     assert tied.lm_head.weight.dtype == torch.float32
@@ -93,7 +93,7 @@ def test_block_size_and_double_quantization_travel(block_size, double_quant, tmp
 def test_the_base_depends_on_the_checkpoint_not_on_the_compute_dtype(family, stored, compute):
     """Weights are quantized from the numbers in the file, not from their rounding to bf16."""
     folder = tiny_models.saved(family, dtype=stored)
-    model, _ = load(folder, dtype=compute)
+    model, _ = load(folder, dtype=compute, device="cpu")
     dense = tiny_models.build(family, dtype=stored)
     rounded_differs = False
     for name, layer in nf4_modules(model):
@@ -139,7 +139,8 @@ def test_a_classifier_on_a_language_model_gets_a_new_head(family, caplog, tmp_pa
     assert head  # neither `classifier`, `score` nor a pooler is quantized
     assert all(n.split(".")[0] in ("classifier", "score") or "pooler" in n for n in head)
     assert all(p.requires_grad for n in head for p in model.get_submodule(n).parameters())
-    loss = model(input_ids=tiny_models.tokens(), labels=torch.tensor([0, 2])).loss
+    ids, labels = tiny_models.tokens().to(model.device), torch.tensor([0, 2]).to(model.device)
+    loss = model(input_ids=ids, labels=labels).loss
     loss.backward()
     assert all(model.get_submodule(n).weight.grad is not None for n in head)
 
@@ -156,7 +157,7 @@ def test_another_number_of_labels_starts_a_new_head(tmp_path):
     """transformers 5.17 would take over the old head, whatever its shape."""
     dense = tiny_models.build("bert", num_labels=5)
     dense.save_pretrained(tmp_path)
-    model, _ = load(tmp_path, task="sequence_classification", num_labels=3)
+    model, _ = load(tmp_path, task="sequence_classification", num_labels=3, device="cpu")
     assert model.classifier.weight.shape == (3, tiny_models.HIDDEN)
     assert model.classifier.bias.shape == (3,)
     assert model.classifier.weight.isfinite().all()
@@ -166,7 +167,7 @@ def test_another_number_of_labels_starts_a_new_head(tmp_path):
 
 def test_dequantize_gives_an_ordinary_model(tmp_path):
     for family in ("llama", "gpt2", "mixtral"):
-        model, _ = load(tiny_models.saved(family))
+        model, _ = load(tiny_models.saved(family), device="cpu")
         with torch.no_grad():
             wanted = model(input_ids=tiny_models.tokens()).logits
         plain = model.dequantize()
@@ -185,7 +186,7 @@ def test_the_ecosystems_door(tmp_path):
     """`from_pretrained(quantization_config=NF4Config())` gives what `load` gives."""
     folder = tiny_models.saved("qwen2")
     theirs = AutoModelForCausalLM.from_pretrained(folder, quantization_config=qk.NF4Config())
-    ours, _ = load(folder, device="cpu") if not torch.cuda.is_available() else load(folder)
+    ours, _ = load(folder, dtype="float32")  # as saved, which is what `from_pretrained` takes
     state = theirs.state_dict()
     assert all(torch.equal(state[name], value) for name, value in ours.state_dict().items())
     assert theirs.is_loaded_in_4bit
@@ -220,7 +221,7 @@ def test_config_refuses_what_it_does_not_know():
 
 def test_trainer_accepts_the_model(tmp_path):
     """transformers.Trainer refuses quantized models without an adapter unless told otherwise."""
-    model, _ = load(tiny_models.saved("llama"))
+    model, _ = load(tiny_models.saved("llama"), device="cpu")
     model.requires_grad_(False)
     model.model.norm.weight.requires_grad_(True)
     rows = [{"input_ids": row, "labels": row} for row in tiny_models.tokens(4)]
@@ -261,14 +262,15 @@ def test_saving_with_an_adapter_attached_says_what_to_do(tmp_path):
 def test_load_attaches_an_adapter(tmp_path):
     model, _ = load(tiny_models.saved("llama"))
     adapter = qk.attach(model, qk.LoRA(rank=2))
+    ids = tiny_models.tokens().to(model.device)
     with torch.no_grad():
         for _, parameter in adapter.named_parameters():
             parameter.add_(0.1)
-        wanted = model(input_ids=tiny_models.tokens()).logits
+        wanted = model(input_ids=ids).logits
     adapter.save(tmp_path)
     again, _ = load(tiny_models.saved("llama"), adapter=tmp_path)
     with torch.no_grad():
-        assert torch.equal(again(input_ids=tiny_models.tokens()).logits, wanted)
+        assert torch.equal(again(input_ids=ids).logits, wanted)
 
 
 def test_saved_names_are_bitsandbytes(tmp_path):
@@ -301,13 +303,13 @@ def test_a_fused_and_a_per_expert_checkpoint_give_the_same_base(tmp_path):
 
 def test_experts_can_be_skipped(tmp_path):
     config = QuantConfig(skip=("lm_head", r"re:.*layers\.0\.mlp\.experts"))
-    model, _ = load(tiny_models.saved("mixtral"), quant=config)
+    model, _ = load(tiny_models.saved("mixtral"), quant=config, device="cpu")
     dense = tiny_models.build("mixtral")
     kept = model.model.layers[0].mlp.experts
     assert torch.equal(kept.gate_up_proj, dense.model.layers[0].mlp.experts.gate_up_proj)
     assert "model.layers.1.mlp.experts" in names(model)
     model.save_pretrained(tmp_path)
-    again, _ = load(tmp_path)
+    again, _ = load(tmp_path, device="cpu")
     state = again.state_dict()
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
 

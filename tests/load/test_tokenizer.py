@@ -70,7 +70,7 @@ def test_a_classifier_knows_its_padding(folder):
     model, tokenizer = load(folder, task="sequence_classification", num_labels=2)
     assert model.config.pad_token_id == tokenizer.pad_token_id
     batch = tokenizer(["ab", "abcd"], padding=True, return_tensors="pt")
-    assert model(input_ids=batch["input_ids"]).logits.shape == (2, 2)
+    assert model(input_ids=batch["input_ids"].to(model.device)).logits.shape == (2, 2)
 
 
 def test_a_folder_without_tokenizer():
