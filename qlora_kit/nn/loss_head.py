@@ -322,7 +322,7 @@ class _ModuleChunks:
         with torch.set_grad_enabled(options.gradient):
             x = chunk.detach().requires_grad_(options.gradient)
             raw = self.head(x)
-        losses, gradient = _losses(raw.detach(), targets, options)
+        losses, gradient = _losses(raw.detach(), targets.to(raw.device), options)
         if gradient is None:
             return losses, None
         parameters = [p for p in self.sums.parameters if p is not None]

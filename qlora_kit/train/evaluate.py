@@ -22,11 +22,13 @@ import torch
 from transformers import PreTrainedModel
 
 from qlora_kit.core.errors import ConfigError
+from qlora_kit.nn.loss_head import IGNORE
 from qlora_kit.train.callbacks import Phases
 from qlora_kit.train.config import EvalConfig
 from qlora_kit.train.data.collate import make_collator
 from qlora_kit.train.data.tokenized import PromptAnswer, TokenizedSet
 from qlora_kit.train.generate import generate_answers
+from qlora_kit.train.head_input import HeadInput
 from qlora_kit.train.held_out import (
     LossTotals,
     classify_batch,
@@ -35,7 +37,6 @@ from qlora_kit.train.held_out import (
     sample_rows,
     to_device,
 )
-from qlora_kit.train.loss import IGNORE, SelectedLogits
 from qlora_kit.train.metrics import accuracy, is_json_object, macro_f1, same_answer
 from qlora_kit.train.sampling import SortedSampler
 
@@ -349,7 +350,7 @@ def _answer(example: PromptAnswer, answer: str, right: bool | None) -> Answer:
 
 
 def _pick_first_token(
-    selected: SelectedLogits,
+    selected: HeadInput,
     rows: Sequence[int],
     starts: dict[int, int],
     first: Sequence[int],
@@ -357,7 +358,7 @@ def _pick_first_token(
     """Row number to index of the choice whose first token is likeliest at the answer's start."""
     before = torch.tensor([starts.get(row, 0) - 1 for row in rows], device=selected.rows.device)
     at_start = selected.positions == before[selected.rows]
-    logits = selected.logits[at_start][:, torch.tensor(first, device=selected.logits.device)]
-    best = logits.float().argmax(dim=-1).tolist()
+    logits = selected.logits(at_start)
+    best = logits[:, torch.tensor(first, device=logits.device)].argmax(dim=-1).tolist()
     where = selected.rows[at_start].tolist()
     return {rows[i]: choice for i, choice in zip(where, best, strict=True)}

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from qlora_kit.nn.loss_head import IGNORE, LogitRule
 from qlora_kit.train.data.tokenized import TokenizedSet
-from qlora_kit.train.loss import IGNORE, SelectedLogits, selected_logits, token_losses
+from qlora_kit.train.head_input import HeadInput, head_input
 from qlora_kit.train.metrics import perplexity
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 def language_model_losses(
     model: PreTrainedModel, batch: dict[str, Any]
-) -> tuple[Tensor, SelectedLogits]:
+) -> tuple[Tensor, HeadInput]:
     """Run a language model on one batch, on the model's device.
 
     Args:
@@ -77,7 +78,7 @@ def language_model_losses(
         batch: with `input_ids` and `labels`.
 
     Returns:
-        (S,) float32 cross-entropy of each counted token, and the logits it came from.
+        (S,) float32 cross-entropy of each counted token, and what the head made it from.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -86,14 +87,21 @@ def language_model_losses(
         >>> language_model_losses(tiny, batch)[0].shape
         torch.Size([2])
     """
-    selected = selected_logits(model, batch)
+    selected = head_input(model, batch)
     if selected is None:  # no reachable head: the model's own logits, all of them
         output = model(**{k: v for k, v in batch.items() if k != "labels"})
         mask = batch["labels"][:, 1:] != IGNORE
         rows, positions = mask.nonzero(as_tuple=True)
         targets = batch["labels"][:, 1:][mask]
-        selected = SelectedLogits(output.logits[:, :-1][mask], targets, rows, positions)
-    return token_losses(selected.logits, selected.targets), selected
+        selected = HeadInput(
+            states=output.logits[:, :-1][mask],
+            head=nn.Identity(),
+            rule=LogitRule(),
+            targets=targets,
+            rows=rows,
+            positions=positions,
+        )
+    return selected.losses().tokens, selected
 
 
 def loss_totals(

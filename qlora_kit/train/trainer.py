@@ -193,9 +193,14 @@ class Trainer(transformers.Trainer):
         Returns:
             () float32, or a pair with the outputs.
         """
-        if self.causal and self.label_smoother is None:
-            bare = self.accelerator.unwrap_model(model)
-            loss = causal_lm_loss(bare, inputs, num_items_in_batch, forward=model)
+        if self.causal:
+            loss = causal_lm_loss(
+                self.accelerator.unwrap_model(model),
+                inputs,
+                num_items_in_batch,
+                label_smoothing=self.args.label_smoothing_factor,
+                forward=model,
+            )
             if self.args.average_tokens_across_devices and num_items_in_batch is not None:
                 loss = loss * self.accelerator.num_processes
             return (loss, {}) if return_outputs else loss

@@ -184,14 +184,13 @@ def test_early_stopping_survives_resume(tmp_path: Path) -> None:
     assert_same(state(resumed), state(whole))
 
 
-def test_accumulation_weighs_tokens_alike(tmp_path: Path) -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_accumulation_weighs_tokens_alike(tmp_path: Path, smoothing: float) -> None:
     """One batch of four, or four of one: the same update, although rows differ in length."""
-    together = make_trainer(tmp_path / "a", per_device_train_batch_size=4, max_steps=1)
+    settings = {"max_steps": 1, "label_smoothing_factor": smoothing}
+    together = make_trainer(tmp_path / "a", per_device_train_batch_size=4, **settings)
     apart = make_trainer(
-        tmp_path / "b",
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=4,
-        max_steps=1,
+        tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=4, **settings
     )
     order = list(together._get_train_sampler())[:4]
     apart._get_train_sampler = lambda *_: order  # type: ignore[method-assign]
