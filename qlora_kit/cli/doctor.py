@@ -15,10 +15,10 @@ from qlora_kit.cli.kernel_checks import check_ops, check_resources, check_source
 from qlora_kit.cli.logs import setup_logging
 
 _ABOUT = """\
-Check this machine and this installation: Python, torch, GPU and driver, package
-versions, caches, how each CUDA kernel compiles and what it takes of the GPU;
-and test the 4-bit codec, every op and every strategy. Include the output when you
-report a problem."""
+Check this machine and this installation: Python, torch, GPU and driver,
+package versions, caches, how each CUDA kernel compiles and what it takes of
+the GPU; and test the 4-bit codec, every op and every strategy. Include the
+output when you report a problem."""
 _EPILOG = "exit code: 0 when everything works, 2 when something has to be repaired"
 
 
