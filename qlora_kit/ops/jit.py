@@ -231,6 +231,7 @@ class _Log:
         self.text += text
 
 
+@lru_cache(maxsize=64)
 def architecture_of(device: torch.device) -> str:  # needs a GPU
     """The architecture to compile for, with Hopper's own instructions where the GPU has them.
 

@@ -8,7 +8,7 @@ own roundings, and the bounds add them up. With u the unit roundoff of the dtype
 - y is rounded once: u·|y|.
 - xa is rounded once before it meets B: u·|xa|, through B: u·|xa|·|B|ᵀ.
 - A strategy may write xa·Bᵀ + bias first, rounded, and add the large product to it:
-  u·|xa·Bᵀ + bias|. cuBLAS may then round the large product before it adds: u·|x·Wᵀ|.
+  u·|xa·Bᵀ + bias|.
 - Sums run in float32. Their error grows as the square root of the number of terms
   (Higham and Mary, doi:10.1137/18M1226312), by Cauchy and Schwarz at most
   2**-23·√K·‖x_i‖·‖W_j‖: tensor cores truncate, so a step is 2**-23 and not 2**-24.
@@ -214,9 +214,9 @@ def _large_product(left, weight, small, factor, bias, dtype):
     if bias is not None:
         first += bias
     if small is not None or bias is not None:
-        bound += unit * (first.abs() + value.abs())
-        squares += (unit * first.norm()) ** 2 + (unit * value.norm()) ** 2
         value += first
+        bound += unit * first.abs()
+        squares += (unit * first.norm()) ** 2
     bound += unit * value.abs()
     squares += (unit * value.norm()) ** 2
     return _expected(value, bound, squares, dtype)

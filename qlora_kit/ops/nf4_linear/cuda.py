@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qlora_kit.core.errors import BackendError
 from qlora_kit.core.log import log_once
+from qlora_kit.ops.jit import architecture_of
 from qlora_kit.ops.nf4_dequantize import cuda as nf4_dequantize
 from qlora_kit.ops.nf4_linear import dense, hopper, portable, reference, small_m
 from qlora_kit.quant.weight import NF4Weight
@@ -112,7 +113,7 @@ def _can_serve(name: str, x: Tensor, weight: NF4Weight, product: str) -> bool:
 
 
 def _architecture(device: torch.device) -> str:
-    return "hopper" if torch.cuda.get_device_capability(device) == (9, 0) else "other"
+    return "hopper" if architecture_of(device) == "sm_90a" else "other"
 
 
 def _ready(x: Tensor) -> Tensor:

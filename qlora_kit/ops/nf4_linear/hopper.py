@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from qlora_kit.ops.jit import architecture_of
 from qlora_kit.ops.launch import Kernels, tensor_map
 from qlora_kit.quant.weight import NF4Weight
 
@@ -117,7 +118,7 @@ def serves(x: Tensor, weight: NF4Weight) -> bool:
         and weight.packed.data_ptr() % 16 == 0
         and weight.absmax.data_ptr() % 16 == 0
         and weight.packed.is_contiguous()
-        and torch.cuda.get_device_capability(x.device) == (9, 0)
+        and architecture_of(x.device) == "sm_90a"
     )
 
 
