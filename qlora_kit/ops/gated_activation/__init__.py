@@ -1,0 +1,1 @@
+"""act(gate) · up, and its gradient: op, reference, CUDA."""

@@ -1,0 +1,94 @@
+"""What ops on rows ask of the tensors they are given.
+
+A matrix may be a part of a wider buffer: its rows then lie further apart than they
+are long. Values of one row always lie side by side.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qlora_kit.core.errors import ShapeError
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""What such ops compute on; float64 only in plain torch, where gradients are checked."""
+
+
+def check_rows(op: str, name: str, tensor: Tensor, dims: Sequence[int]) -> None:
+    """Refuse an input that has no rows of neighbouring floats.
+
+    Args:
+        op: the op's name, for the error.
+        name: the argument's name, for the error.
+        tensor: what came.
+        dims: numbers of dimensions that will do.
+
+    Raises:
+        ShapeError: the dimensions, dtype or strides do not fit.
+
+    Example:
+        >>> check_rows("rms_norm", "x", torch.ones(4, 6)[:, :5], (2, 3))
+    """
+    if tensor.dim() not in dims:
+        wanted = " or ".join(map(str, dims))
+        raise ShapeError(
+            f"{op} needs {name} with {wanted} dimensions, got shape {tuple(tensor.shape)}."
+        )
+    if tensor.dtype not in DTYPES:
+        raise ShapeError(f"{op} needs {name} in {DTYPES}, got {tensor.dtype}.")
+    _check_neighbours(op, name, tensor)
+
+
+def check_like(
+    op: str, name: str, tensor: Tensor | None, like: Tensor, shape: Sequence[int]
+) -> None:
+    """Refuse a tensor that does not belong beside another one.
+
+    Args:
+        op: the op's name, for the error.
+        name: the argument's name, for the error.
+        tensor: what came; None passes.
+        like: has the wanted dtype and device.
+        shape: the wanted shape.
+
+    Raises:
+        ShapeError: shape, dtype, device or strides do not fit.
+
+    Example:
+        >>> x = torch.ones(4, 6)
+        >>> check_like("rms_norm", "out", torch.empty(4, 8)[:, :6], x, x.shape)
+    """
+    if tensor is None:
+        return
+    if tensor.shape != shape or tensor.dtype != like.dtype or tensor.device != like.device:
+        raise ShapeError(
+            f"{op} needs {name} of shape {tuple(shape)} in {like.dtype} on {like.device}, got "
+            f"{tuple(tensor.shape)} in {tensor.dtype} on {tensor.device}."
+        )
+    _check_neighbours(op, name, tensor)
+
+
+def _check_neighbours(op: str, name: str, tensor: Tensor) -> None:
+    """Refuse rows whose values do not lie side by side."""
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise ShapeError(
+            f"{op} needs {name} with its last dimension contiguous, got strides "
+            f"{tensor.stride()} for shape {tuple(tensor.shape)}. Call .contiguous() first."
+        )
+
+
+def arithmetic_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which plain torch computes: float32, or float64 for float64.
+
+    Args:
+        tensor: an input.
+
+    Returns:
+        The dtype.
+
+    Example:
+        >>> arithmetic_dtype(torch.ones(1, dtype=torch.bfloat16))
+        torch.float32
+    """
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

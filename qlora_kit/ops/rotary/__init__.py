@@ -1,0 +1,1 @@
+"""Rotary position embeddings, in place: op, reference, CUDA."""
