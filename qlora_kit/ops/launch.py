@@ -169,13 +169,23 @@ def tensor_map(matrix: Tensor, box: tuple[int, int], swizzle: int) -> Any:  # ne
     """
     kind = "|u1" if matrix.element_size() == 1 else "<u2"
     rows, columns = matrix.shape
-    return _tensor_map(matrix.data_ptr(), rows, columns, kind, box, swizzle)
+    key = (matrix.data_ptr(), rows, columns, kind, box, swizzle)
+    return _tensor_map(matrix.device.index, *key)
 
 
 @lru_cache(maxsize=8192)
 def _tensor_map(  # needs a GPU
-    address: int, rows: int, columns: int, kind: str, box: tuple[int, int], swizzle: int
+    device: int,
+    address: int,
+    rows: int,
+    columns: int,
+    kind: str,
+    box: tuple[int, int],
+    swizzle: int,
 ) -> Any:
+    from cuda.core import Device
+
+    Device(device).set_current()  # a thread that has not used the GPU yet has no context
     # The enumerations have no public name in cuda-core 1.2.
     from cuda.core._tensor_map import TensorMapL2Promotion, TensorMapSwizzle
     from cuda.core.utils import StridedMemoryView

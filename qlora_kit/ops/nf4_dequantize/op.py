@@ -79,6 +79,28 @@ def nf4_dequantize(
     return part
 
 
+def nf4_dequantize_into(weight: NF4Weight, out: Tensor, columns: Tensor | None = None) -> None:
+    """Decode an (N, K) weight into memory that is there already.
+
+    No op of torch's, so nothing that traces sees it: for the inside of one.
+
+    Args:
+        weight: (N, K). Not modified.
+        out: (N, K + r) contiguous; its dtype decides.
+        columns: (N, r) in the dtype of `out`, written to the right, or None.
+
+    Raises:
+        BackendError: a forced backend cannot serve the call.
+
+    Example:
+        >>> scratch = torch.empty(6, 64)
+        >>> nf4_dequantize_into(NF4Weight.quantize(torch.ones(4, 64)), scratch[:4])
+        >>> scratch[0, 0].item()
+        1.0
+    """
+    resolve(OP, weight.packed).dequantize(weight, out.dtype, columns=columns, out=out)
+
+
 def _check(
     weight: NF4Weight, dtype: torch.dtype, rows: tuple[int, int] | None, columns: Tensor | None
 ) -> None:

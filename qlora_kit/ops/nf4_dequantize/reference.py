@@ -17,6 +17,7 @@ def dequantize(
     rows: tuple[int, int] | None = None,
     transposed: bool = False,
     columns: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Decode a weight; see `qlora_kit.quant.nf4.dequantize_nf4`.
 
@@ -27,6 +28,7 @@ def dequantize(
             stack's (E, N, K) rows are counted through, as E·N.
         transposed: return the transpose.
         columns: (rows, r) of `dtype`, put to the right of the decoded weight, or None.
+        out: where to, of the result's shape and dtype; a new tensor if None.
 
     Returns:
         The decoded weight, contiguous: of `weight.shape`; with any option (rows, K + r)
@@ -39,6 +41,9 @@ def dequantize(
         >>> dequantize(weight, torch.float32, **options).shape
         torch.Size([66, 3])
     """
+    if out is not None:
+        part = dequantize(weight, dtype, rows=rows, transposed=transposed, columns=columns)
+        return out.copy_(part)
     if rows is None and columns is None and not transposed:
         return weight.dequantize(dtype)
     decoded = _rows(weight, dtype, *(rows or (0, prod(weight.shape[:-1]))))
