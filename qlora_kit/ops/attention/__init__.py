@@ -1,0 +1,1 @@
+"""Causal self-attention for training, from torch's own kernels."""
