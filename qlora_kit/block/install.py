@@ -1,0 +1,311 @@
+"""Let a model's decoder layers run as one step of autograd each, without touching its code.
+
+A layer's class is exchanged for one that derives from `FusedLayer` and the layer's own
+class, as torch's `fully_shard` does: modules, parameters, names and `isinstance` stay as
+they are, and `remove` exchanges it back. The new `forward` takes over where a training step
+or a forward pass without a cache is asked for; for everything else (generation, masks it
+does not know, outputs of attention weights) the layer's own code runs.
+
+Padding on the right needs no mask: a causal model's real tokens never see it. So a call
+counts as maskless when there is no mask, or when the caller says where documents start
+(`cu_seq_lens_q` and `max_length_q`, which transformers passes through its models).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.block.description import Description, describe, linears, why_not
+from qlora_kit.block.layer import Call, Kept, backward, forward
+from qlora_kit.block.policy import parse_policy
+from qlora_kit.block.projection import Operands
+from qlora_kit.core.errors import ConfigError
+from qlora_kit.ops.attention.pair import Documents
+
+
+class Runner:
+    """One layer's description, policy and place in the model.
+
+    Attributes:
+        description: of the layer as it is now.
+        policy: one of `policy.POLICIES`.
+        leads: whether it is the first of its model, at which adapters are rounded.
+    """
+
+    def __init__(self, fused: "FusedBlocks", layer: nn.Module, index: int, policy: str) -> None:
+        """Describe a layer.
+
+        Args:
+            fused: all layers of the model.
+            layer: for which `why_not` knows no reason.
+            index: its number.
+            policy: one of `policy.POLICIES`.
+        """
+        self.fused = fused
+        self.index = index
+        self.policy = policy
+        self.description = describe(layer, deterministic=fused.deterministic)
+
+    def is_current(self, layer: nn.Module) -> bool:
+        """Whether the layer still has the linears that were described."""
+        qkv, gate_up, others = linears(layer)
+        o, down = others
+        now = (*qkv, o, *gate_up, down)
+        return all(a is b for a, b in zip(now, self.description.modules, strict=True))
+
+
+class _Step(torch.autograd.Function):
+    """A layer as one function of its input and its adapters."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, runner: Runner, call: Call, *parameters: Tensor) -> Tensor:
+        rows = call.batch * call.length
+        y, kept = forward(runner.description, x.reshape(rows, -1), call, runner.policy)
+        ctx.runner, ctx.call = runner, call
+        ctx.save_for_backward(*kept.tensors())
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        runner, call = ctx.runner, ctx.call
+        kept = Kept(*ctx.saved_tensors)
+        result = backward(
+            runner.description,
+            dy.reshape(call.batch * call.length, -1),
+            kept,
+            call,
+            need_dx=ctx.needs_input_grad[0],
+            recompute=runner.policy in ("recompute_all", "offload"),
+        )
+        dx = None if result.dx is None else result.dx.view(dy.shape)
+        return dx, None, None, *result.parameters
+
+
+class FusedLayer:
+    """Mixed into the class of a decoder layer; see the module's text."""
+
+    _runner: Runner
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *positional: Any,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Any = None,
+        cu_seq_lens_q: Tensor | None = None,
+        max_length_q: int | None = None,
+        **others: Any,
+    ) -> Tensor:
+        """Run the layer, in one step where that is what the call asks for.
+
+        Args:
+            hidden_states: (B, T, H).
+            *positional: what some families pass by place; they run their own code.
+            attention_mask: None, or a mask that only the layer's own code knows.
+            position_embeddings: cos and sin, (1 or B, T, R).
+            past_key_values: a cache, or None.
+            cu_seq_lens_q: (n + 1,) where documents start among all tokens, or None.
+            max_length_q: tokens of the longest document.
+            **others: of the layer's own forward.
+
+        Returns:
+            (B, T, H).
+        """
+        documents = None
+        if cu_seq_lens_q is not None and max_length_q is not None:
+            documents = Documents(cu_seq_lens_q, int(max_length_q))
+        known = attention_mask is None or documents is not None
+        plain = past_key_values is None and not positional and not others.get("output_attentions")
+        runner = self._runner
+        if not (known and plain and position_embeddings) or not runner.fused.may_run(self):
+            return super().forward(  # type: ignore[misc, no-any-return]
+                hidden_states,
+                *positional,
+                attention_mask=attention_mask,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                cu_seq_lens_q=cu_seq_lens_q,
+                max_length_q=max_length_q,
+                **others,
+            )
+        assert position_embeddings is not None
+        batch, length = hidden_states.shape[:2]
+        cos, sin = (part.flatten(0, 1) for part in position_embeddings)
+        return runner.fused.run(runner, hidden_states, Call(batch, length, cos, sin, documents))
+
+
+class FusedBlocks:
+    """A model's layers, fused; `fuse_blocks` makes these.
+
+    Attributes:
+        policies: one word per layer.
+    """
+
+    def __init__(self, layers: list[nn.Module], policies: tuple[str, ...], deterministic: bool):
+        """Exchange the classes.
+
+        Args:
+            layers: the model's, in order.
+            policies: one word each.
+            deterministic: gradients must have the same bits twice.
+        """
+        self.layers = layers
+        self.policies = policies
+        self.deterministic = deterministic
+        self._classes: dict[type, type] = {}
+        for index, (layer, policy) in enumerate(zip(layers, policies, strict=True)):
+            runner = Runner(self, layer, index, policy)
+            layer.__class__ = self._fused_class(type(layer))
+            layer._runner = runner  # type: ignore[assignment]
+        self._operands = Operands([group for d in self._descriptions() for group in d.groups])
+
+    def remove(self) -> None:
+        """Give the layers their own classes back."""
+        for layer in self.layers:
+            if isinstance(layer, FusedLayer):
+                layer.__class__ = type(layer).__bases__[1]
+                del layer._runner
+
+    def set_policy(self, activations: str) -> None:
+        """Change what is kept, from the next forward pass on.
+
+        Args:
+            activations: see `policy.parse_policy`.
+
+        Raises:
+            ConfigError: the policy is unknown or for another number of layers.
+        """
+        self.policies = parse_policy(activations, len(self.layers))
+        for layer, policy in zip(self.layers, self.policies, strict=True):
+            _runner(layer).policy = policy
+
+    def may_run(self, layer: Any) -> bool:
+        """Whether a layer's state now allows one step: adapters on, nothing else trained.
+
+        Args:
+            layer: one of the model's.
+
+        Returns:
+            False sends the call to the layer's own code; the reason is logged once.
+        """
+        if torch.is_autocast_enabled(layer._runner.description.before_attention.weight.device.type):
+            return False
+        runner = _runner(layer)
+        if not runner.is_current(layer):
+            self._describe_again()
+        switched_off = any(
+            part.lora is not None and not part.lora.enabled
+            for group in runner.description.groups
+            for part in group.parts
+        )
+        return not switched_off
+
+    def run(self, runner: Runner, x: Tensor, call: Call) -> Tensor:
+        """Run one layer.
+
+        Args:
+            runner: of the layer.
+            x: (B, T, H).
+            call: of the forward pass.
+
+        Returns:
+            (B, T, H).
+        """
+        if runner.index == 0:
+            self._operands.refresh(x.dtype)
+        description = runner.description
+        if not torch.is_grad_enabled():
+            y, _ = forward(description, x.reshape(-1, x.shape[-1]), call, "nothing")
+            return y.view(x.shape)
+        parameters = [p for group in description.groups for p in group.parameters]
+        y: Tensor = _Step.apply(x, runner, call, *parameters)
+        return y
+
+    def _describe_again(self) -> None:
+        """An adapter came or went."""
+        for layer in self.layers:
+            runner = _runner(layer)
+            runner.description = describe(layer, deterministic=self.deterministic)
+        self._operands = Operands([group for d in self._descriptions() for group in d.groups])
+
+    def _descriptions(self) -> list[Description]:
+        return [_runner(layer).description for layer in self.layers]
+
+    def _fused_class(self, kind: type) -> type:
+        if kind not in self._classes:
+            self._classes[kind] = type(f"Fused{kind.__name__}", (FusedLayer, kind), {})
+        return self._classes[kind]
+
+
+def _runner(layer: nn.Module) -> Runner:
+    runner = layer._runner
+    assert isinstance(runner, Runner)
+    return runner
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers of a model, in order.
+
+    Args:
+        model: a transformers model.
+
+    Returns:
+        The entries of the largest list of modules; empty if there is none.
+
+    Example:
+        >>> decoder_layers(nn.Linear(1, 1))
+        []
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=len)) if lists else []
+
+
+def fuse_blocks(
+    model: nn.Module, activations: str = "recompute_elementwise", *, deterministic: bool = False
+) -> FusedBlocks:
+    """Let a model's decoder layers run as one step of autograd each.
+
+    Args:
+        model: a causal model of the Llama-like family, adapters attached. Modified: the
+            classes of its layers.
+        activations: what layers keep for the backward pass; see `policy.parse_policy`.
+        deterministic: gradients must have the same bits twice.
+
+    Returns:
+        A handle to change the policy or to undo it.
+
+    Raises:
+        ConfigError: the model is of another family or trains what it may not, or the policy
+            does not fit it.
+    """
+    layers = decoder_layers(model)
+    reason = why_not_fused(model)
+    if reason is not None:
+        raise ConfigError(
+            f"this model's layers cannot run as one step: {reason}. Use train.step=compiled or "
+            "eager."
+        )
+    return FusedBlocks(layers, parse_policy(activations, len(layers)), deterministic)
+
+
+def why_not_fused(model: nn.Module) -> str | None:
+    """The reason why a model cannot be given to `fuse_blocks`, if there is one.
+
+    Args:
+        model: any.
+
+    Returns:
+        A phrase for a message, or None.
+
+    Example:
+        >>> why_not_fused(nn.Linear(1, 1))
+        'it has no list of layers'
+    """
+    layers = decoder_layers(model)
+    if not layers:
+        return "it has no list of layers"
+    if any(isinstance(layer, FusedLayer) for layer in layers):
+        return "they already do"
+    return next((reason for layer in layers if (reason := why_not(layer))), None)

@@ -1,0 +1,58 @@
+"""What a layer keeps for its backward pass and what it computes again: one word per layer.
+
+    save                    nothing is computed again
+    recompute_elementwise   norms and activations are; matrix products and attention are not
+    recompute_all           everything but the last product, from the layer's input
+    offload                 likewise, and the input waits in pinned host memory
+
+A model's policy is one of these words, or a mixture such as `save:8,recompute_all:24`:
+eight layers of the first kind, then 24 of the second. Gradients do not depend on it, bit
+for bit, as far as attention's backward repeats its bits.
+"""
+
+from qlora_kit.core.errors import ConfigError
+
+POLICIES = ("save", "recompute_elementwise", "recompute_all", "offload")
+"""From the most memory to the least."""
+
+
+def parse_policy(text: str, layers: int) -> tuple[str, ...]:
+    """Read a policy.
+
+    Args:
+        text: one of `POLICIES`, or several with numbers of layers; the last number may be
+            left out and stands for the rest.
+        layers: how many the model has.
+
+    Returns:
+        One word per layer.
+
+    Raises:
+        ConfigError: a word is unknown or the numbers do not add up.
+
+    Example:
+        >>> parse_policy("save:1,recompute_all", 3)
+        ('save', 'recompute_all', 'recompute_all')
+    """
+    words: list[str] = []
+    pieces = [piece.strip() for piece in text.split(",")]
+    for index, piece in enumerate(pieces):
+        word, _, number = piece.partition(":")
+        if word not in POLICIES:
+            raise ConfigError(
+                f"unknown activation policy {word!r}; known: {', '.join(POLICIES)}, or a mixture "
+                f"such as save:8,recompute_all:{max(layers - 8, 1)}."
+            )
+        if not number and index == len(pieces) - 1:
+            number = str(layers - len(words))
+        if not number.isdecimal():
+            raise ConfigError(
+                f"activation policy {text!r} needs a number of layers after {word!r}, as in "
+                f"{word}:8."
+            )
+        words += [word] * int(number)
+    if len(words) != layers:
+        raise ConfigError(
+            f"activation policy {text!r} is for {len(words)} layers, and the model has {layers}."
+        )
+    return tuple(words)

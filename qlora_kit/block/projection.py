@@ -1,0 +1,349 @@
+"""Linears that read the same input, as one product: q, k and v; gate and up.
+
+With X (M, K) the shared input, the N rows of all weights one below the other, and the
+adapters' A and B of all of them, R ranks together:
+
+    forward    Y  = [X | X·Aᵀ] · [W | B]ᵀ       B block-diagonal, (N, R); A holds the scale
+    backward   dX = [dY | dY·B] · [W; A]
+               dA = s·(dY·B)ᵀ·X,  dB = dYᵀ·(X·Aᵀ), part by part
+
+LoRA is R more steps of the one product: one pass over Y, one over dX, and one rounding.
+For that, inputs and gradients live in buffers with R spare columns at the right, which
+their producers (norms, activations) write into directly.
+
+The weights are decoded into memory that the call gives back at its end, so that all layers
+share it: (N, K + R) forward, (N + R, K) backward, in the compute dtype. Adapters' masters
+are rounded to that dtype once per forward pass of the model (`Operands`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.adapters.lora import LoRALinear
+from qlora_kit.nn.linear import NF4Linear
+from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize_into
+
+_RANKS = 8
+"""Ranks are padded to a multiple of this: 16-byte rows in 16-bit dtypes."""
+_SAFE_ODD_ROWS = 1024
+"""cuBLAS leaves the last of 8,193 rows out of a 16-bit sum (docs/decisions/0008)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One linear of a group, with the adapter on it if there is one."""
+
+    module: nn.Module
+    """What stands in the model: the linear itself or its `LoRALinear`."""
+    rows: slice
+    """Its rows of the group's weight."""
+    ranks: slice
+    """Its columns of the group's low-rank factors."""
+
+    @property
+    def lora(self) -> LoRALinear | None:
+        """The adapter, if any."""
+        return self.module if isinstance(self.module, LoRALinear) else None
+
+    @property
+    def base(self) -> nn.Module:
+        """The frozen linear."""
+        return self.module.base if isinstance(self.module, LoRALinear) else self.module
+
+    def decode_into(self, out: Tensor, columns: Tensor | None = None) -> None:
+        """Write the weight, and columns to its right, in the dtype of `out`.
+
+        Args:
+            out: (n, K + R) contiguous.
+            columns: (n, R) or None.
+        """
+        if isinstance(self.base, NF4Linear):
+            nf4_dequantize_into(self.base.nf4_weight, out, columns)
+            return
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        out[:, : weight.shape[1]] = weight
+        if columns is not None:
+            out[:, weight.shape[1] :] = columns
+
+
+def can_group(module: nn.Module) -> bool:
+    """Whether a module is a linear, frozen and possibly adapted, that a group can hold.
+
+    Args:
+        module: any.
+
+    Returns:
+        False for other modules, a trained base, dropout before A, or an adapter that is off.
+
+    Example:
+        >>> can_group(nn.Linear(2, 2).requires_grad_(False)), can_group(nn.Linear(2, 2))
+        (True, False)
+    """
+    base = module
+    if isinstance(module, LoRALinear):
+        if not module.enabled or (module.dropout and module.training):
+            return False
+        base = module.base
+    if not isinstance(base, NF4Linear | nn.Linear):
+        return False
+    return not any(parameter.requires_grad for parameter in base.parameters())
+
+
+class Group:
+    """Linears that share their input; see the module's text.
+
+    Attributes:
+        n: output features together.
+        k: input features.
+        r: low-rank columns together, a multiple of 8; 0 without adapters.
+        a: (r, k), the parts' scaled A; set by `Operands`.
+        b: (n, r), the parts' B, block-diagonal; set by `Operands`.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        """Lay out the group.
+
+        Args:
+            modules: linears, in the order of their outputs; each as `can_group` wants it.
+        """
+        self.parts: list[Part] = []
+        n = r = 0
+        for module in modules:
+            height, self.k = _shape(module)
+            rank = module.rank if isinstance(module, LoRALinear) else 0
+            wide = -(-rank // _RANKS) * _RANKS
+            self.parts.append(Part(module, slice(n, n + height), slice(r, r + wide)))
+            n, r = n + height, r + wide
+        self.n, self.r = n, r
+        self.a = self.b = torch.empty(0)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """A and B of every adapted part, in order: what `gradients` answers for."""
+        return [p for part in self.parts if part.lora for p in (part.lora.lora_A, part.lora.lora_B)]
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether the gradients need X: not without adapters, nor with every A frozen."""
+        return any(part.lora.lora_A.requires_grad for part in self.parts if part.lora)
+
+    @property
+    def needs_small(self) -> bool:
+        """Whether the gradients need X·Aᵀ."""
+        return any(part.lora.lora_B.requires_grad for part in self.parts if part.lora)
+
+    def input_buffer(self, rows: int, like: Tensor) -> Tensor:
+        """Memory for X with room for X·Aᵀ: (rows, k + r), not initialised."""
+        return like.new_empty((rows, self.k + self.r))
+
+    def gradient_buffer(self, rows: int, like: Tensor) -> Tensor:
+        """Memory for dY with room for dY·B: (rows, n + r), not initialised."""
+        return like.new_empty((rows, self.n + self.r))
+
+    def forward(
+        self, wide: Tensor, residual: Tensor | None = None, *, spare: bool = False
+    ) -> Tensor:
+        """Multiply.
+
+        Args:
+            wide: (M, k + r) with X in its first k columns; X·Aᵀ is written to the others.
+            residual: (M, n) added to the result, or None.
+            spare: leave room for dY·B beside the result, so that dY can be written over it.
+
+        Returns:
+            (M, n) in the dtype of X.
+        """
+        self.fill_small(wide)
+        weight = wide.new_empty((self.n, self.k + self.r))
+        for part in self.parts:
+            part.decode_into(weight[part.rows], self.b[part.rows] if self.r else None)
+        y = wide.new_empty((wide.shape[0], self.n + (self.r if spare else 0)))[:, : self.n]
+        bias = self._bias(wide)
+        if residual is not None:
+            torch.addmm(residual, wide, weight.T, out=y)
+            return y if bias is None else y.add_(bias)
+        if bias is not None:
+            return torch.addmm(bias, wide, weight.T, out=y)
+        return torch.mm(wide, weight.T, out=y)
+
+    def fill_small(self, wide: Tensor) -> None:
+        """Write X·Aᵀ beside X.
+
+        Args:
+            wide: (M, k + r) with X in its first k columns.
+        """
+        if self.r:
+            torch.mm(wide[:, : self.k], self.a.T, out=wide[:, self.k :])
+
+    def small(self, wide: Tensor) -> Tensor | None:
+        """X·Aᵀ, (M, r), of a buffer that `forward` has seen; None where no gradient needs it."""
+        return wide[:, self.k :] if self.r and self.needs_small else None
+
+    def input_gradient(self, wide: Tensor) -> Tensor:
+        """Gradient in X.
+
+        Args:
+            wide: (M, n + r) with dY in its first n columns; dY·B is written to the others.
+
+        Returns:
+            (M, k).
+        """
+        self._fill(wide)
+        weight = wide.new_empty((self.n + self.r, self.k))
+        for part in self.parts:
+            part.decode_into(weight[part.rows])
+        if self.r:
+            weight[self.n :] = self.a
+        return wide @ weight
+
+    def gradients(
+        self, wide: Tensor, x: Tensor | None, small: Tensor | None, *, filled: bool = True
+    ) -> list[Tensor | None]:
+        """Gradients of the adapters.
+
+        Args:
+            wide: (M, n + r), dY.
+            x: (M, k), or None where `needs_input` is False.
+            small: (M, r) X·Aᵀ, or None where `needs_small` is False.
+            filled: whether `input_gradient` has written dY·B already.
+
+        Returns:
+            As `parameters`: dA and dB per adapted part, in the masters' dtype; None for
+            a frozen one.
+        """
+        if not filled and self.needs_input:
+            self._fill(wide)
+        found: list[Tensor | None] = []
+        d_a = None
+        if self.needs_input:
+            assert x is not None
+            d_a = token_sum(wide[:, self.n :], x)
+        for part in self.parts:
+            lora = part.lora
+            if lora is None:
+                continue
+            rank = slice(part.ranks.start, part.ranks.start + lora.rank)
+            if d_a is not None and lora.lora_A.requires_grad:
+                found.append((d_a[rank] * lora.scale).to(lora.lora_A.dtype))
+            else:
+                found.append(None)
+            if lora.lora_B.requires_grad:
+                assert small is not None
+                d_b = token_sum(wide[:, part.rows], small[:, rank])
+                found.append(d_b.to(lora.lora_B.dtype))
+            else:
+                found.append(None)
+        return found
+
+    def _fill(self, wide: Tensor) -> None:
+        """Write dY·B beside dY."""
+        if self.r:
+            torch.mm(wide[:, : self.n], self.b, out=wide[:, self.n :])
+
+    def _bias(self, like: Tensor) -> Tensor | None:
+        """The parts' biases one after the other, or None if none has one."""
+        biases = [part.base.bias for part in self.parts]
+        if all(bias is None for bias in biases):
+            return None
+        sizes = [part.rows.stop - part.rows.start for part in self.parts]
+        whole = [
+            like.new_zeros(size) if bias is None else bias.to(like.dtype)
+            for bias, size in zip(biases, sizes, strict=True)
+        ]
+        return whole[0] if len(whole) == 1 else torch.cat(whole)
+
+
+def token_sum(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply leftᵀ·right, the sum over a batch's tokens, into float32.
+
+    Args:
+        left: (M, p).
+        right: (M, q), of the same dtype.
+
+    Returns:
+        (p, q) float32; float64 for float64.
+
+    Example:
+        >>> token_sum(torch.ones(3, 1), torch.ones(3, 2)).tolist()
+        [[3.0, 3.0]]
+    """
+    if not left.is_cuda or left.element_size() != 2:
+        wide = torch.promote_types(left.dtype, torch.float32)
+        return left.to(wide).T @ right.to(wide)
+    rows = left.shape[0]  # needs a GPU
+    if rows % 2 and rows > _SAFE_ODD_ROWS:
+        last = left[-1:].T.float() * right[-1:].float()
+        return token_sum(left[:-1], right[:-1]).add_(last)
+    return torch.mm(left.T, right, out_dtype=torch.float32)
+
+
+class Operands:
+    """A and B of every group of a model in the compute dtype, rounded once per forward pass.
+
+    Example:
+        >>> from qlora_kit.adapters.config import LoRA
+        >>> group = Group([LoRALinear(nn.Linear(8, 4), "proj", LoRA(rank=2), seed=0)])
+        >>> operands = Operands([group])
+        >>> operands.refresh(torch.float32)
+        >>> group.a.shape, group.b.shape
+        (torch.Size([8, 8]), torch.Size([4, 8]))
+    """
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        """Collect the groups that have adapters.
+
+        Args:
+            groups: of all layers.
+        """
+        self.groups = [group for group in groups if group.r]
+        self._dtype: torch.dtype | None = None
+        self._device: torch.device | None = None
+        self._masters: list[nn.Parameter] = []
+        self._scales: list[float] = []
+        self._copies: list[Tensor] = []
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        """Round the masters as they are now.
+
+        Args:
+            dtype: of the products to come.
+        """
+        if not self.groups:
+            return
+        device = self.groups[0].parameters[0].device
+        if (dtype, device) != (self._dtype, self._device):
+            self._allocate(dtype, device)
+        with torch.no_grad():
+            scaled = [m for m, s in zip(self._masters, self._scales, strict=True) if s != 1.0]
+            factors = [s for s in self._scales if s != 1.0]
+            products = iter(torch._foreach_mul(scaled, factors) if scaled else [])
+            sources = [
+                next(products) if s != 1.0 else m
+                for m, s in zip(self._masters, self._scales, strict=True)
+            ]
+            torch._foreach_copy_(self._copies, sources)
+
+    def _allocate(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self._masters, self._scales, self._copies = [], [], []
+        for group in self.groups:
+            group.a = torch.zeros((group.r, group.k), dtype=dtype, device=device)
+            group.b = torch.zeros((group.n, group.r), dtype=dtype, device=device)
+            for part in group.parts:
+                if part.lora is None:
+                    continue
+                first = part.ranks.start
+                ranks = slice(first, first + part.lora.rank)
+                self._masters += [part.lora.lora_A, part.lora.lora_B]
+                self._scales += [part.lora.scale, 1.0]
+                self._copies += [group.a[ranks], group.b[part.rows, ranks]]
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """(N, K) of a linear or of an adapted one."""
+    assert isinstance(module, LoRALinear | NF4Linear | nn.Linear)
+    return module.out_features, module.in_features
