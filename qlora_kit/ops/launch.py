@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -209,13 +210,11 @@ def _stream(handle: int) -> Any:  # needs a GPU
 
 
 def _argument(value: Any) -> Any:
-    """One kernel argument as cuda-core wants it."""
-    import numpy as np
-
-    if value is None:
-        return np.uint64(0)
+    """One kernel argument as cuda-core wants it: it passes an int as 64 bits, a bool as 8."""
     if isinstance(value, Tensor):
-        return np.uint64(value.data_ptr())
+        return value.data_ptr()
     if isinstance(value, int):
-        return np.int64(value)
+        return int(value)
+    if value is None:
+        return 0
     return np.float32(value) if isinstance(value, float) else value

@@ -1,5 +1,6 @@
 """Every kernel compiles for every architecture, without a GPU, and spills nothing."""
 
+import ctypes
 import json
 import re
 from pathlib import Path
@@ -100,7 +101,14 @@ def test_a_cached_binary_is_reused(monkeypatch, tmp_path):
 
 def test_arguments_keep_their_width():
     """Kernels read addresses and integers as 64 bits, floats as 32."""
+    from cuda.core._kernel_arg_handler import ParamHolder
+
     tensor = torch.zeros(4)
-    passed = [launch._argument(value) for value in (tensor, None, 2**40, 0.5)]
-    assert [value.dtype.name for value in passed] == ["uint64", "uint64", "int64", "float32"]
-    assert [int(value) for value in passed[:3]] == [tensor.data_ptr(), 0, 2**40]
+    values = (tensor, None, 2**40, True, -1, 0.5)
+    passed = tuple(launch._argument(value) for value in values)
+    assert [type(value).__name__ for value in passed] == ["int"] * 5 + ["float32"]
+    holder = ParamHolder(passed)  # owns what its addresses point at
+    addresses = ctypes.cast(holder.ptr, ctypes.POINTER(ctypes.c_void_p))
+    wide = [ctypes.c_int64.from_address(addresses[i]).value for i in range(5)]
+    assert wide == [tensor.data_ptr(), 0, 2**40, 1, -1]
+    assert ctypes.c_float.from_address(addresses[5]).value == 0.5

@@ -1,0 +1,4 @@
+// The kernels of gated_activation.cuh for one dtype: a model uses one, and compiles no other.
+#include "gated_activation/gated_activation.cuh"
+
+GATED_ACTIVATION_ALL(float16, Float16)

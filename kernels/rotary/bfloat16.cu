@@ -1,0 +1,4 @@
+// The kernels of rotary.cuh for one dtype: a model uses one, and compiles no other.
+#include "rotary/rotary.cuh"
+
+ROTARY_ALL(bfloat16, BFloat16)
