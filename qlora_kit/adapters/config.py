@@ -50,6 +50,8 @@ class LoRA:
     """How A starts: `kaiming` (uniform, a = √5, the reference code) or `gaussian` (the paper)."""
     dtype: str = "float32"
     """Dtype of the trained A and B; the low-rank product runs in the dtype of x."""
+    corrected_gradient: bool = False
+    """LoRA-FA only: train B along g·(AAᵀ)⁻¹/s², which moves the weight as its gradient would."""
 
     @property
     def freeze_a(self) -> bool:
@@ -127,7 +129,7 @@ def make_adapter_config(method: str, fields: LoRA) -> LoRA:
         The method's own configuration.
 
     Raises:
-        ConfigError: the method is unknown.
+        ConfigError: the method is unknown, or the fields are another method's.
 
     Example:
         >>> make_adapter_config("lora_fa", LoRA(rank=4)).freeze_a
@@ -138,6 +140,11 @@ def make_adapter_config(method: str, fields: LoRA) -> LoRA:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"unknown method {method!r}; known: {', '.join(METHODS)}.{hint}")
     values = asdict(fields)
+    if fields.corrected_gradient and not issubclass(METHODS[method], LoRAFA):
+        raise ConfigError(
+            f"adapter.corrected_gradient needs a frozen A, which method {method!r} trains. Use "
+            "method lora_fa, or turn it off."
+        )
     if method == "rslora":
         values["rslora"] = True
     return METHODS[method](**values)

@@ -10,6 +10,7 @@ What is different from the parent, and why:
   (`sampling.py`), everything else is restored.
 - Evaluation weighs tokens, not batches, and never gathers logits.
 - The first update checks that the adapter receives gradients at all.
+- AdamW and clipping work on flat buffers (`update.py`).
 - Logs carry tokens per second and memory.
 """
 
@@ -42,6 +43,7 @@ from qlora_kit.train.checkpoints import (
 from qlora_kit.train.held_out import loss_totals
 from qlora_kit.train.loss import causal_lm_loss, count_targets
 from qlora_kit.train.sampling import EpochSampler, SortedSampler
+from qlora_kit.train.update import UpdatingTrainer
 
 Batch = dict[str, Tensor]
 
@@ -75,7 +77,7 @@ def row_lengths(dataset: RowSet) -> list[int]:
     return [len(dataset[row]["input_ids"]) for row in range(len(dataset))]
 
 
-class Trainer(transformers.Trainer):
+class Trainer(UpdatingTrainer):
     """A `transformers.Trainer` for an adapter on a frozen, quantized or 16-bit base.
 
     Example:
