@@ -32,6 +32,10 @@ _PACKAGES = (
     "safetensors",
     "triton",
     "liger-kernel",
+    "unsloth",
+    "unsloth_zoo",
+    "trl",
+    "cuda-core",
 )
 
 

@@ -1,0 +1,1 @@
+"""The libraries we measure against, each behind one function `build(Build, Stage) -> Subject`."""

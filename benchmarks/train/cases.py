@@ -1,0 +1,267 @@
+"""The cases of the table: shapes, what each library runs, and what ours has to reach.
+
+A case becomes points, and points that need the same model are measured by one process
+(`plan`): loading once saves minutes. A point that two cases share is measured once. Every
+case runs under 44 GiB, what a 48 GB card with error correction has for torch.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from benchmarks.harness.checkpoint import MODELS
+from benchmarks.harness.subject import Build, Job, Point
+
+CAP_GIB = 44.0
+IMPLS = ("qlora_kit", "peft", "peft_liger", "unsloth")
+UNSLOTH_VARIANTS = ("compile", "eager")
+MIXED = "save:16,recompute_elementwise:16"
+"""Layers by policy, of 32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What ours has to reach in a case; None: no bound."""
+
+    tokens_per_s: float | None = None
+    over_unsloth: float | None = None
+    """Times the fastest Unsloth row of the case."""
+    peak_gib: float | None = None
+    """Allocated, and reserved where the step runs as a CUDA graph."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """What a peer runs in a case."""
+
+    impl: str
+    policy: str
+    """`recompute_all` or `save`; Unsloth's own checkpointing is `unsloth`."""
+    switches: tuple[str, ...] = ()
+    """Variant switches besides those of every run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One line of the targets."""
+
+    name: str
+    model: str = "Llama-3.1-8B"
+    batch: int = 4
+    seq: int = 2048
+    rank: int = 16
+    warmup: int | None = None
+    steps: int | None = None
+    """Fewer than usual where a step takes seconds."""
+    methods: tuple[str, ...] = ("lora",)
+    policies: tuple[str, ...]
+    """Ours; the best of them counts."""
+    peers: tuple[Peer, ...] = ()
+    target: Target = field(default_factory=Target)
+
+
+_CHECKPOINTING = (
+    Peer(impl="unsloth", policy="unsloth"),
+    Peer(impl="peft_liger", policy="recompute_all"),
+    Peer(impl="peft", policy="recompute_all"),
+)
+_SAVING = (Peer(impl="unsloth", policy="save"), Peer(impl="peft_liger", policy="save"))
+
+CASES: tuple[Case, ...] = (
+    Case(
+        name="full",
+        policies=("recompute_all",),
+        peers=_CHECKPOINTING,
+        target=Target(tokens_per_s=13_600, over_unsloth=1.28, peak_gib=9.0),
+    ),
+    Case(
+        name="lean",
+        policies=("offload",),
+        peers=_CHECKPOINTING[:1],
+        target=Target(tokens_per_s=10_600, over_unsloth=1.0, peak_gib=6.5),
+    ),
+    Case(
+        name="best",
+        policies=("save", "recompute_elementwise", MIXED),
+        peers=_SAVING,
+        target=Target(tokens_per_s=18_000, over_unsloth=1.2, peak_gib=CAP_GIB),
+    ),
+    Case(
+        name="small",
+        batch=1,
+        policies=("save", "recompute_elementwise"),
+        peers=_CHECKPOINTING + _SAVING,
+        target=Target(tokens_per_s=16_000, peak_gib=16.0),
+    ),
+    Case(
+        name="long",
+        batch=1,
+        seq=32768,
+        warmup=1,
+        steps=4,
+        policies=("recompute_all", "offload"),
+        peers=(
+            Peer(impl="unsloth", policy="unsloth"),
+            Peer(impl="unsloth", policy="unsloth", switches=("tiled",)),
+        ),
+        target=Target(over_unsloth=1.25, peak_gib=14.0),
+    ),
+    Case(
+        name="70b",
+        model="Llama-3.3-70B",
+        batch=1,
+        seq=4096,
+        rank=32,
+        policies=("recompute_all", "offload"),
+        peers=(Peer(impl="unsloth", policy="unsloth"),),
+        target=Target(over_unsloth=1.15, tokens_per_s=1.15 * 1236, peak_gib=CAP_GIB),
+    ),
+    Case(
+        name="lora_fa",
+        methods=("lora", "lora_fa"),
+        policies=("save", "recompute_elementwise", "recompute_all", "offload"),
+    ),
+)
+"""In the order they are run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the command line chose."""
+
+    impls: tuple[str, ...] = IMPLS
+    model: str | None = None
+    """Instead of the case's."""
+    batch: int | None = None
+    seq: int | None = None
+    policies: tuple[str, ...] = ()
+    """Ours, instead of the case's."""
+    unsloth_variants: tuple[str, ...] = UNSLOTH_VARIANTS
+    cap_gib: float | None = CAP_GIB
+    optimizer: str = "adamw_8bit"
+    step: str = "auto"
+    device: str = "cuda"
+    dtype: str = "bfloat16"
+    warmup: int = 3
+    steps: int = 6
+    profile: tuple[str, ...] = ()
+    trainer: bool = False
+    fresh: bool = False
+    """A process for every point, not for every model."""
+
+
+def scaled(policy: str, layers: int) -> str:
+    """A mixture of policies for a model with another number of layers.
+
+    Args:
+        policy: one name, or `name:count` joined by commas.
+        layers: of the model.
+
+    Returns:
+        The same shares, as far as whole layers allow.
+
+    Example:
+        >>> scaled("save:8,recompute_all:24", 2), scaled("save", 2)
+        ('save:1,recompute_all:1', 'save')
+    """
+    parts = [part.split(":") for part in policy.split(",")]
+    if len(parts) == 1:
+        return policy
+    counts = [int(count) for _, count in parts]
+    if sum(counts) == layers:
+        return policy
+    made = [max(1, round(layers * count / sum(counts))) for count in counts]
+    made[-1] = max(1, layers - sum(made[:-1]))
+    return ",".join(f"{name}:{count}" for (name, _), count in zip(parts, made, strict=True))
+
+
+def _builds(case: Case, options: Options) -> Iterable[tuple[Build, Point]]:
+    """Every measurement of a case with the model it needs; checkpoints are filled in later."""
+    build = Build(
+        impl="",
+        model=options.model or case.model,
+        checkpoint="",
+        rank=case.rank,
+        optimizer=options.optimizer,
+        step=options.step,
+        device=options.device,
+        dtype=options.dtype,
+    )
+    point = Point(
+        batch=options.batch or case.batch,
+        seq=options.seq or case.seq,
+        policy="",
+        cap_gib=options.cap_gib,
+        warmup=case.warmup,
+        steps=case.steps,
+        cases=(case.name,),
+    )
+    layers = MODELS[build.model].num_hidden_layers
+    for method in case.methods:
+        for policy in options.policies or case.policies:
+            yield (
+                replace(build, impl="qlora_kit", method=method),
+                replace(point, policy=scaled(policy, layers)),
+            )
+    for peer in case.peers:
+        variants = options.unsloth_variants if peer.impl == "unsloth" else ("",)
+        for variant in variants:
+            switches = "+".join(filter(None, (variant, *peer.switches)))
+            yield (
+                replace(
+                    build,
+                    impl=peer.impl,
+                    variant=switches,
+                    checkpointing=peer.policy != "save",
+                ),
+                replace(point, policy=peer.policy),
+            )
+
+
+def _apart(build: Build, point: Point, *, fresh: bool) -> tuple[object, ...]:
+    """Points that differ in this are measured by different processes.
+
+    What torch.compile makes for a second shape is slower than for the first one: Unsloth,
+    which compiles layers, gets a process for each shape.
+    """
+    if fresh:
+        return (point.batch, point.seq, point.policy)
+    return (point.batch, point.seq) if build.impl == "unsloth" else ()
+
+
+def plan(cases: Sequence[Case], options: Options) -> list[Job]:
+    """Jobs that measure every point of the cases once, by model, ours first.
+
+    Args:
+        cases: of `CASES`.
+        options: what the command line chose.
+
+    Returns:
+        One job per process. Points are in order of growing length, so that what one left
+        in a cache is never in the way of a smaller one.
+    """
+    groups: dict[tuple[Build, tuple[object, ...]], dict[Point, tuple[str, ...]]] = {}
+    for case in cases:
+        for build, point in _builds(case, options):
+            if build.impl not in options.impls:
+                continue
+            points = groups.setdefault((build, _apart(build, point, fresh=options.fresh)), {})
+            key = replace(point, cases=())
+            points[key] = (*points.get(key, ()), *point.cases)
+    jobs = []
+    for (build, _), points in groups.items():
+        ordered = sorted(points.items(), key=lambda item: item[0].batch * item[0].seq)
+        made = tuple(replace(point, cases=names) for point, names in ordered)
+        jobs.append(
+            Job(
+                build=replace(build, longest=max(point.seq for point in made)),
+                points=made,
+                warmup=options.warmup,
+                steps=options.steps,
+                profile=build.impl in options.profile,
+                trainer=options.trainer and build.impl == "qlora_kit",
+            )
+        )
+    models = list(dict.fromkeys(job.build.model for job in jobs))
+    return sorted(
+        jobs, key=lambda job: (models.index(job.build.model), IMPLS.index(job.build.impl))
+    )

@@ -1,0 +1,212 @@
+"""The fresh process of one build: makes it, measures its points, writes a row for each.
+
+    python -m benchmarks.train.child JOB.json
+
+Every row is written as soon as it is there; `python -m benchmarks.train` starts this and
+sets the environment that a library needs. Out of memory is a result: the row says so and
+the next point follows. Any other error ends the process.
+"""
+
+import gc
+import importlib
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness.steps import (
+    GIB,
+    Measured,
+    gpu_memory,
+    is_out_of_memory,
+    make_batches,
+    measure,
+    start_counting,
+    timed_steps,
+)
+from benchmarks.harness.subject import (
+    Batch,
+    Build,
+    Job,
+    NotPossible,
+    Point,
+    Stage,
+    Subject,
+    write_row,
+)
+from qlora_kit.core.memory import PeakMemory
+
+BUILDERS = {
+    "qlora_kit": "benchmarks.train.ours",
+    "peft": "benchmarks.peers.peft_bnb",
+    "peft_liger": "benchmarks.peers.peft_bnb",
+    "unsloth": "benchmarks.peers.unsloth_fast",
+}
+"""Library to the module that has its `build` and `environment`."""
+
+
+def first_fields(build: Build, point: Point) -> dict[str, object]:
+    """What a row says of the question, before there is an answer."""
+    return {
+        "impl": build.impl,
+        "variant": build.variant,
+        "model": build.model,
+        "batch": point.batch,
+        "seq": point.seq,
+        "method": build.method,
+        "rank": build.rank,
+        "policy": point.policy,
+        "optimizer": build.optimizer,
+        "cap_gib": point.cap_gib,
+        "cases": list(point.cases),
+        "oom": False,
+    }
+
+
+def vocab_size(checkpoint: str) -> int:
+    """Of the model in a folder; read without transformers, which may not be imported yet."""
+    config = json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8"))
+    return int(config["vocab_size"])
+
+
+def answers(point: Point, measured: Measured) -> dict[str, object]:
+    """What a row says of the measured steps."""
+    tokens = point.batch * point.seq
+    times = sorted(measured.step_ms)
+    row: dict[str, object] = {
+        "tokens_per_s": tokens / measured.median_ms * 1e3,
+        "ms_median": measured.median_ms,
+        "ms_min": times[0],
+        "ms_max": times[-1],
+        "steps": len(times),
+        "first_step_s": measured.first_step_s,
+        "check_loss": measured.check_loss,
+        "last_loss": measured.last_loss,
+    }
+    if measured.breakdown is not None:
+        row["profile_ms"] = measured.breakdown.category_ms
+        row["profile_kernels"] = measured.breakdown.kernels
+    return row
+
+
+def in_trainer(
+    subject: Subject, batches: list[Batch], job: Job, point: Point, step: str, stage: Stage
+) -> dict[str, object]:
+    """The Trainer between two more bare loops, so that a card growing warm favours neither."""
+    if subject.trainer is None:
+        return {}
+    device = job.build.device
+
+    def bare() -> float:
+        with subject.prepare(point.policy):
+            return statistics.median(timed_steps(subject, batches[1:], 2, job.steps, device)[0])
+
+    before = bare()
+    inside = statistics.median(subject.trainer(point, step, 2 * job.steps))
+    after = bare()
+    overhead = inside / ((before + after) / 2) - 1.0
+    stage("trainer", f"{inside:.1f} ms against {before:.1f} and {after:.1f}: {overhead:+.1%}")
+    return {
+        "trainer_tokens_per_s": point.batch * point.seq / inside * 1e3,
+        "trainer_overhead": overhead,
+    }
+
+
+def run_point(
+    subject: Subject, job: Job, point: Point, stage: Stage, *, vocab: int
+) -> dict[str, object]:
+    """Measure one point.
+
+    Args:
+        subject: as built.
+        job: how many steps, and what else to measure.
+        point: what to measure.
+        stage: told what ends.
+        vocab: tokens are drawn below it.
+
+    Returns:
+        The row, without what the process as a whole tells.
+    """
+    row = first_fields(job.build, point)
+    device = job.build.device
+    subject.restart()
+    start_counting(point.cap_gib if device == "cuda" else None)
+    try:
+        batches = make_batches(vocab, point.batch, point.seq, job.build.seed, device)
+        with subject.prepare(point.policy) as step:
+            row["step"] = step
+            measured = measure(
+                subject,
+                batches,
+                warmup=job.warmup if point.warmup is None else point.warmup,
+                steps=point.steps or job.steps,
+                device=device,
+                stage=stage,
+                profile_rank=job.build.rank if job.profile else None,
+                vocab_size=vocab,
+            )
+        row |= answers(point, measured) | gpu_memory()
+        if job.trainer:
+            row |= in_trainer(subject, batches, job, point, step, stage)
+    except NotPossible as reason:
+        row["skipped"] = str(reason)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        row |= {"oom": True} | gpu_memory()
+        stage("out of memory", str(error).splitlines()[0][:200])
+    subject.optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    return row
+
+
+def run_job(job: Job, stage: Stage) -> None:
+    """Build, measure every point, write the rows.
+
+    Args:
+        job: what to do.
+        stage: told what ends.
+    """
+    module = importlib.import_module(BUILDERS[job.build.impl])
+    with PeakMemory(interval_s=0.02) as memory:
+        if job.build.device == "cuda":
+            start_counting(job.points[0].cap_gib)
+        try:
+            subject: Subject = module.build(job.build, stage)
+        except NotPossible as reason:
+            for point in job.points:
+                write_row(job.rows_file, first_fields(job.build, point) | {"skipped": str(reason)})
+            return
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            stage("out of memory", "while loading")
+            for point in job.points:
+                write_row(job.rows_file, first_fields(job.build, point) | {"oom": True})
+            return
+        loading = {
+            "load_s": stage.seconds.get("loaded", 0.0) - stage.seconds.get("imports", 0.0),
+            "imports_s": stage.seconds.get("imports", 0.0),
+            "load_host_gib": memory.peak_bytes / GIB,
+            "weights_gib": torch.cuda.memory_allocated() / GIB
+            if job.build.device == "cuda"
+            else None,
+        }
+        vocab = vocab_size(job.build.checkpoint)
+        for point in job.points:
+            stage("point", f"{point.batch} x {point.seq}, {point.policy}")
+            row = run_point(subject, job, point, stage, vocab=vocab)
+            write_row(job.rows_file, row | loading | {"host_gib": memory.peak_bytes / GIB})
+    stage("done")
+
+
+def main() -> None:
+    """Read the job and do it."""
+    stage = Stage()
+    run_job(Job.from_json(Path(sys.argv[1]).read_text(encoding="utf-8")), stage)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""qlora_kit's side: load, attach, swap the decoder layers, and the Trainer's own optimizer.
+
+The optimizer is what the Trainer creates for a run, so that whatever it does (flat state,
+fused clipping) is in the step. `trainer` runs the same steps inside the Trainer, with the
+collator, the logging and the checks of a real run, to tell what the loop itself costs.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
+
+from benchmarks.harness.steps import StepClock
+from benchmarks.harness.subject import (
+    MAX_GRAD_NORM,
+    Batch,
+    Build,
+    NotPossible,
+    Point,
+    Stage,
+    Subject,
+)
+from qlora_kit.adapters.config import METHODS
+from qlora_kit.adapters.inject import AttachedAdapter, attach, load_adapter
+from qlora_kit.block.install import fuse_blocks, why_not_fused
+from qlora_kit.load.model import load
+from qlora_kit.optim.create import flat_optimizer
+from qlora_kit.train.arguments import training_arguments
+from qlora_kit.train.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from qlora_kit.train.data.collate import PadCollator
+from qlora_kit.train.loss import causal_lm_loss
+from qlora_kit.train.trainer import Trainer
+
+_ROW = {"input_ids": [1, 2], "labels": [1, 2]}
+
+
+def environment(_build: Build) -> dict[str, str]:
+    """Variables that have to be set before the process starts."""
+    return {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@contextmanager
+def policy_context(model: PreTrainedModel, policy: str, step: str) -> Iterator[str]:
+    """Run the model's layers under an activation policy while the context lasts.
+
+    Args:
+        model: with an adapter.
+        policy: see `qlora_kit.block.policy`; the eager step knows `save` and `recompute_all`.
+        step: `fused`, `eager`, or `auto` for fused where the model's layers can be.
+
+    Yields:
+        `fused` or `eager`.
+
+    Raises:
+        NotPossible: the layers cannot be fused, or the eager step has no such policy.
+    """
+    reason = "eager was asked for" if step == "eager" else why_not_fused(model)
+    if reason is None:
+        fused = fuse_blocks(model, activations=policy)
+        try:
+            yield "fused"
+        finally:
+            fused.remove()
+    elif step == "fused":
+        raise NotPossible(f"the layers cannot be fused: {reason}")
+    elif policy == "recompute_all":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        try:
+            yield "eager"
+        finally:
+            model.gradient_checkpointing_disable()
+    elif policy == "save":
+        yield "eager"
+    else:
+        raise NotPossible(f"the eager step has no policy {policy}")
+
+
+def build(build: Build, stage: Stage) -> Subject:
+    """Load the base in 4 bits and put an adapter on every linear.
+
+    Args:
+        build: what to build.
+        stage: told when imports, loading and attaching end.
+
+    Returns:
+        The subject; its policy is set by `prepare`.
+    """
+    stage("imports")
+    model, _ = load(build.checkpoint, dtype=build.dtype, device=build.device, attn="sdpa")
+    stage("loaded")
+    model.train()
+    if build.adapter is not None:
+        adapter = load_adapter(model, build.adapter)
+    else:
+        config = METHODS[build.method](rank=build.rank, alpha=2 * build.rank)
+        adapter = attach(model, config, seed=build.seed)
+    parameters = [p for _, p in adapter.named_parameters() if p.requires_grad]
+    stage("attached", f"{sum(p.numel() for p in parameters):,} trained, {parameters[0].dtype}")
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(
+            model, adapter, build, [_ROW], batch=1, steps=1, folder=folder, step="eager"
+        )
+        optimizer = trainer.create_optimizer()
+    flat = flat_optimizer(optimizer)
+
+    def loss(batch: Batch) -> Tensor:
+        return causal_lm_loss(model, {**batch, "use_cache": False})
+
+    def in_trainer(point: Point, step: str, steps: int) -> list[float]:
+        return trainer_steps(model, adapter, build, point, step, steps, optimizer)
+
+    return Subject(
+        model=model,
+        loss=loss,
+        parameters=parameters,
+        optimizer=optimizer,
+        prepare=lambda policy: policy_context(model, policy, build.step),
+        clip=None if flat is None else lambda: flat.clip_grad_norm(MAX_GRAD_NORM),
+        trainer=in_trainer,
+    )
+
+
+def make_trainer(
+    model: PreTrainedModel,
+    adapter: AttachedAdapter,
+    build: Build,
+    rows: list[dict[str, Any]],
+    *,
+    batch: int,
+    steps: int,
+    folder: str,
+    step: str,
+    policy: str = "save",
+    callbacks: tuple[TrainerCallback, ...] = (),
+) -> Trainer:
+    """The Trainer as `qlora-kit train` sets it up, for so many steps.
+
+    Args:
+        model: with the adapter.
+        adapter: what is trained.
+        build: optimizer and learning rate.
+        rows: token lists.
+        batch: rows per step.
+        steps: updates.
+        folder: for checkpoints, of which none is written.
+        step: `fused` or `eager`.
+        policy: what becomes of activations.
+        callbacks: more of them.
+
+    Returns:
+        The Trainer.
+    """
+    config = RunConfig(
+        model=ModelConfig(path=build.checkpoint),
+        data=DataConfig(train="random tokens"),
+        train=TrainConfig(
+            max_steps=steps,
+            batch_size=batch,
+            optimizer=build.optimizer,
+            learning_rate=build.learning_rate,
+            schedule="constant",
+            warmup_ratio=0.0,
+            max_grad_norm=MAX_GRAD_NORM,
+            gradient_checkpointing=step == "eager" and policy == "recompute_all",
+            loggers=(),
+        ),
+    )
+    arguments = training_arguments(
+        config, folder=Path(folder), rows=len(rows), device=str(model.device), metric=None
+    )
+    arguments.save_strategy = SaveStrategy.NO
+    return Trainer(
+        model,
+        adapter,
+        arguments,
+        train_dataset=rows,
+        data_collator=PadCollator(0, 8 if model.device.type == "cuda" else 1),
+        callbacks=callbacks,
+        step=step,
+        activations=policy,
+    )
+
+
+class _Marks(TrainerCallback):
+    """Marks the end of every update."""
+
+    def __init__(self, device: str) -> None:
+        self.clock = StepClock(device)
+
+    def on_step_end(self, _args: Any, _state: Any, _control: Any, **_kwargs: Any) -> None:
+        self.clock.mark()
+
+
+def trainer_steps(
+    model: PreTrainedModel,
+    adapter: AttachedAdapter,
+    build: Build,
+    point: Point,
+    step: str,
+    steps: int,
+    optimizer: torch.optim.Optimizer,
+) -> list[float]:
+    """Milliseconds of so many updates inside the Trainer, two more before them.
+
+    Args:
+        model: with the adapter; its layers not fused.
+        adapter: what is trained.
+        build: optimizer and learning rate.
+        point: batch, sequence and policy.
+        step: `fused` or `eager`.
+        steps: timed updates.
+        optimizer: of the bare loop, whose flat buffers hold the adapter.
+
+    Returns:
+        One entry per timed update: batch made, moved, trained on, logged every fifth time.
+    """
+    total = steps + 2
+    generator = torch.Generator().manual_seed(build.seed)
+    vocab = model.config.vocab_size
+    ids = torch.randint(3, vocab, (total * point.batch, point.seq), generator=generator).tolist()
+    marks = _Marks(build.device)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(
+            model,
+            adapter,
+            build,
+            [{"input_ids": row, "labels": row} for row in ids],
+            batch=point.batch,
+            steps=total,
+            folder=folder,
+            step=step,
+            policy=point.policy,
+            callbacks=(marks,),
+        )
+        trainer.optimizer = optimizer
+        try:
+            trainer.train()
+        finally:
+            if trainer.fused is not None:
+                trainer.fused.remove()
+            if step == "eager":
+                model.gradient_checkpointing_disable()
+    return marks.clock.step_ms()[1:]

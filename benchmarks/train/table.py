@@ -1,0 +1,253 @@
+"""The table of a train record: every row by case, and the targets met or missed.
+
+    python -m benchmarks.train.table RECORD.json [MORE.json ...] [--merge OUT.json]
+
+Several records of one commit and card (a long benchmark run in parts) become one with
+`--merge`. Rows of one shape are from the same checkpoint and the same first batch, so
+their first losses have to agree; a row that does not is marked, and meets no target.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.train.cases import CASES, Case
+
+Row = dict[str, Any]
+CHECK_TOLERANCE = 0.05
+"""Nats between first losses over 64 labels: bf16 noise is a fifth of it, another model 0.2."""
+
+
+def question(row: Row) -> tuple[Any, ...]:
+    """What a first loss depends on: not on the library, the policy or the adapter."""
+    return row["model"], row["batch"], row["seq"]
+
+
+def mark_disagreements(rows: Sequence[Row]) -> None:
+    """Set `loss_agrees` in every measured row, by the median of its shape's first losses.
+
+    Args:
+        rows: of one record; changed in place. A shape measured once stays unmarked.
+    """
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if "check_loss" in row:
+            found.setdefault(question(row), []).append(row)
+    for same in found.values():
+        # By library: many rows of one that is wrong must not outvote the others.
+        by_impl: dict[str, list[float]] = {}
+        for row in same:
+            by_impl.setdefault(row["impl"], []).append(row["check_loss"])
+        middle = statistics.median_low([statistics.median(v) for v in by_impl.values()])
+        for row in same:
+            off = abs(row["check_loss"] - middle)
+            row["loss_agrees"] = off <= CHECK_TOLERANCE if len(same) > 1 else None
+
+
+def status(row: Row) -> str:
+    """Why a row has no speed, or what is wrong with it; empty if nothing is."""
+    if row.get("oom"):
+        return "out of memory"
+    if row.get("skipped"):
+        return f"skipped: {row['skipped']}"
+    if row.get("error"):
+        return f"failed: {row['error']}"
+    return "LOSS DIFFERS" if row.get("loss_agrees") is False else ""
+
+
+def counted(rows: Iterable[Row], case: str, impl: str) -> list[Row]:
+    """Rows of a case and library that may be compared, fastest first."""
+    fit = [
+        row
+        for row in rows
+        if case in row["cases"] and row["impl"] == impl and "tokens_per_s" in row
+    ]
+    return sorted((r for r in fit if not status(r)), key=lambda r: -r["tokens_per_s"])
+
+
+def _cell(row: Row, key: str, form: str, factor: float = 1.0) -> str:
+    value = row.get(key)
+    return "–" if value is None else format(value * factor, form)
+
+
+def line(row: Row) -> str:
+    """One row of the table."""
+    who = row["impl"] + (f" ({row['variant']})" if row["variant"] else "")
+    if row["impl"] == "qlora_kit":
+        who += "" if row["method"] == "lora" else f" {row['method']}"
+        who += f" [{row.get('step', '–')}]"
+    cells = [
+        f"  {who:28} {row['policy']:34}",
+        f"{_cell(row, 'tokens_per_s', ',.0f'):>8}",
+        f"{_cell(row, 'mfu', '.1f', 100):>5}",
+        f"{_cell(row, 'peak_allocated_gib', '.2f'):>6}",
+        f"{_cell(row, 'peak_reserved_gib', '.2f'):>6}",
+        f"{_cell(row, 'host_gib', '.1f'):>5}",
+        f"{_cell(row, 'pinned_gib', '.1f'):>5}",
+        f"{_cell(row, 'load_s', '.1f'):>5}",
+        f"{_cell(row, 'first_step_s', '.1f'):>5}",
+        f"{_cell(row, 'trainer_overhead', '+.1f', 100):>6}",
+    ]
+    return " ".join(cells) + "  " + status(row)
+
+
+HEADER = (
+    f"  {'':28} {'policy':34} {'tokens/s':>8} {'MFU %':>5} {'alloc.':>6} {'resv.':>6}"
+    f" {'host':>5} {'pinn.':>5} {'load':>5} {'1st s':>5} {'Tr. %':>6}"
+)
+
+
+def judge(case: Case, rows: Sequence[Row]) -> list[tuple[str, bool | None]]:
+    """What a case asks for, in words, and whether the best of ours that fits gives it.
+
+    Args:
+        case: with its target.
+        rows: of the record.
+
+    Returns:
+        Pairs of text and met; None where a measurement is missing.
+    """
+    target = case.target
+    shape = (case.model, case.batch, case.seq)
+    rows = [row for row in rows if question(row) == shape]
+    if not rows:
+        return []
+    ours = counted(rows, case.name, "qlora_kit")
+    if target.peak_gib is not None:
+        fitting = [r for r in ours if (r.get("peak_allocated_gib") or 0.0) <= target.peak_gib]
+        ours = fitting or ours
+    speed = ours[0]["tokens_per_s"] if ours else None
+    peak = ours[0].get("peak_allocated_gib") if ours else None
+    unsloth = counted(rows, case.name, "unsloth")
+    found: list[tuple[str, bool | None]] = []
+    if target.tokens_per_s is not None:
+        wanted = f">= {target.tokens_per_s:,.0f} tokens/s"
+        found.append(_verdict(wanted, speed, target.tokens_per_s, ",.0f"))
+    if target.over_unsloth is not None:
+        ratio = speed / unsloth[0]["tokens_per_s"] if speed is not None and unsloth else None
+        wanted = f">= {target.over_unsloth:.2f} x Unsloth"
+        found.append(_verdict(wanted, ratio, target.over_unsloth, ".2f"))
+    if target.peak_gib is not None:
+        met = None if peak is None else peak <= target.peak_gib
+        said = "not measured" if peak is None else f"{peak:.2f}"
+        found.append((f"<= {target.peak_gib:g} GiB: {said}", met))
+    return found
+
+
+def _verdict(wanted: str, value: float | None, bound: float, form: str) -> tuple[str, bool | None]:
+    if value is None:
+        return f"{wanted}: not measured", None
+    return f"{wanted}: {value:{form}}", value >= bound
+
+
+def lora_fa_over_lora(rows: Sequence[Row]) -> list[str]:
+    """LoRA-FA beside LoRA under each policy: speed and memory."""
+    found = []
+    for row in rows:
+        if row["method"] != "lora_fa" or "tokens_per_s" not in row:
+            continue
+        same = ("model", "batch", "seq", "rank", "policy", "step", "cap_gib")
+        for other in rows:
+            beside = other["method"] == "lora" and other["impl"] == row["impl"]
+            if beside and "tokens_per_s" in other and all(row[k] == other[k] for k in same):
+                speed = row["tokens_per_s"] / other["tokens_per_s"]
+                text = f"  LoRA-FA, {row['policy']}: {speed:.3f} x LoRA's tokens/s"
+                mine, theirs = row.get("peak_allocated_gib"), other.get("peak_allocated_gib")
+                if mine is not None and theirs is not None:
+                    text += f", {mine - theirs:+.2f} GiB"
+                found.append(text)
+    return found
+
+
+def profile_lines(rows: Sequence[Row]) -> list[str]:
+    """Milliseconds by category of every profiled row."""
+    profiled = [row for row in rows if row.get("profile_ms")]
+    if not profiled:
+        return []
+    names = list(profiled[0]["profile_ms"])
+    lines = ["milliseconds per step", "  " + " " * 52 + " ".join(f"{n[:8]:>8}" for n in names)]
+    for row in profiled:
+        who = f"{row['impl']} {row['method']} {row['batch']} x {row['seq']} {row['policy']}"
+        values = " ".join(f"{row['profile_ms'][n]:8.1f}" for n in names)
+        lines.append(f"  {who[:52]:52}{values}")
+    return lines
+
+
+def report(rows: Sequence[Row]) -> str:
+    """The whole table.
+
+    Args:
+        rows: of a record; first losses are compared and marked.
+
+    Returns:
+        Lines for a terminal.
+    """
+    mark_disagreements(rows)
+    lines: list[str] = []
+    for case in CASES:
+        mine = [row for row in rows if case.name in row["cases"]]
+        if not mine:
+            continue
+        shape = {(r["model"], r["batch"], r["seq"], r["rank"], r["cap_gib"]) for r in mine}
+        for model, batch, seq, rank, cap in sorted(shape, key=str):
+            room = "" if cap is None else f", at most {cap:g} GiB"
+            lines.append(f"{case.name}: {model}, {batch} x {seq}, r {rank}{room}")
+        lines.append(HEADER)
+        lines += [line(row) for row in mine]
+        for text, met in judge(case, mine):
+            lines.append(f"    {'?' if met is None else 'met   ' if met else 'MISSED'} {text}")
+        if case.name == "lora_fa":
+            lines += lora_fa_over_lora(mine)
+        lines.append("")
+    return "\n".join([*lines, *profile_lines(rows)]).rstrip()
+
+
+def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One record of several; a point measured again counts in its last version.
+
+    Args:
+        records: of the same benchmark, commit and card, oldest first.
+
+    Returns:
+        The record; peaks are means.
+
+    Raises:
+        SystemExit: they do not belong together.
+    """
+    for key in ("bench", "commit", "gpu"):
+        values = {record[key] for record in records}
+        if len(values) > 1:
+            sys.exit(f"these records differ in {key}: {', '.join(map(str, values))}")
+    rows: dict[tuple[Any, ...], Row] = {}
+    keys = ("impl", "variant", "model", "batch", "seq", "method", "rank", "policy", "cap_gib")
+    for record in records:
+        for row in record["rows"]:
+            rows[tuple(row[key] for key in keys)] = row
+    peaks = {
+        key: statistics.mean(r["peaks"][key] for r in records if key in r["peaks"])
+        for key in {key for record in records for key in record["peaks"]}
+    }
+    commands = "; ".join(dict.fromkeys(record["command"] for record in records))
+    return {**records[0], "command": commands, "peaks": peaks, "rows": list(rows.values())}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table of one or more records."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("records", type=Path, nargs="+")
+    parser.add_argument("--merge", type=Path, default=None, help="write them as one")
+    arguments = parser.parse_args(argv)
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in arguments.records]
+    record = merge(found)
+    print(report(record["rows"]))
+    if arguments.merge is not None:
+        arguments.merge.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        print(arguments.merge)
+
+
+if __name__ == "__main__":
+    main()
