@@ -5,6 +5,7 @@ are long. Values of one row always lie side by side.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -92,3 +93,64 @@ def arithmetic_dtype(tensor: Tensor) -> torch.dtype:
         torch.float32
     """
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+PIECE_BYTES = 16
+"""What a thread reads or writes at once."""
+THREADS = 256
+"""Most threads of a block, where kernels do not say otherwise."""
+
+
+def in_pieces(width: int, *tensors: Tensor | None) -> bool:
+    """Tell whether rows are whole 16-byte pieces at 16-byte addresses.
+
+    Args:
+        width: values per row, or per part of a row.
+        *tensors: of one dtype, their last dimension contiguous; None counts as fitting.
+
+    Returns:
+        Whether all of them fit.
+
+    Example:
+        >>> buffer = torch.empty(4, 24, dtype=torch.bfloat16)
+        >>> in_pieces(16, buffer[:, :16]), in_pieces(16, buffer[:, 1:17]), in_pieces(12, buffer)
+        (True, False, False)
+    """
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        size = tensor.element_size()
+        if width * size % PIECE_BYTES or tensor.data_ptr() % PIECE_BYTES:
+            return False
+        if any(stride * size % PIECE_BYTES for stride in tensor.stride()[:-1]):
+            return False
+    return True
+
+
+@lru_cache(maxsize=1024)
+def spread(rows: int, steps: int) -> tuple[tuple[int, int], int, int]:
+    """How rows of equally many steps are divided among blocks, one step a thread.
+
+    Args:
+        rows: how many rows; at least 1.
+        steps: steps of each; at least 1.
+
+    Returns:
+        grid: blocks along the rows, and blocks along one row.
+        block: threads of a block, a multiple of 32.
+        together: rows of a block; 1 where a row takes several blocks.
+
+    Example:
+        >>> spread(8192, 1792), spread(100, 96)
+        (((8192, 7), 256, 1), ((50, 1), 192, 2))
+    """
+    if steps > THREADS:
+        parts = -(-steps // THREADS)
+        return (rows, parts), _warps(-(-steps // parts)), 1
+    together = min(THREADS // steps, rows)
+    return (-(-rows // together), 1), _warps(together * steps), together
+
+
+def _warps(threads: int) -> int:
+    """The number rounded up to whole warps."""
+    return -(-threads // 32) * 32

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from qlora_kit.core.errors import ShapeError
+from qlora_kit.ops import jit
 from qlora_kit.ops.backend import Backend, register_backend, resolve
-from qlora_kit.ops.gated_activation import reference
+from qlora_kit.ops.gated_activation import cuda, reference
 from qlora_kit.ops.layout import check_like, check_rows
 
 OP = "gated_activation"
@@ -23,6 +24,7 @@ KINDS = ("silu", "gelu_tanh", "gelu")
 """x·sigmoid(x); x·Φ(x) with Φ approximated by a tanh, as torch's `approximate="tanh"`; x·Φ(x)."""
 
 register_backend(OP, Backend("reference", reference, lambda tensor: True, lambda: True))
+register_backend(OP, Backend("cuda", cuda, cuda.serves, jit.is_available))
 
 
 def gated_activation(gate_up: Tensor, kind: str, *, out: Tensor | None = None) -> Tensor:

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from qlora_kit.core.errors import ShapeError
+from qlora_kit.ops import jit
 from qlora_kit.ops.backend import Backend, register_backend, resolve
 from qlora_kit.ops.layout import check_like, check_rows
-from qlora_kit.ops.rms_norm import reference
+from qlora_kit.ops.rms_norm import cuda, reference
 
 OP = "rms_norm"
 
 register_backend(OP, Backend("reference", reference, lambda tensor: True, lambda: True))
+register_backend(OP, Backend("cuda", cuda, cuda.serves, jit.is_available))
 
 
 def rms_norm(

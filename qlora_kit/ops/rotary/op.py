@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from qlora_kit.core.errors import ShapeError
+from qlora_kit.ops import jit
 from qlora_kit.ops.backend import Backend, register_backend, resolve
 from qlora_kit.ops.layout import DTYPES, check_rows
-from qlora_kit.ops.rotary import reference
+from qlora_kit.ops.rotary import cuda, reference
 
 OP = "rotary"
 
 register_backend(OP, Backend("reference", reference, lambda tensor: True, lambda: True))
+register_backend(OP, Backend("cuda", cuda, cuda.serves, jit.is_available))
 
 
 def rotary_(heads: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
