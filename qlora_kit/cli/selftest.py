@@ -10,15 +10,23 @@ import torch
 from torch import Tensor
 
 from qlora_kit.ops.backend import force_backend
+from qlora_kit.ops.gated_activation.op import (
+    KINDS,
+    gated_activation,
+    gated_activation_backward,
+)
 from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize
 from qlora_kit.ops.nf4_linear import cuda as nf4_linear_cuda
 from qlora_kit.ops.nf4_linear.op import nf4_linear
 from qlora_kit.ops.nf4_quantize.op import nf4_quantize, nf4_quantize_absmax
+from qlora_kit.ops.rms_norm.op import rms_norm, rms_norm_backward
+from qlora_kit.ops.rotary.op import rotary_
 from qlora_kit.quant.double_quant import quantize_absmax
 from qlora_kit.quant.nf4 import NF4_VALUES, dequantize_nf4, quantize_nf4
 from qlora_kit.quant.weight import NF4Weight
 
 _CUDA = torch.device("cuda")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def codec_errors() -> list[str]:
@@ -72,7 +80,7 @@ def op_errors(op: str, backend: str) -> Iterator[tuple[str, float, float]]:
 def _dequantize_errors(device: torch.device) -> Iterator[tuple[str, float, float]]:
     """Decoded weights equal the codec's, bit for bit."""
     weight = NF4Weight.quantize(_random(48, 320))
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in _DTYPES:
         decoded = nf4_dequantize(weight.to(device), dtype).cpu()
         name = str(dtype).removeprefix("torch.")
         yield f"{name}, bit for bit", _error(decoded, weight.dequantize(dtype).double()), 0.0
@@ -95,7 +103,7 @@ def _dequantize_errors(device: torch.device) -> Iterator[tuple[str, float, float
 
 def _quantize_errors(device: torch.device) -> Iterator[tuple[str, float, float]]:
     """Codes and scales equal the codec's on the same device, bit for bit."""
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in _DTYPES:
         source = _random(97, 331).to(device, dtype)  # the last block is short
         source[3:7] = 0
         for block_size in (64, 4096):
@@ -178,10 +186,81 @@ def _linear_errors(device: torch.device) -> Iterator[tuple[str, float, float]]:
         yield f"backward, {rows} rows", _error(x.grad, dy.double() @ exact), bound
 
 
+def _norm_errors(device: torch.device) -> Iterator[tuple[str, float, float]]:
+    """Rows for a warp, for a block, and of no whole pieces; the gradient beside the result."""
+    sizes = (128, 4096, 515)
+    for dtype in _DTYPES:
+        errors: dict[str, list[float]] = {"forward": [], "backward": [], "again": []}
+        for h in sizes:
+            x, dy, residual = (_random(9, h + 8 * i).to(device, dtype)[:, :h] for i in range(3))
+            weight = _random(h).to(device)
+            dx, again = torch.empty_like(x), torch.empty_like(x)
+            y = rms_norm(x, weight, 1e-5)
+            rms_norm_backward(dy, x, weight, 1e-5, residual=residual, dx=dx, normalized=again)
+            with force_backend("reference"):
+                exact = rms_norm(x.double(), weight, 1e-5)
+                gradient = rms_norm_backward(
+                    dy.double(), x.double(), weight, 1e-5, residual=residual.double()
+                )
+            errors["forward"].append(_error(y, exact))
+            errors["backward"].append(_error(dx, gradient))
+            errors["again"].append(_error(again, exact))
+        # one rounding of the result, and float32 sums
+        bound = torch.finfo(dtype).eps + 2 * max(sizes) ** 0.5 * torch.finfo(torch.float32).eps
+        yield from _worst(errors, dtype, bound)
+
+
+def _rotary_errors(device: torch.device) -> Iterator[tuple[str, float, float]]:
+    """Whole heads and a part of each, both ways, in a part of a wider buffer."""
+    for dtype in _DTYPES:
+        errors: dict[str, list[float]] = {"forward": [], "backward": []}
+        for turned in (64, 10):
+            angle = _random(5, turned // 2).repeat(1, 2).to(device)
+            cos, sin = angle.cos(), angle.sin()
+            for name, found in errors.items():
+                inverse = name == "backward"
+                heads = _random(10, 640).to(device, dtype).view(10, 10, 64)[:, 1:9]
+                with force_backend("reference"):
+                    exact = rotary_(heads.double(), cos, sin, inverse=inverse)
+                found.append(_error(rotary_(heads, cos, sin, inverse=inverse), exact))
+        bound = torch.finfo(dtype).eps + 4 * torch.finfo(torch.float32).eps
+        yield from _worst(errors, dtype, bound)
+
+
+def _gated_errors(device: torch.device) -> Iterator[tuple[str, float, float]]:
+    """Each activation function, the gradient over its input, and the result beside it."""
+    for dtype in _DTYPES:
+        for kind in KINDS:
+            errors: dict[str, list[float]] = {"forward": [], "backward": [], "again": []}
+            for f in (640, 33):
+                gate_up, dact = (_random(5, size).to(device, dtype) for size in (2 * f, f))
+                with force_backend("reference"):
+                    exact = gated_activation(gate_up.double(), kind)
+                    gradient = gated_activation_backward(dact.double(), gate_up.double(), kind)
+                errors["forward"].append(_error(gated_activation(gate_up, kind), exact))
+                gated_activation_backward(dact, gate_up, kind, d_gate_up=gate_up, act=dact)
+                errors["backward"].append(_error(gate_up, gradient))
+                errors["again"].append(_error(dact, exact))
+            bound = torch.finfo(dtype).eps + 16 * torch.finfo(torch.float32).eps
+            yield from _worst(errors, dtype, bound, f" {kind}")
+
+
+def _worst(
+    errors: dict[str, list[float]], dtype: torch.dtype, bound: float, kind: str = ""
+) -> Iterator[tuple[str, float, float]]:
+    """The largest error of each thing that was compared; a NaN is the largest."""
+    for name, found in errors.items():
+        what = f"{str(dtype).removeprefix('torch.')}{kind}, {name}"
+        yield what, max(found, key=lambda error: (error != error, error)), bound
+
+
 OP_TESTS = {
+    "gated_activation": _gated_errors,
     "nf4_dequantize": _dequantize_errors,
     "nf4_linear": _linear_errors,
     "nf4_quantize": _quantize_errors,
+    "rms_norm": _norm_errors,
+    "rotary": _rotary_errors,
 }
 """Op to its self-test; a test checks that every op has one."""
 
