@@ -85,6 +85,22 @@ def unpadded_inputs() -> dict[str, Any]:
     return {"attention_mask": torch.full(_MARKER_SHAPE, float("nan"))}
 
 
+def is_marker(mask: Tensor | None) -> bool:
+    """Whether an attention mask is the marker: nothing is hidden but by causality and windows.
+
+    Args:
+        mask: of a model's or a layer's forward.
+
+    Returns:
+        True also for the only real mask of its shape, that of one token, which hides as little.
+
+    Example:
+        >>> is_marker(unpadded_inputs()["attention_mask"]), is_marker(None)
+        (True, False)
+    """
+    return mask is not None and tuple(mask.shape) == _MARKER_SHAPE
+
+
 def packed_inputs(documents: Documents) -> dict[str, Any]:
     """Arguments of a model's forward for packed rows, beside input_ids and position_ids.
 
@@ -154,7 +170,7 @@ def attention_function(
             f"attn_implementation={NAME!r} has no attention sinks, which "
             f"{type(module).__name__} needs. Load this model with attn_implementation='eager'."
         )
-    marked = attention_mask is not None and tuple(attention_mask.shape) == _MARKER_SHAPE
+    marked = is_marker(attention_mask)
     packed = cu_seq_lens_q is not None and max_length_q is not None
     asked = marked or (packed and attention_mask is None)
     if asked or (attention_mask is None and query.requires_grad):
