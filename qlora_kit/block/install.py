@@ -7,8 +7,11 @@ or a forward pass without a cache is asked for; for everything else (generation,
 does not know, outputs of attention weights) the layer's own code runs.
 
 Padding on the right needs no mask: a causal model's real tokens never see it. So a call
-counts as maskless when there is no mask, or when the caller says where documents start
-(`cu_seq_lens_q` and `max_length_q`, which transformers passes through its models).
+counts as maskless when there is no mask, when the mask is the marker of
+`ops/attention/transformers_door.py`, or when the caller says where documents start
+(`cu_seq_lens_q` and `max_length_q`, which transformers passes through its models). Without
+the marker transformers makes masks for layers with windows and for attention that is eager,
+and those layers run their own code.
 """
 
 from typing import Any
@@ -16,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.block.description import Description, describe, linears, why_not
+from qlora_kit.block.description import Description, describe, drops_activations, linears, why_not
 from qlora_kit.block.layer import Call, Kept, backward, forward
 from qlora_kit.block.policy import parse_policy
 from qlora_kit.block.projection import Operands
 from qlora_kit.core.errors import ConfigError
+from qlora_kit.core.log import log_once
 from qlora_kit.ops.attention.pair import Documents
+from qlora_kit.ops.attention.transformers_door import is_marker
 
 
 class Runner:
@@ -45,7 +50,22 @@ class Runner:
         self.fused = fused
         self.index = index
         self.policy = policy
-        self.description = describe(layer, deterministic=fused.deterministic)
+        self.describe(layer)
+
+    def describe(self, layer: nn.Module) -> None:
+        """Read the layer as it is now.
+
+        Args:
+            layer: the runner's own.
+        """
+        self.description = describe(layer, deterministic=self.fused.deterministic)
+        groups = self.description.groups
+        self._adapters = [part.lora for group in groups for part in group.parts if part.lora]
+        trained = {id(p) for group in groups for p in group.parameters}
+        self._frozen = [
+            p for p in layer.parameters() if p.is_floating_point() and id(p) not in trained
+        ]
+        self._drops = drops_activations(layer)
 
     def is_current(self, layer: nn.Module) -> bool:
         """Whether the layer still has the linears that were described."""
@@ -53,6 +73,21 @@ class Runner:
         o, down = others
         now = (*qkv, o, *gate_up, down)
         return all(a is b for a, b in zip(now, self.description.modules, strict=True))
+
+    def may_run(self, layer: nn.Module) -> bool:
+        """Whether one step computes what the layer's own code would.
+
+        Args:
+            layer: the runner's own.
+
+        Returns:
+            False while an adapter is switched off, something else drops out or is trained.
+        """
+        if self._drops and layer.training:
+            return False
+        if any(not a.enabled or (a.dropout and a.training) for a in self._adapters):
+            return False
+        return not any(parameter.requires_grad for parameter in self._frozen)
 
 
 class _Step(torch.autograd.Function):
@@ -62,21 +97,28 @@ class _Step(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, runner: Runner, call: Call, *parameters: Tensor) -> Tensor:
         rows = call.batch * call.length
         y, kept = forward(runner.description, x.reshape(rows, -1), call, runner.policy)
-        ctx.runner, ctx.call = runner, call
+        ctx.description, ctx.policy, ctx.call = runner.description, runner.policy, call
+        ctx.spent = False
         ctx.save_for_backward(*kept.tensors())
         return y.view(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        runner, call = ctx.runner, ctx.call
-        kept = Kept(*ctx.saved_tensors)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        call: Call = ctx.call
+        if ctx.spent:
+            raise RuntimeError(
+                "a second backward pass through a fused layer, which reuses what it kept as it "
+                "goes. Run the forward pass again, or use the policy recompute_all."
+            )
+        recompute = ctx.policy in ("recompute_all", "offload")
+        ctx.spent = not recompute
         result = backward(
-            runner.description,
-            dy.reshape(call.batch * call.length, -1),
-            kept,
+            ctx.description,
+            dy.reshape(call.batch * call.length, -1).contiguous(),
+            Kept(*ctx.saved_tensors),
             call,
             need_dx=ctx.needs_input_grad[0],
-            recompute=runner.policy in ("recompute_all", "offload"),
+            recompute=recompute,
         )
         dx = None if result.dx is None else result.dx.view(dy.shape)
         return dx, None, None, *result.parameters
@@ -103,7 +145,7 @@ class FusedLayer:
         Args:
             hidden_states: (B, T, H).
             *positional: what some families pass by place; they run their own code.
-            attention_mask: None, or a mask that only the layer's own code knows.
+            attention_mask: None, the marker, or a mask that only the layer's own code knows.
             position_embeddings: cos and sin, (1 or B, T, R).
             past_key_values: a cache, or None.
             cu_seq_lens_q: (n + 1,) where documents start among all tokens, or None.
@@ -116,11 +158,16 @@ class FusedLayer:
         documents = None
         if cu_seq_lens_q is not None and max_length_q is not None:
             documents = Documents(cu_seq_lens_q, int(max_length_q))
-        known = attention_mask is None or documents is not None
+        known = attention_mask is None or documents is not None or is_marker(attention_mask)
         plain = past_key_values is None and not positional and not others.get("output_attentions")
         runner = self._runner
         if not (known and plain and position_embeddings) or not runner.fused.may_run(self):
-            return super().forward(  # type: ignore[misc, no-any-return]
+            if torch.is_grad_enabled():
+                log_once(
+                    "a fused layer runs its own code: the call has a mask or a cache, or "
+                    "autocast or a switched-off adapter ask for it"
+                )
+            return super().forward(  # type: ignore[misc]
                 hidden_states,
                 *positional,
                 attention_mask=attention_mask,
@@ -155,6 +202,7 @@ class FusedBlocks:
         self.policies = policies
         self.deterministic = deterministic
         self._classes: dict[type, type] = {}
+        self._latest = len(layers)
         for index, (layer, policy) in enumerate(zip(layers, policies, strict=True)):
             runner = Runner(self, layer, index, policy)
             layer.__class__ = self._fused_class(type(layer))
@@ -182,7 +230,7 @@ class FusedBlocks:
             _runner(layer).policy = policy
 
     def may_run(self, layer: Any) -> bool:
-        """Whether a layer's state now allows one step: adapters on, nothing else trained.
+        """Whether a layer's state now allows one step: no autocast, adapters on, no more trained.
 
         Args:
             layer: one of the model's.
@@ -195,12 +243,7 @@ class FusedBlocks:
         runner = _runner(layer)
         if not runner.is_current(layer):
             self._describe_again()
-        switched_off = any(
-            part.lora is not None and not part.lora.enabled
-            for group in runner.description.groups
-            for part in group.parts
-        )
-        return not switched_off
+        return runner.may_run(layer)
 
     def run(self, runner: Runner, x: Tensor, call: Call) -> Tensor:
         """Run one layer.
@@ -213,22 +256,23 @@ class FusedBlocks:
         Returns:
             (B, T, H).
         """
-        if runner.index == 0:
+        if runner.index <= self._latest:  # a new pass; the first layers may run their own code
             self._operands.refresh(x.dtype)
+        self._latest = runner.index
         description = runner.description
         if not torch.is_grad_enabled():
-            y, _ = forward(description, x.reshape(-1, x.shape[-1]), call, "nothing")
+            y = forward(description, x.reshape(-1, x.shape[-1]), call, "nothing")[0]
             return y.view(x.shape)
         parameters = [p for group in description.groups for p in group.parameters]
-        y: Tensor = _Step.apply(x, runner, call, *parameters)
-        return y
+        stepped: Tensor = _Step.apply(x, runner, call, *parameters)
+        return stepped
 
     def _describe_again(self) -> None:
         """An adapter came or went."""
         for layer in self.layers:
-            runner = _runner(layer)
-            runner.description = describe(layer, deterministic=self.deterministic)
+            _runner(layer).describe(layer)
         self._operands = Operands([group for d in self._descriptions() for group in d.groups])
+        self._latest = len(self.layers)
 
     def _descriptions(self) -> list[Description]:
         return [_runner(layer).description for layer in self.layers]
@@ -259,7 +303,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
         []
     """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=len)) if lists else []
+    return list(max(lists, key=lambda found: len(found))) if lists else []
 
 
 def fuse_blocks(

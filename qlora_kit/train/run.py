@@ -308,6 +308,8 @@ class _Run:
             callbacks=self._callbacks(progress),
             group_by_length=config.train.group_by_length and not train.packed,
             base_model=self._base_name(),
+            step=config.train.step,
+            activations=config.train.activations,
         )
         try:
             output = trainer.train(resume_from_checkpoint=True if config.resume else None)
@@ -319,6 +321,8 @@ class _Run:
             raise
         finally:
             progress.close()
+            if trainer.fused is not None:
+                trainer.fused.remove()
         return describe_training(trainer, output.metrics["train_runtime"])
 
     def _callbacks(self, progress: ConsoleProgress) -> list[TrainerCallback]:
