@@ -8,6 +8,10 @@ may return several parameters for one tensor. Three of them are ours:
 - `ListExperts` stands in for the stacking of per-expert weights, so that
   `QuantizeOnLoad` gets them one by one and the 16-bit stack never exists.
 
+For a model that goes to one GPU, transformers is told to leave these weights on the
+CPU, which costs it nothing: what it hands over is a view of the mapped file. We take
+it to the GPU ourselves (`checkpoint/upload.py`), several times as fast as it would.
+
 transformers swallows an exception in here, prints its traceback and ends the
 load with a general error much later. So a user's error is recorded on the
 quantizer instead and raised, as itself, when loading ends; later weights are
@@ -15,8 +19,8 @@ then skipped.
 """
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,6 +50,8 @@ class ExpertList:
 
     pieces: list[list[Tensor]]
     """Per source (gate, up), the experts' (n, K) tensors; emptied while they are read."""
+    place: Callable[[Tensor], Tensor]
+    """Takes a piece to where it is to be quantized."""
 
     def __len__(self) -> int:
         """How many experts every source has."""
@@ -59,7 +65,7 @@ class ExpertList:
         """The next expert."""
         if not all(self.pieces):
             raise StopIteration
-        pieces = [source.pop(0) for source in self.pieces]
+        pieces = [self.place(source.pop(0)) for source in self.pieces]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
@@ -97,6 +103,13 @@ class _SharedOps(ConversionOps):
     def __deepcopy__(self, memo: dict[int, Any]) -> "_SharedOps":
         """Stay one object."""
         return self
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """Take a tensor to the model's GPU, if there is one and the tensor is not there yet."""
+        uploader = self.hf_quantizer.uploader
+        if uploader is None or tensor.device.type != "cpu":
+            return tensor
+        return uploader.upload(tensor)
 
     def store(
         self, module: NF4Linear | NF4Experts, name: str, weight: NF4Weight
@@ -161,12 +174,38 @@ class QuantizeOnLoad(_SharedOps):
                 results |= self.give_up(module, name, None)
                 continue
             try:
-                weight = _quantize(module, leaf, value, name)
+                weight = self._quantize(module, leaf, value, name)
             except UserError as error:
                 results |= self.give_up(module, name, error)
             else:
                 results |= self.store(module, name, weight)
         return results
+
+    def _quantize(
+        self,
+        module: NF4Linear | NF4Experts,
+        leaf: str,
+        value: Tensor | ExpertList,
+        name: str,
+    ) -> NF4Weight:
+        """Quantize what the checkpoint holds, in the dtype it is stored in."""
+        shape, config = weight_shapes(module)[leaf], module.config
+        experts = shape[0] if isinstance(module, NF4Experts) else 1
+        watch = self.hf_quantizer.finite.watch(name, experts)
+        if isinstance(value, ExpertList):
+            check_shape(name, (len(value), *shape[1:]), shape)
+            return quantize_stack(value, config, name=name, watch=watch)
+        transposed = isinstance(module, NF4Linear) and module.transposed
+        came = tuple(value.shape[::-1] if transposed else value.shape)
+        check_shape(name, came, shape)
+        value = self.place(value)
+        return quantize_weight(
+            value.T if transposed else value,
+            block_size=config.block_size,
+            double_quant=config.double_quant,
+            name=name,
+            watch=watch,
+        )
 
 
 def _full_names(keys: Iterable[str], full_layer_name: str) -> dict[str, str]:
@@ -179,22 +218,6 @@ def _full_names(keys: Iterable[str], full_layer_name: str) -> dict[str, str]:
         return {key: key for key in keys}
     start, _, end = full_layer_name.partition(stem)
     return {start + key + end: key for key in keys}
-
-
-def _quantize(
-    module: NF4Linear | NF4Experts, leaf: str, value: Tensor | ExpertList, name: str
-) -> NF4Weight:
-    """Quantize what the checkpoint holds, in the dtype it is stored in."""
-    shape, config = weight_shapes(module)[leaf], module.config
-    if isinstance(value, ExpertList):
-        check_shape(name, (len(value), *shape[1:]), shape)
-        return quantize_stack(value, config, name=name)
-    if isinstance(module, NF4Linear) and module.transposed:
-        value = value.T
-    check_shape(name, tuple(value.shape), shape)
-    return quantize_weight(
-        value, block_size=config.block_size, double_quant=config.double_quant, name=name
-    )
 
 
 class ReadStored(_SharedOps):
@@ -250,18 +273,31 @@ class ReadStored(_SharedOps):
             _check_settings(full_layer_name, weight, module.config)
         except UserError as error:
             return self.give_up(module, full_layer_name, error)
-        return self.store(module, full_layer_name, weight)
+        return self.store(module, full_layer_name, self._placed(weight))
+
+    def _placed(self, weight: NF4Weight) -> NF4Weight:
+        """The weight where the model is. Checked before: on a GPU each look would wait for it."""
+        nested, offset = weight.nested_absmax, weight.offset
+        return replace(
+            weight,
+            packed=self.place(weight.packed),
+            absmax=self.place(weight.absmax),
+            nested_absmax=None if nested is None else self.place(nested),
+            offset=None if offset is None else self.place(offset),
+        )
 
 
-class ListExperts(ConversionOps):
+class ListExperts(_SharedOps):
     """Collects per-expert weights without stacking them, where the stack is to be quantized."""
 
-    def __init__(self, dense: list[ConversionOps]) -> None:
+    def __init__(self, hf_quantizer: "NF4HfQuantizer", dense: list[ConversionOps]) -> None:
         """Keep the operations this one stands in for.
 
         Args:
+            hf_quantizer: knows where tensors go.
             dense: transformers' own stacking, for experts that stay dense.
         """
+        super().__init__(hf_quantizer)
         self.dense = dense
 
     def convert(
@@ -288,6 +324,7 @@ class ListExperts(ConversionOps):
         """
         assert model is not None
         if nf4_owner(model, full_layer_name) is None:
+            input_dict = {key: [self.place(t) for t in ts] for key, ts in input_dict.items()}
             for op in self.dense:
                 input_dict = op.convert(
                     input_dict,
@@ -299,7 +336,7 @@ class ListExperts(ConversionOps):
                 )
             return input_dict
         pieces = [input_dict.pop(key) for key in source_patterns if key in input_dict]
-        return {target_patterns[0]: ExpertList(pieces)}
+        return {target_patterns[0]: ExpertList(pieces, self.place)}
 
 
 def endings(names: Iterable[str]) -> list[str]:

@@ -28,6 +28,7 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantizer
 
+from qlora_kit.checkpoint.upload import Uploader
 from qlora_kit.core.errors import AdapterError, ConfigError, UserError
 from qlora_kit.load.conversion import (
     ListExperts,
@@ -39,6 +40,7 @@ from qlora_kit.load.conversion import (
     nf4_owner,
     split_name,
 )
+from qlora_kit.load.finite import FiniteCheck
 from qlora_kit.load.nf4_config import QUANT_METHOD
 from qlora_kit.load.nf4_config import NF4Config as NF4Config
 from qlora_kit.load.report import fit_shapes
@@ -47,6 +49,9 @@ from qlora_kit.nn.experts import PROJECTIONS, NF4Experts
 from qlora_kit.nn.linear import NF4Linear, byte_specs
 from qlora_kit.nn.swap import nf4_modules, quantizable, swap, weight_shapes
 from qlora_kit.quant.format import to_bnb_tensors
+
+UPLOADED_TO = ("cuda",)
+"""Kinds of devices that weights are taken to by us, not by transformers."""
 
 _STACKING = ((MergeModulelist, Concatenate), (MergeModulelist,))
 
@@ -67,6 +72,8 @@ class NF4HfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.filled: set[str] = set()
         self.failure: UserError | None = None
+        self.finite = FiniteCheck()
+        self.uploader: Uploader | None = None
         self._weights: list[str] = []
         self._shapes: dict[str, torch.Size] = {}
 
@@ -100,9 +107,11 @@ class NF4HfQuantizer(HfQuantizer):
         model: PreTrainedModel,
         dtype: torch.dtype | None = None,
         checkpoint_files: list[str] | None = None,
+        device_map: Any = None,
         **kwargs: Any,
     ) -> PreTrainedModel:
         """Put empty NF4 modules in place of the layers that are, or will be, quantized."""
+        self.uploader = _uploader(device_map)
         dtype = dtype or torch.get_default_dtype()
         config = self.quantization_config.quant
         stored = read_headers(checkpoint_files)
@@ -141,16 +150,20 @@ class NF4HfQuantizer(HfQuantizer):
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Bytes per element to reserve on a GPU; the codes' bytes for a placeholder."""
         if not self.pre_quantized and nf4_owner(model, param_name) is not None:
-            return 1.0
+            return 0.5
         return float(param.element_size())
 
     def get_weight_conversions(self) -> list[WeightTransform]:
         """One converter per distinct layer name."""
+        # Left on the CPU by transformers: ours take them to the GPU.
+        ours = self.uploader is not None
         if self.pre_quantized:
             readers = [ReadStored(self, ending) for ending in endings(self._weights)]
-            return [WeightConverter(list(r.patterns), r.ending, [r]) for r in readers]
+            return [
+                WeightConverter(list(r.patterns), r.ending, [r], force_cpu=ours) for r in readers
+            ]
         return [
-            WeightConverter(name_pattern(ending), ending, [QuantizeOnLoad(self)])
+            WeightConverter(name_pattern(ending), ending, [QuantizeOnLoad(self)], force_cpu=ours)
             for ending in endings(self._weights)
         ]
 
@@ -165,7 +178,8 @@ class NF4HfQuantizer(HfQuantizer):
                 entry.target_patterns[0].rpartition(".")[2] in PROJECTIONS
                 and tuple(type(op) for op in entry.operations) in _STACKING
             ):
-                entry.operations = [ListExperts(entry.operations)]
+                entry.operations = [ListExperts(self, entry.operations)]
+                entry.force_cpu |= self.uploader is not None
             entry.operations.append(QuantizeOnLoad(self))
         return weight_conversions + self.get_weight_conversions()
 
@@ -175,8 +189,10 @@ class NF4HfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         """Raise what went wrong, freeze the base, and mark the model as a 4-bit one."""
-        failure = self.failure or missing_weights(model, self.filled, self._weights)
-        self.failure, self.filled = None, set()
+        failure = self.failure or self.finite.error()
+        failure = failure or missing_weights(model, self.filled, self._weights)
+        self.failure, self.filled, self.finite = None, set(), FiniteCheck()
+        self.uploader = None
         if failure is not None:
             raise failure
         fit_shapes(model, self._shapes)
@@ -251,6 +267,16 @@ class NF4HfQuantizer(HfQuantizer):
             model.set_submodule(path, dense)
         model.is_loaded_in_4bit = False
         return model
+
+
+def _uploader(device_map: Any) -> Uploader | None:
+    """One for a model that goes to one GPU as a whole; others are left to transformers."""
+    places = [*device_map.values()] if isinstance(device_map, dict) else []
+    if len(places) != 1 or places[0] == "disk":
+        return None
+    place = places[0]
+    device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+    return Uploader(device) if device.type in UPLOADED_TO else None
 
 
 def _weight_names(model: nn.Module) -> list[str]:

@@ -17,7 +17,7 @@ or with a norm of their own stay dense, and the loader says so.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -90,7 +90,13 @@ class Experts(Protocol):
         ...
 
 
-def quantize_stack(experts: Experts, config: QuantConfig, *, name: str = "experts") -> NF4Weight:
+def quantize_stack(
+    experts: Experts,
+    config: QuantConfig,
+    *,
+    name: str = "experts",
+    watch: Callable[[Tensor], None] | None = None,
+) -> NF4Weight:
     """Quantize experts one after another into one stacked weight.
 
     The result equals quantizing the (E, N, K) stack, which is never built: peak
@@ -100,12 +106,13 @@ def quantize_stack(experts: Experts, config: QuantConfig, *, name: str = "expert
         experts: E tensors (N, K) of one shape and float dtype, whole blocks each.
         config: how to store them.
         name: what to call the weight in an error.
+        watch: gets all blocks' scales, (E * blocks,) float32, instead of their being checked.
 
     Returns:
         The (E, N, K) weight.
 
     Raises:
-        NonFiniteError: an expert holds NaN or infinity.
+        NonFiniteError: an expert holds NaN or infinity, and nobody watches.
         ShapeError: there are no experts, their shapes differ or are no whole blocks.
 
     Example:
@@ -128,7 +135,7 @@ def quantize_stack(experts: Experts, config: QuantConfig, *, name: str = "expert
                 f"{tuple(expert.shape)} for expert {index} and {shape} for the first."
             )
         codes, scales = nf4_quantize(expert, block_size=config.block_size)
-        if not torch.isfinite(scales).all():
+        if watch is None and not torch.isfinite(scales).all():
             raise NonFiniteError(
                 f"{name} holds NaN or infinite values in expert {index} and cannot be quantized. "
                 "Repair the checkpoint, or leave this module in 16 bits with QuantConfig(skip=...)."
@@ -137,6 +144,8 @@ def quantize_stack(experts: Experts, config: QuantConfig, *, name: str = "expert
         absmax[index * blocks : (index + 1) * blocks] = scales
     if not shape:
         raise ShapeError(f"{name} needs at least one expert, got none.")
+    if watch is not None:
+        watch(absmax)
     nested = offset = None
     if config.double_quant:
         absmax, nested, offset = nf4_quantize_absmax(absmax)

@@ -83,9 +83,10 @@ def _codes(unit: Tensor) -> Tensor:
     if unit.device.type != "cpu":
         return torch.bucketize(unit, _midpoints(unit.device), out_int32=True).to(torch.uint8)
     # (unit + 1)/2 · 65535 + 0.5 in one rounding, as a fused multiply-add computes it:
-    # the product of 24 and 16 significant bits is exact in float64.
+    # the product of 24 and 16 significant bits is exact in float64. A NaN lands in a bin
+    # too: who quantizes refuses it.
     half = ((unit + 1.0) * 0.5).double()
-    bins = (half * (_BINS - 1) + 0.5).float().int().clamp_(max=_BINS - 1)
+    bins = (half * (_BINS - 1) + 0.5).float().int().clamp_(0, _BINS - 1)
     return _bin_codes()[bins]
 
 

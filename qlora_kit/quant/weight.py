@@ -86,6 +86,7 @@ class NF4Weight:
         double_quant: bool = True,
         name: str = "weight",
         codec: Codec = Codec(),
+        watch: Callable[[Tensor], None] | None = None,
     ) -> "NF4Weight":
         """Quantize a weight; `ops.nf4_quantize.op.quantize_weight` does it faster on a GPU.
 
@@ -95,19 +96,24 @@ class NF4Weight:
             double_quant: store the scales in 8 bits.
             name: what to call the weight in an error.
             codec: what computes the codes.
+            watch: gets the blocks' scales, (blocks,) float32, instead of their being
+                checked here: the check waits for a GPU, and who quantizes many weights
+                can ask for all of them once.
 
         Returns:
             The quantized weight, on the same device.
 
         Raises:
-            NonFiniteError: the weight holds NaN or infinity.
+            NonFiniteError: the weight holds NaN or infinity, and nobody watches.
             ShapeError: the weight is empty or not a float.
 
         Source: arXiv:2305.14314, section 3.
         """
         packed, absmax = codec.quantize(weight, block_size=block_size)
         # A NaN or infinity in a block shows in its largest magnitude.
-        if not torch.isfinite(absmax).all():
+        if watch is not None:
+            watch(absmax)
+        elif not torch.isfinite(absmax).all():
             bad = int((~torch.isfinite(weight.reshape(-1))).sum())
             raise NonFiniteError(
                 f"{name} holds {bad} NaN or infinite values of {weight.numel()} and cannot be "

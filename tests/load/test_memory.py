@@ -26,6 +26,9 @@ from qlora_kit.core.memory import anonymous_bytes, rss_bytes
 from qlora_kit.load import hf_quantizer
 from qlora_kit.load.model import load
 
+if sys.argv[3] == "uploading":  # as onto a GPU, with a CPU in its place
+    hf_quantizer.UPLOADED_TO = ("cpu",)
+
 # A tiny model first: imports and thread pools are not what is measured.
 load(sys.argv[1], device="cpu")
 models, samples, stop = [], [], threading.Event()
@@ -144,12 +147,12 @@ def qwen3_moe(layers, hidden, inner, experts, vocab):
     return config, tensors
 
 
-def measure(tmp_path, config, tensors):
+def measure(tmp_path, config, tensors, way="plain"):
     """What the script prints, with the checkpoint's size and its largest tensor in bytes."""
     total = write_checkpoint(tmp_path / "large", config, tensors)
     write_checkpoint(tmp_path / "tiny", *llama(1, 64, 64, 32))
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, tmp_path / "tiny", tmp_path / "large"],
+        [sys.executable, "-c", SCRIPT, tmp_path / "tiny", tmp_path / "large", way],
         capture_output=True,
         text=True,
         check=False,
@@ -167,8 +170,9 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/sta
 
 @linux
 @pytest.mark.transformers_compat
-def test_two_gigabytes_stream_through_one_tensor(tmp_path):
-    found = measure(tmp_path, *llama(layers=3, hidden=4096, inner=16384, vocab=24000))
+@pytest.mark.parametrize("way", ["plain", pytest.param("uploading", marks=pytest.mark.slow)])
+def test_two_gigabytes_stream_through_one_tensor(tmp_path, way):
+    found = measure(tmp_path, *llama(layers=3, hidden=4096, inner=16384, vocab=24000), way)
     assert found["total"] > 2e9
     assert found["samples"] > 100
     assert found["excess"] <= found["largest"] + ALLOWANCE

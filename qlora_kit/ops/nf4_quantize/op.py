@@ -5,6 +5,8 @@ Every backend gives the bits that the codec in `quant/` gives on the same device
 modules, loading and exports quantize through it.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -78,7 +80,12 @@ _CODEC = Codec(nf4_quantize, nf4_quantize_absmax)
 
 
 def quantize_weight(
-    weight: Tensor, *, block_size: int = 64, double_quant: bool = True, name: str = "weight"
+    weight: Tensor,
+    *,
+    block_size: int = 64,
+    double_quant: bool = True,
+    name: str = "weight",
+    watch: Callable[[Tensor], None] | None = None,
 ) -> NF4Weight:
     """Quantize a weight on the fastest backend its device has; see `NF4Weight.quantize`.
 
@@ -87,12 +94,13 @@ def quantize_weight(
         block_size: weights that share one scale.
         double_quant: store the scales in 8 bits.
         name: what to call the weight in an error.
+        watch: gets the blocks' scales, (blocks,) float32, instead of their being checked.
 
     Returns:
         The quantized weight, on the same device.
 
     Raises:
-        NonFiniteError: the weight holds NaN or infinity.
+        NonFiniteError: the weight holds NaN or infinity, and nobody watches.
         ShapeError: the weight is empty or not a float.
         BackendError: a forced backend cannot serve the call.
 
@@ -101,7 +109,12 @@ def quantize_weight(
         (4, 64)
     """
     return NF4Weight.quantize(
-        weight, block_size=block_size, double_quant=double_quant, name=name, codec=_CODEC
+        weight,
+        block_size=block_size,
+        double_quant=double_quant,
+        name=name,
+        codec=_CODEC,
+        watch=watch,
     )
 
 
