@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from qlora_kit.core.errors import ShapeError
+from qlora_kit.core.errors import ShapeError, UserError
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """What such ops compute on; float64 only in plain torch, where gradients are checked."""
@@ -68,6 +68,27 @@ def check_like(
             f"{tuple(tensor.shape)} in {tensor.dtype} on {tensor.device}."
         )
     _check_neighbours(op, name, tensor)
+
+
+def check_unrecorded(op: str, *tensors: Tensor | None) -> None:
+    """Refuse a call whose gradient autograd would be expected to record.
+
+    Args:
+        op: the op's name, for the error.
+        *tensors: the call's inputs; None passes.
+
+    Raises:
+        UserError: gradients are recorded, and one of the tensors needs one.
+
+    Example:
+        >>> with torch.no_grad():
+        ...     check_unrecorded("rms_norm", torch.ones(1, requires_grad=True))
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise UserError(
+            f"{op} has no gradient of its own, and one of its inputs requires one. Call it and its "
+            "backward from a torch.autograd.Function, or under torch.no_grad()."
+        )
 
 
 def _check_neighbours(op: str, name: str, tensor: Tensor) -> None:

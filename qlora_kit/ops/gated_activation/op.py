@@ -16,7 +16,7 @@ from qlora_kit.core.errors import ShapeError
 from qlora_kit.ops import jit
 from qlora_kit.ops.backend import Backend, register_backend, resolve
 from qlora_kit.ops.gated_activation import cuda, reference
-from qlora_kit.ops.layout import check_like, check_rows
+from qlora_kit.ops.layout import check_like, check_rows, check_unrecorded
 
 OP = "gated_activation"
 
@@ -41,6 +41,7 @@ def gated_activation(gate_up: Tensor, kind: str, *, out: Tensor | None = None) -
         `out`: act(gate) · up.
 
     Raises:
+        UserError: autograd records, and an input requires a gradient.
         ShapeError: shapes, dtypes, devices or strides do not fit, or no kind has this name.
         BackendError: a forced backend cannot serve the call.
 
@@ -48,6 +49,7 @@ def gated_activation(gate_up: Tensor, kind: str, *, out: Tensor | None = None) -
         >>> gated_activation(torch.tensor([[1.0, 2.0]]), "silu")
         tensor([[1.4621]])
     """
+    check_unrecorded(OP, gate_up, out)
     shape = _check(gate_up, kind)
     if out is None:
         out = gate_up.new_empty(shape)
@@ -78,6 +80,7 @@ def gated_activation_backward(
         `d_gate_up`: [dact · up · act'(gate) | dact · act(gate)].
 
     Raises:
+        UserError: autograd records, and an input requires a gradient.
         ShapeError: shapes, dtypes, devices or strides do not fit, or no kind has this name.
         BackendError: a forced backend cannot serve the call.
 
@@ -85,6 +88,7 @@ def gated_activation_backward(
         >>> gated_activation_backward(torch.ones(1, 1), torch.tensor([[1.0, 2.0]]), "silu")
         tensor([[1.8553, 0.7311]])
     """
+    check_unrecorded(OP, dact, gate_up, d_gate_up, act)
     shape = _check(gate_up, kind)
     check_like(OP, "dact", dact, gate_up, shape)
     check_like(OP, "act", act, gate_up, shape)

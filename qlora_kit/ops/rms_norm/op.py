@@ -17,7 +17,7 @@ from torch import Tensor
 from qlora_kit.core.errors import ShapeError
 from qlora_kit.ops import jit
 from qlora_kit.ops.backend import Backend, register_backend, resolve
-from qlora_kit.ops.layout import check_like, check_rows
+from qlora_kit.ops.layout import check_like, check_rows, check_unrecorded
 from qlora_kit.ops.rms_norm import cuda, reference
 
 OP = "rms_norm"
@@ -51,6 +51,7 @@ def rms_norm(
         `out`.
 
     Raises:
+        UserError: autograd records, and an input requires a gradient.
         ShapeError: shapes, dtypes, devices or strides do not fit.
         BackendError: a forced backend cannot serve the call.
 
@@ -58,6 +59,7 @@ def rms_norm(
         >>> rms_norm(torch.tensor([[1.0, -7.0]]), torch.ones(2), 0.0)
         tensor([[ 0.2000, -1.4000]])
     """
+    check_unrecorded(OP, x, weight, residual, out)
     _check(x, weight, residual)
     if out is None:
         out = x.new_empty(x.shape)
@@ -97,6 +99,7 @@ def rms_norm_backward(
         `dx`.
 
     Raises:
+        UserError: autograd records, and an input requires a gradient.
         ShapeError: shapes, dtypes, devices or strides do not fit.
         BackendError: a forced backend cannot serve the call.
 
@@ -105,6 +108,7 @@ def rms_norm_backward(
         >>> rms_norm_backward(dy, x, torch.ones(2), 0.0)
         tensor([[0.1960, 0.0280]])
     """
+    check_unrecorded(OP, dy, x, weight, residual, dx, normalized)
     _check(x, weight, residual)
     check_like(OP, "dy", dy, x, x.shape)
     check_like(OP, "normalized", normalized, x, x.shape)

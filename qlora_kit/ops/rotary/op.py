@@ -17,7 +17,7 @@ from torch import Tensor
 from qlora_kit.core.errors import ShapeError
 from qlora_kit.ops import jit
 from qlora_kit.ops.backend import Backend, register_backend, resolve
-from qlora_kit.ops.layout import DTYPES, check_rows
+from qlora_kit.ops.layout import DTYPES, check_rows, check_unrecorded
 from qlora_kit.ops.rotary import cuda, reference
 
 OP = "rotary"
@@ -43,6 +43,7 @@ def rotary_(heads: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -
         `heads`.
 
     Raises:
+        UserError: autograd records, and an input requires a gradient.
         ShapeError: shapes, dtypes, devices or strides do not fit.
         BackendError: a forced backend cannot serve the call.
 
@@ -54,6 +55,7 @@ def rotary_(heads: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -
         >>> rotary_(heads, angle.cos(), angle.sin(), inverse=True)
         tensor([[[1., 0.]]])
     """
+    check_unrecorded(OP, heads, cos, sin)
     check_rows(OP, "heads", heads, (3,))
     _check_angles(heads, cos, sin)
     torch.ops.qlora_kit.rotary_.default(heads, cos, sin, inverse)
