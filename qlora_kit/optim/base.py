@@ -122,6 +122,22 @@ class Block:
         blocks = -(-parameter.numel() // ALIGNMENT)
         return buffer[start // ALIGNMENT : start // ALIGNMENT + blocks]
 
+    def padding(self, name: str, position: int) -> Tensor:
+        """What lies behind one parameter's share of a state buffer.
+
+        Args:
+            name: of the buffer.
+            position: of the parameter.
+
+        Returns:
+            A view; empty for buffers with one value per block.
+        """
+        buffer, offsets = self.state[name], self.flat.offsets
+        if buffer.numel() != self.flat.data.numel():
+            return buffer[:0]
+        start = offsets[position] + self.flat.parameters[position].numel()
+        return buffer[start : offsets[position + 1]]
+
 
 def _cut(offsets: Sequence[int], neighbours: list[int]) -> list[tuple[int, int]]:
     """Bounds of neighbouring parameters, in parts no longer than `LONGEST_RUN` if possible."""
@@ -187,6 +203,10 @@ class FlatOptimizer(torch.optim.Optimizer):
     def _constants(self, block: Block) -> dict[str, Tensor]:
         """What the library's checkpoints hold besides state: the same for all parameters."""
         return {}
+
+    def _zero_of(self, block: Block, name: str) -> int:
+        """How a state of zero is stored in a buffer, between parameters."""
+        return 0
 
     def _wait(self) -> None:
         """Before the host reads or writes state that the GPU may still be writing."""
@@ -306,6 +326,7 @@ class FlatOptimizer(torch.optim.Optimizer):
                 part.zero_()
             else:
                 part.copy_(entry[name])
+                block.padding(name, position).fill_(self._zero_of(block, name))
 
     def _check_entry(self, block: Block, position: int, entry: dict[str, Any]) -> None:
         needed = {name: tuple(block.part(name, position).shape) for name in block.state}

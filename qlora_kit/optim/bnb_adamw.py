@@ -114,6 +114,12 @@ class FlatBnbAdamW(FlatOptimizer):
         signed, unsigned = self._code(block.flat.data.device)
         return {"qmap1": signed, "qmap2": unsigned}
 
+    def _zero_of(self, block: Block, name: str) -> int:
+        if block.bits != 8 or not name.startswith("state"):
+            return 0
+        code = self._code(block.flat.data.device)[name == "state2"]
+        return int((code == 0).nonzero()[0])
+
     def _update(self, block: Block, grad: Tensor, run: Run, group: dict[str, Any]) -> None:
         import bitsandbytes.functional as bnb
 

@@ -227,10 +227,13 @@ class FlatParameters:
         self.missing = tuple(i for i, grad in enumerate(grads) if grad is None)
         if len(self.missing) == len(grads):
             return None
+        reused = self._grad is not None
         flat, views = self._grad_buffer()
-        if self.missing:
-            torch._foreach_zero_([views[i] for i in self.missing])
         new = [i for i, g in enumerate(grads) if g is not None and g is not views[i]]
+        if reused and self._padded and len(new) + len(self.missing) == len(grads):
+            flat.zero_()  # a norm that is not finite has left its mark between the parameters
+        elif self.missing:
+            torch._foreach_zero_([views[i] for i in self.missing])
         if new:
             arrived = [g for g, v in zip(grads, views, strict=True) if g is not None and g is not v]
             torch._foreach_copy_([views[i] for i in new], arrived)
