@@ -8,6 +8,7 @@ heads are normed or projections fused) is read from the layer itself.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -111,9 +112,8 @@ def linears(layer: nn.Module) -> tuple[list[nn.Module], list[nn.Module], list[nn
         Those of q, k and v (one or three), those of gate and up (one or two), and the
         output and down projections.
     """
-    attention, mlp = layer.self_attn, layer.mlp
-    assert isinstance(attention, nn.Module)
-    assert isinstance(mlp, nn.Module)
+    attention: Any = layer.self_attn
+    mlp: Any = layer.mlp
     qkv = ("qkv_proj",) if hasattr(attention, "qkv_proj") else ("q_proj", "k_proj", "v_proj")
     gate_up = ("gate_up_proj",) if hasattr(mlp, "gate_up_proj") else ("gate_proj", "up_proj")
     return (
@@ -163,9 +163,7 @@ def why_not(layer: nn.Module) -> str | None:
     norms = [m for name, m in layer.named_modules() if name.endswith("norm")]
     if any(p.requires_grad for norm in norms for p in norm.parameters()):
         return "a norm is trained"
-    if layer.training and any(
-        _dropout(config, name) for name in ("attention_dropout", "resid_pdrop")
-    ):
+    if layer.training and drops_activations(layer):
         return "the model drops out activations"
     if not getattr(attention, "is_causal", True):
         return "its attention looks ahead"
@@ -186,8 +184,7 @@ def describe(layer: nn.Module, *, deterministic: bool = False) -> Description:
     """
     family = family_of(layer)
     assert family is not None
-    attention = layer.self_attn
-    assert isinstance(attention, nn.Module)
+    attention: Any = layer.self_attn
     config = attention.config
     qkv, gate_up, (o, down) = linears(layer)
 
@@ -240,5 +237,15 @@ def _activation(config: object) -> str:
     return str(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None))
 
 
-def _dropout(config: object, name: str) -> float:
-    return getattr(config, name, 0.0) or 0.0
+def drops_activations(layer: nn.Module) -> bool:
+    """Whether a layer has dropout of its own, beside its adapters', while it trains.
+
+    Args:
+        layer: of a class in `FAMILIES`.
+
+    Returns:
+        By its configuration.
+    """
+    attention: Any = layer.self_attn
+    config = attention.config
+    return any(getattr(config, name, 0.0) for name in ("attention_dropout", "resid_pdrop"))

@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 from qlora_kit.block.description import Description, describe, drops_activations, linears, why_not
 from qlora_kit.block.layer import Call, Kept, backward, forward
+from qlora_kit.block.offload import HostStore
 from qlora_kit.block.policy import parse_policy
 from qlora_kit.block.projection import Operands
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.core.log import log_once
 from qlora_kit.ops.attention.pair import Documents
+from qlora_kit.ops.attention.transformers_door import is_marker
 from qlora_kit.ops.attention.transformers_door import is_marker
 
 
@@ -188,6 +190,7 @@ class FusedBlocks:
 
     Attributes:
         policies: one word per layer.
+        host: where inputs wait under the policy `offload`.
     """
 
     def __init__(self, layers: list[nn.Module], policies: tuple[str, ...], deterministic: bool):
@@ -200,6 +203,7 @@ class FusedBlocks:
         """
         self.layers = layers
         self.policies = policies
+        self.host = HostStore()
         self.deterministic = deterministic
         self._classes: dict[type, type] = {}
         self._latest = len(layers)

@@ -93,8 +93,8 @@ def forward(d: Description, x: Tensor, call: Call, policy: str) -> tuple[Tensor,
         d: the layer.
         x: (M, H).
         call: of the forward pass.
-        policy: `save`, `recompute_elementwise`, `recompute_all`, or `nothing` where no
-            backward follows.
+        policy: one of `policy.POLICIES` (with `offload` the caller keeps x), or `nothing`
+            where no backward follows.
 
     Returns:
         y: (M, H).
@@ -118,7 +118,7 @@ def drop(d: Description, kept: Kept, policy: str) -> Kept:
     Returns:
         The policy's share. Small products are copied out of wide buffers that go.
     """
-    if policy == "nothing":
+    if policy in ("nothing", "offload"):
         return Kept()
     if policy == "recompute_all":
         return Kept(x=kept.x)

@@ -1,10 +1,11 @@
 """How a training step runs through the model: fused layers, or the model's own code.
 
 `fused` lets every decoder layer run as one step of autograd (`qlora_kit/block`), with the
-activations kept that a policy names. It needs to know what the model's own code reads off a
-mask: that padding is on the right, where nobody sees it, and where packed documents start.
-`FusedCollator` reads both off the batch while it is still on the CPU, so that no training
-step waits for the GPU.
+activations kept that a policy names, and attention through `ops/attention`. They need to know
+what the model's own code reads off a mask: that padding is on the right, where nobody sees
+it, and where packed documents start. `FusedCollator` reads both off the batch while it is
+still on the CPU, and `fused_inputs` says them in the words that transformers hands through
+its models, so that no training step makes a mask or waits for the GPU.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from qlora_kit.block.install import FusedBlocks, fuse_blocks, why_not_fused
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.core.log import logger
 from qlora_kit.ops.attention.rule import Documents
+from qlora_kit.ops.attention.transformers_door import packed_inputs, register, unpadded_inputs
 
 Collate = Callable[[list[Any]], dict[str, Any]]
 
@@ -29,6 +31,9 @@ CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 
 MASKLESS = "maskless"
 """A key of a collated batch: its attention mask says nothing that causality does not."""
+
+STARTS, LONGEST = "document_starts", "document_longest"
+"""Keys of a collated batch: the fields of its `Documents`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,43 +57,72 @@ class FusedCollator:
             rows: of a data set.
 
         Returns:
-            The batch, with `maskless` where its mask pads on the right only, with
-            `cu_seq_lens_q` and `max_length_q` where its positions start anew within rows, and
-            without a cache, which transformers would fill and nobody read.
+            The batch, with `maskless` where its mask pads on the right only or is missing,
+            with its documents where positions start anew within rows, and without a cache,
+            which transformers would fill and nobody read.
         """
         batch = {"use_cache": False, **self.collate(rows)}
         mask, positions = batch.get("attention_mask"), batch.get("position_ids")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             batch[MASKLESS] = bool((mask[:, 1:] <= mask[:, :-1]).all())
-        elif mask is None and isinstance(positions, Tensor) and positions.dim() == 2:
-            if bool((positions[:, 1:] == 0).any()):
+        elif mask is None:
+            batch[MASKLESS] = True
+            if isinstance(positions, Tensor) and bool((positions[:, 1:] == 0).any()):
                 documents = Documents.from_positions(positions)
-                batch["cu_seq_lens_q"] = documents.starts
-                batch["max_length_q"] = documents.longest
+                batch[STARTS], batch[LONGEST] = documents.starts, documents.longest
         return batch
 
 
-def without_mask(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Take the mark of `FusedCollator` off a batch, and the mask with it if it says so.
+def fused_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """Say what `FusedCollator` found in the words that transformers' models hand through.
 
     Args:
-        inputs: a collated batch. Not modified.
+        batch: collated, with its marks or without. Not modified.
 
     Returns:
         What the model takes.
 
     Example:
-        >>> without_mask({"input_ids": 1, "attention_mask": 2, "maskless": True})
-        {'input_ids': 1}
+        >>> sorted(fused_inputs({"input_ids": 1, "maskless": False, "attention_mask": 2}))
+        ['attention_mask', 'input_ids']
+        >>> fused_inputs({"input_ids": 1, "maskless": True})["attention_mask"].shape
+        torch.Size([1, 1, 1, 1])
     """
-    if not inputs.get(MASKLESS, False):
-        return {name: value for name, value in inputs.items() if name != MASKLESS}
-    return {n: value for n, value in inputs.items() if n not in (MASKLESS, "attention_mask")}
+    marks = (MASKLESS, STARTS, LONGEST)
+    inputs = {name: value for name, value in batch.items() if name not in marks}
+    if STARTS in batch:
+        return inputs | packed_inputs(Documents(batch[STARTS], batch[LONGEST]))
+    return inputs | unpadded_inputs() if batch.get(MASKLESS) else inputs
+
+
+class FusedModel:
+    """A model prepared for training; `remove` undoes it.
+
+    Attributes:
+        blocks: its layers.
+    """
+
+    def __init__(self, model: PreTrainedModel, blocks: FusedBlocks) -> None:
+        """Switch attention.
+
+        Args:
+            model: whose layers are fused.
+            blocks: the layers.
+        """
+        self.blocks = blocks
+        self._model = model
+        self._attention = model.config._attn_implementation
+        model.set_attn_implementation(register())
+
+    def remove(self) -> None:
+        """Give the model its own layers and attention back."""
+        self.blocks.remove()
+        self._model.set_attn_implementation(self._attention)
 
 
 def prepare_model(
     model: PreTrainedModel, args: TrainingArguments, step: str, activations: str
-) -> FusedBlocks | None:
+) -> FusedModel | None:
     """Prepare a causal model's layers for training.
 
     Args:
@@ -100,7 +134,7 @@ def prepare_model(
             `recompute_all` with gradient checkpointing, else `recompute_elementwise`.
 
     Returns:
-        The fused layers, or None for the model's own code.
+        The prepared model, or None for the model's own code.
 
     Raises:
         ConfigError: `fused` was asked for and the model's layers cannot, or a name is unknown.
@@ -124,4 +158,4 @@ def prepare_model(
     for name in CHECKPOINTING:
         if hasattr(args, name):
             setattr(args, name, False)
-    return fused
+    return FusedModel(model, fused)
