@@ -28,7 +28,6 @@ from qlora_kit.core.errors import ConfigError
 from qlora_kit.core.log import log_once
 from qlora_kit.ops.attention.pair import Documents
 from qlora_kit.ops.attention.transformers_door import is_marker
-from qlora_kit.ops.attention.transformers_door import is_marker
 
 
 class Runner:
@@ -98,7 +97,10 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, runner: Runner, call: Call, *parameters: Tensor) -> Tensor:
         rows = call.batch * call.length
-        y, kept = forward(runner.description, x.reshape(rows, -1), call, runner.policy)
+        flat, host = x.reshape(rows, -1), runner.fused.host
+        ctx.host = host
+        ctx.away = host.put(runner.index, flat) if runner.policy == "offload" else None
+        y, kept = forward(runner.description, flat, call, runner.policy)
         ctx.description, ctx.policy, ctx.call = runner.description, runner.policy, call
         ctx.spent = False
         ctx.save_for_backward(*kept.tensors())
@@ -113,11 +115,14 @@ class _Step(torch.autograd.Function):
                 "goes. Run the forward pass again, or use the policy recompute_all."
             )
         recompute = ctx.policy in ("recompute_all", "offload")
-        ctx.spent = not recompute
+        ctx.spent = not recompute or ctx.away is not None
+        kept = Kept(*ctx.saved_tensors)
+        if ctx.away is not None:
+            kept.x = ctx.host.take(ctx.away)
         result = backward(
             ctx.description,
             dy.reshape(call.batch * call.length, -1).contiguous(),
-            Kept(*ctx.saved_tensors),
+            kept,
             call,
             need_dx=ctx.needs_input_grad[0],
             recompute=recompute,
