@@ -36,7 +36,6 @@ class Runner:
     Attributes:
         description: of the layer as it is now.
         policy: one of `policy.POLICIES`.
-        leads: whether it is the first of its model, at which adapters are rounded.
     """
 
     def __init__(self, fused: "FusedBlocks", layer: nn.Module, index: int, policy: str) -> None:
@@ -311,8 +310,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
         >>> decoder_layers(nn.Linear(1, 1))
         []
     """
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=lambda found: len(found))) if lists else []
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=[])
 
 
 def fuse_blocks(

@@ -18,6 +18,7 @@ are rounded to that dtype once per forward pass of the model (`Operands`).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -246,7 +247,7 @@ class Group:
 
     def _bias(self, like: Tensor) -> Tensor | None:
         """The parts' biases one after the other, or None if none has one."""
-        biases = [part.base.bias for part in self.parts]
+        biases: list[Any] = [part.base.bias for part in self.parts]
         if all(bias is None for bias in biases):
             return None
         sizes = [part.rows.stop - part.rows.start for part in self.parts]
@@ -318,9 +319,11 @@ class Operands:
         if (dtype, device) != (self._dtype, self._device):
             self._allocate(dtype, device)
         with torch.no_grad():
-            scaled = [m for m, s in zip(self._masters, self._scales, strict=True) if s != 1.0]
+            scaled: list[Tensor] = [
+                m for m, s in zip(self._masters, self._scales, strict=True) if s != 1.0
+            ]
             factors = [s for s in self._scales if s != 1.0]
-            products = iter(torch._foreach_mul(scaled, factors) if scaled else [])
+            products = iter(torch._foreach_mul(scaled, factors) if scaled else ())
             sources = [
                 next(products) if s != 1.0 else m
                 for m, s in zip(self._masters, self._scales, strict=True)
