@@ -40,9 +40,11 @@ from qlora_kit.train.checkpoints import (
     repage_state,
     restore_adapter,
 )
+from qlora_kit.train.graph import StepGraphs
 from qlora_kit.train.held_out import loss_totals
 from qlora_kit.train.loss import causal_lm_loss, count_targets
 from qlora_kit.train.sampling import EpochSampler, SortedSampler
+from qlora_kit.train.step import FusedCollator, fused_inputs, prepare_model
 from qlora_kit.train.update import UpdatingTrainer
 
 Batch = dict[str, Tensor]
@@ -108,6 +110,8 @@ class Trainer(UpdatingTrainer):
         callbacks: Sequence[TrainerCallback] = (),
         group_by_length: bool = True,
         base_model: str | None = None,
+        step: str = "auto",
+        activations: str = "auto",
     ) -> None:
         """Prepare to train an adapter.
 
@@ -121,9 +125,13 @@ class Trainer(UpdatingTrainer):
             callbacks: more Transformers callbacks.
             group_by_length: batch rows of similar length together.
             base_model: folder or hub id written into saved adapters; None: what the model says.
+            step: how the model's layers run; see `step.STEPS`.
+            activations: what fused layers keep for the backward, see `block/policy.py`; `auto`
+                is `recompute_all` with gradient checkpointing, else `recompute_elementwise`.
 
         Raises:
             AdapterError: nothing in the adapter is trainable.
+            ConfigError: `step` is `fused` and the model's layers cannot.
         """
         self.adapter = adapter
         self.base_model = base_model
@@ -136,6 +144,8 @@ class Trainer(UpdatingTrainer):
         # One process drives one GPU: without this, a second visible GPU would mean DataParallel.
         if args.n_gpu > 1:
             args._n_gpu = 1
+        causal = "SequenceClassification" not in type(model).__name__
+        self.fused = prepare_model(model, args, step, activations) if causal else None
         super().__init__(
             model=model,
             args=args,
@@ -145,7 +155,11 @@ class Trainer(UpdatingTrainer):
             callbacks=[GradientGuard(trainable), *callbacks],
         )
         self.remove_callback(transformers.PrinterCallback)
-        self.causal = "SequenceClassification" not in type(model).__name__
+        if self.fused is not None:
+            self.data_collator = FusedCollator(self.data_collator)
+        self.causal = causal
+        alone = self.fused is not None and args.world_size == 1 and self.accelerator.scaler is None
+        self.graphs = StepGraphs(self._graph_loss, [p for _, p in trainable]) if alone else None
         # True: the loss is a sum over tokens divided by `num_items_in_batch`, so it is not
         # divided again by the number of accumulated batches.
         self.model_accepts_loss_kwargs = self.causal
@@ -198,7 +212,7 @@ class Trainer(UpdatingTrainer):
         if self.causal:
             loss = causal_lm_loss(
                 self.accelerator.unwrap_model(model),
-                inputs,
+                fused_inputs(inputs),
                 num_items_in_batch,
                 label_smoothing=self.args.label_smoothing_factor,
                 forward=model,
@@ -207,6 +221,10 @@ class Trainer(UpdatingTrainer):
                 loss = loss * self.accelerator.num_processes
             return (loss, {}) if return_outputs else loss
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _graph_loss(self, inputs: Batch, num_items: Tensor) -> Tensor:
+        loss: Tensor = self.compute_loss(self.model, inputs, num_items_in_batch=num_items)
+        return loss
 
     def _get_num_items_in_batch(
         self, batch_samples: list[Batch], device: torch.device
@@ -239,6 +257,11 @@ class Trainer(UpdatingTrainer):
         padded = mask is not None and mask.shape == ids.shape
         count = mask.sum() if padded and mask is not None else torch.tensor(ids.numel())
         self._tokens = self._tokens.to(count.device) + count  # read at the next log: no sync here
+        if self.graphs is not None and isinstance(num_items_in_batch, Tensor):
+            self.model.train()
+            recorded = self.graphs.run(self._prepare_inputs(inputs), num_items_in_batch)
+            if recorded is not None:
+                return recorded
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 
@@ -313,7 +336,8 @@ class Trainer(UpdatingTrainer):
             Metrics only; predictions are None.
         """
         with self._outside_training():
-            totals = loss_totals(self.model, dataloader, causal=self.causal)
+            batches = map(fused_inputs, dataloader)
+            totals = loss_totals(self.model, batches, causal=self.causal)
         if self.args.world_size > 1:
             totals = totals.summed(self.accelerator)
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in totals.metrics().items()}

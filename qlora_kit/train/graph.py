@@ -1,0 +1,170 @@
+"""Forward and backward of small batches as one CUDA graph per shape.
+
+Up to a few thousand tokens a step waits for Python: about 170 ms of launches for an 8B model
+on a slow host, however short the GPU's work. A shape that has come twice is recorded the
+third time, and replayed from then on: one launch. What is recorded is the loss and the
+gradients of one batch; accumulation, clipping and the optimizer stay outside, since learning
+rate and step number change.
+
+The memory of a recorded step stays reserved for it. All graphs share it, so it costs what the
+largest needs. Nothing in the step may wait for the GPU; if something does, the recording
+fails, that is logged, and training goes on without.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.core.log import logger
+
+Inputs = dict[str, Any]
+
+MOST_TOKENS = 4096
+"""Batches above this keep the GPU busy by themselves."""
+
+MOST_GRAPHS = 8
+"""Shapes beyond this many run without."""
+
+_SEEN_BEFORE = 2
+"""A shape is recorded when it has run so many times: everything is compiled and allocated."""
+
+
+@dataclass(slots=True)
+class _Recorded:
+    """One shape's graph and the tensors it reads and writes."""
+
+    graph: Any
+    inputs: Inputs
+    items: Tensor
+    loss: Tensor
+    gradients: list[Tensor | None]
+
+
+class StepGraphs:
+    """Runs the forward and backward of one batch, recorded where its shape repeats.
+
+    Example:
+        >>> weight = nn.Parameter(torch.ones(1))
+        >>> graphs = StepGraphs(lambda inputs, items: (weight * inputs["x"]).sum() / items, [weight])
+        >>> graphs.run({"x": torch.ones(2)}, torch.tensor(2)) is None  # no GPU: not here
+        True
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Inputs, Tensor], Tensor],
+        parameters: Sequence[nn.Parameter],
+        *,
+        most_tokens: int = MOST_TOKENS,
+    ) -> None:
+        """Record nothing yet.
+
+        Args:
+            loss: of a batch on the device and the number of predicted tokens, () tensors.
+            parameters: those trained.
+            most_tokens: batches with more elements in `input_ids` run without.
+        """
+        self._loss = loss
+        self._parameters = list(parameters)
+        self._most_tokens = most_tokens
+        self._seen: Counter[tuple[object, ...]] = Counter()
+        self._recorded: dict[tuple[object, ...], _Recorded] = {}
+        self._pool: Any = None
+        self._working = True
+
+    def run(self, inputs: Inputs, items: Tensor) -> Tensor | None:
+        """Add a batch's gradients to the parameters' `.grad`.
+
+        Args:
+            inputs: of the model, on one CUDA device.
+            items: () predicted tokens of all accumulated batches, on that device.
+
+        Returns:
+            () the loss, detached; None if this batch has to run without a graph.
+        """
+        ids = inputs.get("input_ids")
+        fits = isinstance(ids, Tensor) and ids.is_cuda and ids.numel() <= self._most_tokens
+        if not self._working or not fits or not items.is_cuda:
+            return None
+        return self._run(inputs, items)
+
+    def _run(self, inputs: Inputs, items: Tensor) -> Tensor | None:  # needs a GPU
+        key = _key(inputs)
+        recorded = self._recorded.get(key)
+        if recorded is None:
+            self._seen[key] += 1
+            if self._seen[key] <= _SEEN_BEFORE or len(self._recorded) >= MOST_GRAPHS:
+                return None
+            recorded = self._record(inputs, items)
+            if recorded is None:
+                return None
+            self._recorded[key] = recorded
+        return self._replay(recorded, inputs, items)
+
+    def _record(self, inputs: Inputs, items: Tensor) -> _Recorded | None:  # needs a GPU
+        """Record a step; what it computes meanwhile is thrown away."""
+        before = [parameter.grad for parameter in self._parameters]
+        for parameter in self._parameters:
+            parameter.grad = None
+        own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        count, graph = items.clone(), torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                loss = self._loss(own, count)
+                loss.backward()
+            gradients = [parameter.grad for parameter in self._parameters]
+            return _Recorded(graph, own, count, loss.detach(), gradients)
+        except RuntimeError as error:
+            self._working = False
+            logger.warning("training without CUDA graphs: %s", str(error).split("\n", 1)[0])
+            return None
+        finally:
+            for parameter, gradient in zip(self._parameters, before, strict=True):
+                parameter.grad = gradient
+
+    def _replay(self, recorded: _Recorded, inputs: Inputs, items: Tensor) -> Tensor:  # needs a GPU
+        """Replay on a batch, and leave its gradients where autograd would."""
+        self._keep_sums(recorded)
+        for name, own in recorded.inputs.items():
+            if isinstance(own, Tensor):
+                own.copy_(inputs[name], non_blocking=True)
+        recorded.items.copy_(items)
+        recorded.graph.replay()
+        sums, new = [], []
+        for parameter, gradient in zip(self._parameters, recorded.gradients, strict=True):
+            if gradient is None:
+                continue
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                sums.append(parameter.grad)
+                new.append(gradient)
+        if sums:
+            torch._foreach_add_(sums, new)
+        return recorded.loss.clone()
+
+    def _keep_sums(self, recorded: _Recorded) -> None:  # needs a GPU
+        """Move sums out of the memory that the replay is about to write."""
+        theirs = {g.data_ptr() for r in self._recorded.values() for g in r.gradients if g is not None}
+        theirs.update(g.data_ptr() for g in recorded.gradients if g is not None)
+        for parameter in self._parameters:
+            if parameter.grad is not None and parameter.grad.data_ptr() in theirs:
+                parameter.grad = parameter.grad.clone()
+
+
+def _key(inputs: Inputs) -> tuple[object, ...]:
+    """What a recording depends on: shapes and dtypes of tensors, values of all else."""
+    parts: list[object] = []
+    for name in sorted(inputs):
+        value = inputs[name]
+        if isinstance(value, Tensor):
+            parts.append((name, tuple(value.shape), value.dtype, value.device.type))
+        else:
+            parts.append((name, repr(value)))
+    return tuple(parts)
