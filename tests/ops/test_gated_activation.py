@@ -59,9 +59,9 @@ def run(case, backend, layout, aliased=False):
     device, dtype = device_of(backend), case.dtype
     rows, width = case.gate_up.shape
     gate_up = Buffer((rows, width), dtype, device, layout, case.gate_up)
-    dact = Buffer((rows, width // 2), dtype, device, layout, case.dact)
-    out, act = (Buffer((rows, width // 2), dtype, device, layout) for _ in range(2))
-    d_gate_up = Buffer((rows, width), dtype, device, layout)
+    dact = Buffer((rows, width // 2), dtype, device, layout, case.dact, index=1)
+    out, act = (Buffer((rows, width // 2), dtype, device, layout, index=i) for i in (2, 3))
+    d_gate_up = Buffer((rows, width), dtype, device, layout, index=4)
     if aliased:
         d_gate_up, act = gate_up, dact
     with force_backend(backend):

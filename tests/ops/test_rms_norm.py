@@ -84,11 +84,11 @@ def run(case, backend, layout, aliased=False):
     """All three results of a backend, written into poisoned buffers of a layout."""
     device, dtype, shape = device_of(backend), case.dtype, tuple(case.x.shape)
 
-    def given(tensor):
-        return None if tensor is None else Buffer(shape, dtype, device, layout, tensor)
+    def given(tensor, index):
+        return None if tensor is None else Buffer(shape, dtype, device, layout, tensor, index)
 
-    x, dy, residual = given(case.x), given(case.dy), given(case.residual)
-    out, dx, normalized = (Buffer(shape, dtype, device, layout) for _ in range(3))
+    x, dy, residual = given(case.x, 0), given(case.dy, 1), given(case.residual, 2)
+    out, dx, normalized = (Buffer(shape, dtype, device, layout, index=i) for i in (3, 4, 5))
     weight = case.weight.to(device)
     if aliased:
         dx = residual or dy

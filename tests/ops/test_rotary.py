@@ -62,7 +62,10 @@ def test_results_match_float64(shape, backend, layout, inverse):
             wanted = truth(given, cos, sin, inverse)
             buffer = Buffer((tokens, heads, width), dtype, device, layout, given)
             # angles too may be a part of something wider
-            cos, sin = (Buffer(t.shape, angle_dtype, device, layout, t).view for t in (cos, sin))
+            cos, sin = (
+                Buffer(t.shape, angle_dtype, device, layout, t, index).view
+                for index, t in enumerate((cos, sin), 1)
+            )
             with force_backend(backend):
                 result = rotary_(buffer.view, cos, sin, inverse=inverse)
             assert result is buffer.view
