@@ -101,7 +101,6 @@ class Uploader:
 
     def _mark(self, slot: _Slot) -> None:
         """Remember which copy reads a buffer."""
-        if self.device.type != "cuda":
-            return
-        slot.busy = slot.busy or torch.cuda.Event()
-        slot.busy.record(torch.cuda.current_stream(self.device))
+        if self.device.type == "cuda":  # needs a GPU
+            slot.busy = slot.busy or torch.cuda.Event()
+            slot.busy.record(torch.cuda.current_stream(self.device))

@@ -50,7 +50,7 @@ from qlora_kit.nn.linear import NF4Linear, byte_specs
 from qlora_kit.nn.swap import nf4_modules, quantizable, swap, weight_shapes
 from qlora_kit.quant.format import to_bnb_tensors
 
-UPLOADED_TO = ("cuda",)
+UPLOADED_TO: tuple[str, ...] = ("cuda",)
 """Kinds of devices that weights are taken to by us, not by transformers."""
 
 _STACKING = ((MergeModulelist, Concatenate), (MergeModulelist,))

@@ -56,8 +56,9 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a model on a 4-bit base, and its tokenizer.
 
-    Host memory peaks at what is loaded so far plus the largest tensor; on a GPU the
-    weights are quantized there. Custom code from the hub is never run.
+    Weights that go to a GPU are quantized there and need 64 MiB of host memory on the
+    way; on a CPU, memory peaks at what is loaded so far plus the largest tensor. Custom
+    code from the hub is never run.
 
     Args:
         path_or_id: a folder of safetensors, a `.gguf` file, or a hub id. The folder
