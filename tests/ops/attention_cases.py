@@ -7,6 +7,7 @@ u the unit roundoff of the dtype, the op's own roundings are
 - p before it meets v, and before it meets dout: u·p;
 - ds before it meets k and q: u·|ds|;
 - out inside rowsum(dout·out), which every ds of a row shares;
+- float16 ends at 2**-14: below, a rounding costs up to 2**-25 whatever the value;
 - float32 sums, STEP·√n·‖a‖·‖b‖ each as in helpers.py, of the scores (which the softmax turns
   into relative errors of p, of both the score and the logsumexp), of dp, and of the results.
 
@@ -134,6 +135,7 @@ class Truth:
 
     def __init__(self, case):
         self.case, self.unit = case, UNIT.get(case.q.dtype, 2.0**-53)
+        self.tiny = torch.finfo(case.q.dtype).smallest_normal * self.unit
         self.group = case.q.shape[2] // case.k.shape[2]
         self.q, self.dout = _heads(case.q), _heads(case.dout)
         self.k, self.v = _heads(case.k, self.group), _heads(case.v, self.group)
@@ -168,7 +170,7 @@ class Truth:
 
     def _rounded_product(self, p, right, low):
         """p·right, p rounded to the dtype, with an error `low` of its own; then rounded."""
-        low = low @ right.abs() + _product_error(p, right)
+        low = (low + self.tiny) @ right.abs() + _product_error(p, right)
         variance = self.unit**2 * (p**2 @ right**2)
         return _Step(p @ right, self.unit * p @ right.abs() + low, low, variance)
 
@@ -195,13 +197,15 @@ class Truth:
             variance = variance + (ds.variance * self.pulled**2).mT @ right**2
         else:  # one error for a whole row of ds
             variance = variance + ds.variance * (pulled @ right) ** 2
-        low = low @ right.abs() + _product_error(value, right)
-        error = (error + self.unit * value.abs()) @ right.abs() + _product_error(value, right)
+        low = (low + self.tiny) @ right.abs() + _product_error(value, right)
+        error = (error + self.unit * value.abs() + self.tiny) @ right.abs() + _product_error(
+            value, right
+        )
         return _Step(value @ right, error, low, variance)
 
     def _result(self, step, group):
         """Rounded for each query head, and once more after a sum over the heads of a group."""
-        own = self.unit * step.value.abs()
+        own = self.unit * step.value.abs() + self.tiny
         total = _back(step.value, group)
         error, variance = _back(step.error + own, group), _back(step.variance + own**2, group)
         if group > 1:

@@ -5,7 +5,7 @@
     python -m tests.ops.sanitize --plant race       # a kernel without the barrier it needs
 
 The planted mistakes show that the tool sees our kernels at all: compiled at run time,
-picked by name, launched through the driver.
+picked by name (one by each of two beginnings), launched through the driver.
 """
 
 import argparse
@@ -14,10 +14,13 @@ import sys
 import torch
 
 from qlora_kit.ops.backend import force_backend
+from qlora_kit.ops.gated_activation.op import gated_activation, gated_activation_backward
 from qlora_kit.ops.jit import architecture_of
 from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize
 from qlora_kit.ops.nf4_linear import cuda, reference
 from qlora_kit.ops.nf4_linear.op import nf4_linear
+from qlora_kit.ops.rms_norm.op import rms_norm, rms_norm_backward
+from qlora_kit.ops.rotary.op import rotary_
 from qlora_kit.quant.weight import NF4Weight
 from tests.ops.helpers import SCALE, Options, float32_sums, make_case, truth
 
@@ -27,7 +30,7 @@ RANKS = (0, 1, 16, 33)
 
 _PLANTED = """
 extern "C" __global__ void nf4_planted_overrun(float* out) { out[threadIdx.x + 1] = 1.0f; }
-extern "C" __global__ void nf4_planted_race(float* out) {
+extern "C" __global__ void rms_norm_planted_race(float* out) {
     __shared__ float values[256];
     values[threadIdx.x] = threadIdx.x;
     out[threadIdx.x] = values[255 - threadIdx.x];
@@ -44,7 +47,8 @@ def plant(name: str) -> None:
     device.set_current()
     architecture = architecture_of(torch.device("cuda", 0))
     program = Program(_PLANTED, "c++", ProgramOptions(std="c++17", arch=architecture))
-    kernel = program.compile("cubin").get_kernel(f"nf4_planted_{name}")
+    prefix = "nf4" if name == "overrun" else "rms_norm"
+    kernel = program.compile("cubin").get_kernel(f"{prefix}_planted_{name}")
     out = torch.zeros(256, device="cuda")
     stream = device.create_stream()
     torch.cuda.synchronize()
@@ -76,6 +80,31 @@ def products(m: int, n: int, k: int, options: Options) -> int:
     return ran
 
 
+def elementwise(rows: int, size: int, dtype: torch.dtype) -> None:
+    """The ops on rows, held against the reference: whole pieces and single values, both ways."""
+    x, dy, residual = (torch.randn(rows, size, device="cuda", dtype=dtype) for _ in range(3))
+    heads = torch.randn(rows, 3, size, device="cuda", dtype=dtype)
+    angle = torch.randn(rows, size // 2, device="cuda").repeat(1, 2)
+    gate_up = torch.randn(rows, 2 * size, device="cuda", dtype=dtype)
+    weight = torch.randn(size, device="cuda")
+    found = {}
+    for backend in ("cuda", "reference"):
+        again, act = torch.empty_like(x), torch.empty_like(x)
+        with force_backend(backend):
+            results = [
+                rms_norm(x, weight, 1e-5, residual=residual),
+                rms_norm(heads, weight, 1e-5),
+                rms_norm_backward(dy, x, weight, 1e-5, residual=residual, normalized=again),
+                rotary_(heads.clone(), angle.cos(), angle.sin()),
+                gated_activation(gate_up, "gelu"),
+                gated_activation_backward(dy, gate_up, "silu", act=act),
+            ]
+        found[backend] = [*results, again, act]
+    for got, wanted in zip(found["cuda"], found["reference"], strict=True):
+        bound = 4 * torch.finfo(dtype).eps * wanted.abs().max()
+        assert (got - wanted).abs().max() <= bound, (rows, size, dtype)
+
+
 def everything() -> None:
     """All strategies, then the public ops at sizes that are no multiple of anything."""
     ran = 0
@@ -93,6 +122,9 @@ def everything() -> None:
             case = make_case(5, n, k, Options(4), "cuda", weight)
             y = nf4_linear(case.x, weight, case.bias, lora_a=case.a, lora_b=case.b, scale=SCALE)
             y.backward(case.dy)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for rows, size in ((3, 64), (5, 34), (2, 1032), (3, 4096), (1, 16_384)):
+            elementwise(rows, size, dtype)
     torch.cuda.synchronize()
     print(f"{ran} products right")
 
