@@ -29,12 +29,12 @@ trap 'rm -rf "$QLORA_KIT_CACHE"' EXIT
 # check TOOL [ARGUMENT...]: the driver under one tool. Our kernels only: racecheck does not follow
 # every way in which cuBLAS orders its accesses.
 check() {
-  local tool=$1 options=()
+  local tool=$1 name options=()
   shift
   if [ "$tool" = memcheck ]; then options=(--padding 256); fi
   if [ "$tool" = racecheck ]; then options=(--racecheck-report all); fi
-  "$SANITIZER" --tool "$tool" --error-exitcode "$FOUND" --kernel-name kns=nf4_ \
-    ${options[@]+"${options[@]}"} "$PY" -m tests.ops.sanitize "$@"
+  for name in nf4_ rms_norm_ rotary_ gated_activation_; do options+=(--kernel-name "kns=$name"); done
+  "$SANITIZER" --tool "$tool" --error-exitcode "$FOUND" "${options[@]}" "$PY" -m tests.ops.sanitize "$@"
 }
 
 planted() {

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness.record import write_record
-from benchmarks.harness.timing import Call, Captured, peaks, spread
+from benchmarks.harness.timing import Call, Captured, device, peaks, spread
 from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize
 from qlora_kit.quant.weight import NF4Weight
 
@@ -41,7 +41,9 @@ def parser(text: str) -> argparse.ArgumentParser:
     return made
 
 
-def measure(variants: dict[str, Call], copies: int, moved: int) -> list[dict[str, object]]:
+def measure(
+    variants: dict[str, Call], copies: int, moved: int, seconds: float = SECONDS
+) -> list[dict[str, object]]:
     """Time variants beside a copy of `moved` bytes, half read and half written.
 
     What a variant returns for the i-th weight is kept until all are timed, so that each
@@ -49,7 +51,7 @@ def measure(variants: dict[str, Call], copies: int, moved: int) -> list[dict[str
     """
     kept: dict[tuple[str, int], object] = {}
     sources = [
-        torch.randint(100, (moved // 2,), device="cuda", dtype=torch.uint8) for _ in range(copies)
+        torch.randint(100, (moved // 2,), device=device(), dtype=torch.uint8) for _ in range(copies)
     ]
     targets = [torch.empty_like(source) for source in sources]
 
@@ -63,8 +65,8 @@ def measure(variants: dict[str, Call], copies: int, moved: int) -> list[dict[str
     for name, call in variants.items():
         captured.add(name, keeping(name, call), copies, copies)
     captured.add("copy", lambda i: targets[i].copy_(sources[i]), copies, copies)
-    captured.time(copies, SECONDS / 4)  # until the card is warm
-    times = captured.time(copies, SECONDS)
+    captured.time(copies, seconds / 4)  # until the card is warm
+    times = captured.time(copies, seconds)
     copy = statistics.median(times["copy"])
     rows: list[dict[str, object]] = []
     for name, values in times.items():
