@@ -96,9 +96,9 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, runner: Runner, call: Call, *parameters: Tensor) -> Tensor:
         rows = call.batch * call.length
-        flat, host = x.reshape(rows, -1), runner.fused.host
-        ctx.host = host
-        ctx.away = host.put(runner.index, flat) if runner.policy == "offload" else None
+        flat, fused = x.reshape(rows, -1), runner.fused
+        ctx.away = fused.host.put(runner.index, flat) if runner.policy == "offload" else None
+        ctx.fused, ctx.spare = fused, fused.spare_before(runner)
         y, kept = forward(runner.description, flat, call, runner.policy)
         ctx.description, ctx.policy, ctx.call = runner.description, runner.policy, call
         ctx.spent = False
@@ -117,16 +117,21 @@ class _Step(torch.autograd.Function):
         ctx.spent = not recompute or ctx.away is not None
         kept = Kept(*ctx.saved_tensors)
         if ctx.away is not None:
-            kept.x = ctx.host.take(ctx.away)
+            kept.x = ctx.fused.host.take(ctx.away)
+        owned = ctx.fused.handed_out(dy)
+        flat = dy.reshape(call.batch * call.length, -1)
         result = backward(
             ctx.description,
-            dy.reshape(call.batch * call.length, -1).contiguous(),
+            flat if owned else flat.contiguous(),
             kept,
             call,
             need_dx=ctx.needs_input_grad[0],
             recompute=recompute,
+            owned=owned,
+            spare=ctx.spare,
         )
         dx = None if result.dx is None else result.dx.view(dy.shape)
+        ctx.fused.handed = dx
         return dx, None, None, *result.parameters
 
 
@@ -195,6 +200,8 @@ class FusedBlocks:
     Attributes:
         policies: one word per layer.
         host: where inputs wait under the policy `offload`.
+        handed: the gradient that the last layer's backward gave to the one before, which
+            may write into the columns of memory beside it.
     """
 
     def __init__(self, layers: list[nn.Module], policies: tuple[str, ...], deterministic: bool):
@@ -207,6 +214,7 @@ class FusedBlocks:
         """
         self.layers = layers
         self.policies = policies
+        self.handed: Tensor | None = None
         self.host = HostStore()
         self.deterministic = deterministic
         self._classes: dict[type, type] = {}
@@ -252,6 +260,19 @@ class FusedBlocks:
         if not runner.is_current(layer):
             self._describe_again()
         return runner.may_run(layer)
+
+    def spare_before(self, runner: Runner) -> int:
+        """Columns that the layer before wants beside its gradient: its `down` group's ranks."""
+        if runner.index == 0:
+            return 0
+        return _runner(self.layers[runner.index - 1]).description.down.r
+
+    def handed_out(self, dy: Tensor) -> bool:
+        """Whether a gradient is the very memory that the layer behind has made for it."""
+        handed, self.handed = self.handed, None
+        if handed is None or handed.data_ptr() != dy.data_ptr():
+            return False
+        return handed.shape == dy.shape and handed.stride() == dy.stride()
 
     def run(self, runner: Runner, x: Tensor, call: Call) -> Tensor:
         """Run one layer.

@@ -134,7 +134,15 @@ def drop(d: Description, kept: Kept, policy: str) -> Kept:
 
 
 def backward(
-    d: Description, dy: Tensor, kept: Kept, call: Call, *, need_dx: bool, recompute: bool
+    d: Description,
+    dy: Tensor,
+    kept: Kept,
+    call: Call,
+    *,
+    need_dx: bool,
+    recompute: bool,
+    owned: bool = False,
+    spare: int = 0,
 ) -> Gradients:
     """Differentiate `forward`.
 
@@ -145,6 +153,8 @@ def backward(
         call: of the forward pass.
         need_dx: whether the gradient in x is wanted.
         recompute: whether only x was kept.
+        owned: dy stands in a buffer of `d.down`, whose spare columns may be written.
+        spare: columns of memory to leave beside dx, for the layer before to own.
 
     Returns:
         The gradients.
@@ -155,8 +165,9 @@ def backward(
         h = _attention(d, x, call, kept)
         _mlp(d, h, kept, result=d.after_mlp is not None)
         kept.x, kept.act = x, None  # the activation comes again, over its gradient
-    of_mlp, dh = _mlp_backward(d, dy, kept)
-    dx, of_attention = _attention_backward(d, dh, kept, call, need_dx)
+    of_mlp, dh = _mlp_backward(d, dy, kept, owned)
+    dx = dy.new_empty((dy.shape[0], dy.shape[1] + spare))[:, : dy.shape[1]] if need_dx else None
+    of_attention = _attention_backward(d, dh, kept, call, dx)
     return Gradients(dx, [*of_attention, *of_mlp])
 
 
@@ -200,16 +211,21 @@ def _mlp(d: Description, h: Tensor, kept: Kept, *, result: bool = True) -> Tenso
     return _norm(d.after_mlp, kept.mlp_y, residual=h)
 
 
-def _mlp_backward(d: Description, dy: Tensor, kept: Kept) -> tuple[list[Tensor | None], Tensor]:
+def _mlp_backward(
+    d: Description, dy: Tensor, kept: Kept, owned: bool
+) -> tuple[list[Tensor | None], Tensor]:
     """Gradients of the adapters in the second half, and of h in a buffer for `d.o`."""
     assert kept.gate_up is not None
     assert kept.h is not None
     rows = dy.shape[0]
-    wide = d.down.gradient_buffer(rows, dy)
-    if d.after_mlp is None:
+    if d.after_mlp is None and owned:
+        wide = _around(dy, d.down)
+    elif d.after_mlp is None:
+        wide = d.down.gradient_buffer(rows, dy)
         wide[:, : d.down.n] = dy
     else:
         assert kept.mlp_y is not None
+        wide = d.down.gradient_buffer(rows, dy)
         _norm_backward(d.after_mlp, dy, kept.mlp_y, dx=wide[:, : d.down.n])
     d_act = d.down.input_gradient(wide)
     act = kept.act if kept.act is not None or not d.down.needs_input else d_act
@@ -231,9 +247,9 @@ def _mlp_backward(d: Description, dy: Tensor, kept: Kept) -> tuple[list[Tensor |
 
 
 def _attention_backward(
-    d: Description, dh: Tensor, kept: Kept, call: Call, need_dx: bool
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Gradient of x, and of the adapters in the first half."""
+    d: Description, dh: Tensor, kept: Kept, call: Call, dx: Tensor | None
+) -> list[Tensor | None]:
+    """Gradients of the adapters in the first half; that of x is written to dx, if given."""
     assert kept.x is not None
     assert kept.qkv is not None
     assert kept.attended is not None
@@ -264,21 +280,20 @@ def _attention_backward(
     wide = d.qkv.gradient_buffer(rows, dh)
     _displace(d, (d_q, d_k, d_v), kept.projected, call, wide[:, : d.qkv.n])
     del d_q, d_k, d_v
-    if not need_dx:
+    if dx is None:
         normed = kept.normed_x
         if normed is None and d.qkv.needs_input:
             normed = _norm(d.before_attention, kept.x)
         of_qkv = d.qkv.gradients(wide, normed, kept.small_qkv, filled=False)
-        return None, [*of_qkv, *of_o]
+        return [*of_qkv, *of_o]
     d_normed = d.qkv.input_gradient(wide)
     normed = kept.normed_x
     if normed is None and d.qkv.needs_input:
         normed = torch.empty_like(d_normed)
     again = normed if kept.normed_x is None else None
-    dx = torch.empty_like(d_normed)
     _norm_backward(d.before_attention, d_normed, kept.x, residual=dh, dx=dx, normalized=again)
     of_qkv = d.qkv.gradients(wide, normed, kept.small_qkv)
-    return dx, [*of_qkv, *of_o]
+    return [*of_qkv, *of_o]
 
 
 def _place(d: Description, qkv: Tensor, call: Call) -> tuple[Tensor | None, Tensor]:
