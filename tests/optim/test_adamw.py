@@ -69,6 +69,17 @@ def test_bits_are_those_of_torch(shapes: Any, dtype: torch.dtype, fused: Any, sk
     assert not same_bits(late, theirs)  # other gradients, other bits
 
 
+def test_chunks_change_no_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU updates what fits its cache at a time: the same bits, across parameters."""
+    from qlora_kit.optim import adamw
+
+    ours, theirs = parameters(), parameters()
+    train(theirs, FlatAdamW(theirs, **OPTIONS), range(3), sometimes)
+    monkeypatch.setattr(adamw, "CPU_CHUNK", 1024)
+    train(ours, FlatAdamW(ours, **OPTIONS), range(3), sometimes)
+    assert same_bits(ours, theirs)
+
+
 def test_groups_schedules_and_accumulation() -> None:
     """Two groups with rates of their own under a schedule, batches accumulated in `.grad`."""
     results = []
