@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_kit.core.errors import BackendError, ShapeError
-from qlora_kit.ops.attention import chunked, pair
+from qlora_kit.ops.attention import chunked, flash, pair
 from qlora_kit.ops.attention.choose import BACKENDS, choose, force_attention, order
 from qlora_kit.ops.attention.pair import attention_backward, attention_forward
 from qlora_kit.ops.attention.rule import AttentionRule, Call, Documents
@@ -280,3 +280,43 @@ def test_misfits_are_refused():
         AttentionRule(scale=1.0, window=0)
     with pytest.raises(ShapeError, match="softcap"):
         AttentionRule(scale=1.0, softcap=0.0)
+
+
+@pytest.fixture
+def package(monkeypatch):
+    """A FlashAttention 3 that seems to be installed, and what torch was told."""
+    told = []
+    flash.activate_installed.cache_clear()
+    monkeypatch.setattr(flash, "find_spec", lambda name: name == "flash_attn_interface")
+    attention = torch.nn.attention
+    monkeypatch.setattr(attention, "list_flash_attention_impls", lambda: ["FA3"], raising=False)
+    monkeypatch.setattr(attention, "current_flash_attention_impl", lambda: None, raising=False)
+    monkeypatch.setattr(attention, "activate_flash_attention_impl", told.append, raising=False)
+    yield told
+    flash.activate_installed.cache_clear()
+
+
+def test_an_installed_package_is_used_once(package):
+    assert [flash.activate_installed(major) for major in (8, 9, 9, 12)] == [
+        None,
+        "FA3",
+        "FA3",
+        None,
+    ]
+    assert package == ["FA3"]
+
+
+def test_what_a_user_activated_stays(package, monkeypatch):
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: "FA4")
+    assert flash.activate_installed(9) is None
+    assert package == []
+
+
+def test_a_broken_package_is_said_and_not_used(package, monkeypatch, caplog):
+    def fail(name):
+        raise ImportError("libcudart.so.11 not found")
+
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", fail)
+    with caplog.at_level("INFO", logger="qlora_kit"):
+        assert flash.activate_installed(9) is None
+    assert "libcudart.so.11" in caplog.text

@@ -2,9 +2,14 @@
 
 `aten::_flash_attention_forward` and `_flash_attention_backward` take (B, T, H, D) tensors of
 any strides with a contiguous last dimension, fewer heads for k and v, a left window, and
-(tokens, H, D) tensors with the documents' starts: FlashAttention 2, and FlashAttention 3 or 4
-where `torch.nn.attention.activate_flash_attention_impl` has put an installed package in its
-place. The output is dense in the order of q's strides: contiguous for our views.
+(tokens, H, D) tensors with the documents' starts. The output is dense in the order of q's
+strides: contiguous for our views.
+
+torch's own kernels are FlashAttention 2. On Hopper FlashAttention 3 is faster, and torch has a
+switch that puts an installed package behind the same ops (`activate_flash_attention_impl`, of
+the whole process): if `flash_attn_interface` is there, it is turned at the first call. What a
+user has activated (FlashAttention 4, say) stays. The package of FlashAttention 2 holds torch's
+kernels over again and is not used.
 
 The backward adds to dq from several thread blocks in any order, unless
 `torch.use_deterministic_algorithms` is on when it is called; there is no argument for it. So
@@ -16,10 +21,13 @@ The kernels know a softcap, but torch compiles them without; `chunked` serves it
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from qlora_kit.core.log import log_once
 from qlora_kit.ops.attention.rule import AttentionRule, Call, Documents
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -54,6 +62,35 @@ def _refuses_on_gpu(call: Call) -> str | None:  # needs a GPU
     return None
 
 
+@cache
+def activate_installed(major: int) -> str | None:
+    """Put an installed FlashAttention 3 behind torch's ops, once.
+
+    Args:
+        major: of the GPU's compute capability.
+
+    Returns:
+        `"FA3"` if it serves from now on; None if it does not, or something else does already.
+
+    Example:
+        >>> activate_installed(8) is None  # it is written for Hopper
+        True
+    """
+    if major != 9 or find_spec("flash_attn_interface") is None:
+        return None
+    known: list[str] = getattr(nn.attention, "list_flash_attention_impls", list)()  # torch 2.11
+    current = getattr(nn.attention, "current_flash_attention_impl", lambda: None)()
+    if "FA3" not in known or current is not None:
+        return None
+    try:
+        nn.attention.activate_flash_attention_impl("FA3")
+    except (ImportError, OSError, RuntimeError) as error:
+        log_once(f"attention: the installed FlashAttention 3 does not load: {error}")
+        return None
+    log_once("attention: FlashAttention 3, an installed package, serves as flash")
+    return "FA3"
+
+
 @contextmanager
 def _deterministic(wanted: bool) -> Iterator[None]:
     """Turn torch's switch on for one call."""
@@ -84,6 +121,7 @@ def forward(  # needs a GPU
     Returns:
         (B, T, Hq, D) contiguous; (B, Hq, T) float32 logsumexp.
     """
+    activate_installed(torch.cuda.get_device_capability(q.device)[0])
     starts, longest = (None, q.shape[1]) if documents is None else _lengths(documents)
     if starts is not None:
         q, k, v = q[0], k[0], v[0]
