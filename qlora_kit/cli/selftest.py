@@ -5,11 +5,13 @@ kernel that miscompiles on one GPU, on the machine where it happens.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlora_kit.ops.backend import force_backend
+from qlora_kit.ops.cross_entropy.op import cross_entropy, cross_entropy_
 from qlora_kit.ops.gated_activation.op import (
     KINDS,
     gated_activation,
@@ -245,6 +247,31 @@ def _gated_errors(device: torch.device) -> Iterator[tuple[str, float, float]]:
             yield from _worst(errors, dtype, bound, f" {kind}")
 
 
+def _cross_entropy_errors(device: torch.device) -> Iterator[tuple[str, float, float]]:
+    """Rows that fit on a processor and one that does not, of any alignment; an ignored row."""
+    rules: tuple[dict[str, Any], ...] = ({"scale": 0.5}, {"softcap": 5.0, "label_smoothing": 0.1})
+    for dtype in _DTYPES:
+        of_losses: dict[str, list[float]] = {"losses": []}
+        of_gradient: dict[str, list[float]] = {"gradient": []}
+        for v in (515, 131_072):
+            for rule in rules:
+                logits = (4 * _random(3, v + 3)).to(device, dtype)[:, :v]
+                targets = torch.tensor([v - 1, -100, 7], device=device)
+                factor = torch.tensor(2.0, device=device)
+                options = {**rule, "ignore_index": -100}
+                with force_backend("reference"):
+                    exact = logits.double()
+                    wanted = cross_entropy_(exact, targets, factor=factor.double(), **options)
+                losses = cross_entropy(logits, targets, **options)
+                again = cross_entropy_(logits, targets, factor=factor, **options)
+                of_losses["losses"].append(_total((losses, again), (wanted, wanted)))
+                of_gradient["gradient"].append(_error(logits, exact))
+        # float32 sums, powers and products of logits up to 16; one rounding of the gradient
+        slack = 64 * torch.finfo(torch.float32).eps
+        yield from _worst(of_losses, dtype, slack)
+        yield from _worst(of_gradient, dtype, torch.finfo(dtype).eps + slack)
+
+
 def _worst(
     errors: dict[str, list[float]], dtype: torch.dtype, bound: float, kind: str = ""
 ) -> Iterator[tuple[str, float, float]]:
@@ -255,6 +282,7 @@ def _worst(
 
 
 OP_TESTS = {
+    "cross_entropy": _cross_entropy_errors,
     "gated_activation": _gated_errors,
     "nf4_dequantize": _dequantize_errors,
     "nf4_linear": _linear_errors,
