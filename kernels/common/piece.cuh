@@ -69,7 +69,8 @@ struct Repeated {
 
     __device__ __forceinline__ void read(long long at, float (&v)[COUNT]) const {
         if (wide) {
-            const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(base) + at);
+            const float* first = static_cast<const float*>(base) + at;
+            const float4* from = reinterpret_cast<const float4*>(first);
 #pragma unroll
             for (int i = 0; i < COUNT / 4; ++i) {
                 const float4 four = __ldg(from + i);

@@ -11,13 +11,15 @@
 // Outputs may be inputs: a thread reads its values of all inputs before it writes.
 #include "common/piece.cuh"
 
-constexpr float HALF_ROOT = 0.70710678118654752440f;       // sqrt(1/2)
-constexpr float DENSITY = 0.39894228040143267794f;         // 1/sqrt(2 pi)
-constexpr float TWICE = 1.59576912160573071176f;           // 2 sqrt(2/pi)
+constexpr float HALF_ROOT = 0.70710678118654752440f;  // sqrt(1/2)
+constexpr float DENSITY = 0.39894228040143267794f;    // 1/sqrt(2 pi)
+constexpr float TWICE = 1.59576912160573071176f;      // 2 sqrt(2/pi)
 constexpr float CUBIC = 0.044715f;
 
 // 1 / (1 + e^-v): exact at both ends, for the reciprocal of infinity is zero.
-__device__ __forceinline__ float sigmoid(float v) { return __frcp_rn(__fadd_rn(1.f, expf(-v))); }
+__device__ __forceinline__ float sigmoid(float v) {
+    return __frcp_rn(__fadd_rn(1.f, expf(-v)));
+}
 
 // act(gate) = gate * share(gate), and the derivative of act. 1 - sigmoid(v) is sigmoid(v) * e^-v,
 // but the difference is as good here: it is multiplied by sigmoid(v).
@@ -135,29 +137,29 @@ __device__ __forceinline__ void backward(const void* dact, const void* gate_up, 
 }
 
 // Arguments in the order of qlora_kit/ops/gated_activation/cuda.py.
-#define GATED_ACTIVATION(NAME, T, ACT_NAME, ACT, KIND, PIECES)                                    \
-    extern "C" __global__ void __launch_bounds__(256)                                             \
-        gated_activation_##NAME##_##ACT_NAME##_##KIND(                                            \
-            const void* gate_up, void* out, long long rows, long long f, long long together,      \
-            long long gate_up_row, long long out_row) {                                           \
-        forward<T, ACT, PIECES>(gate_up, out, static_cast<u32>(rows), static_cast<u32>(f),        \
-                                static_cast<u32>(together), gate_up_row, out_row);                \
-    }                                                                                             \
-    extern "C" __global__ void __launch_bounds__(256)                                             \
-        gated_activation_##NAME##_backward_##ACT_NAME##_##KIND(                                   \
-            const void* dact, const void* gate_up, void* d_gate_up, void* act, long long rows,    \
-            long long f, long long together, long long dact_row, long long gate_up_row,           \
-            long long d_gate_up_row, long long act_row) {                                         \
-        backward<T, ACT, PIECES>(dact, gate_up, d_gate_up, act, static_cast<u32>(rows),           \
-                                 static_cast<u32>(f), static_cast<u32>(together), dact_row,       \
-                                 gate_up_row, d_gate_up_row, act_row);                            \
+#define GATED_ACTIVATION(NAME, T, ACT_NAME, ACT, KIND, PIECES)                                 \
+    extern "C" __global__ void __launch_bounds__(256)                                          \
+        gated_activation_##NAME##_##ACT_NAME##_##KIND(                                         \
+            const void* gate_up, void* out, long long rows, long long f, long long together,   \
+            long long gate_up_row, long long out_row) {                                        \
+        forward<T, ACT, PIECES>(gate_up, out, static_cast<u32>(rows), static_cast<u32>(f),     \
+                                static_cast<u32>(together), gate_up_row, out_row);             \
+    }                                                                                          \
+    extern "C" __global__ void __launch_bounds__(256)                                          \
+        gated_activation_##NAME##_backward_##ACT_NAME##_##KIND(                                \
+            const void* dact, const void* gate_up, void* d_gate_up, void* act, long long rows, \
+            long long f, long long together, long long dact_row, long long gate_up_row,        \
+            long long d_gate_up_row, long long act_row) {                                      \
+        backward<T, ACT, PIECES>(dact, gate_up, d_gate_up, act, static_cast<u32>(rows),        \
+                                 static_cast<u32>(f), static_cast<u32>(together), dact_row,    \
+                                 gate_up_row, d_gate_up_row, act_row);                         \
     }
 
-#define GATED_ACTIVATION_BOTH(NAME, T, ACT_NAME, ACT)         \
-    GATED_ACTIVATION(NAME, T, ACT_NAME, ACT, pieces, true)    \
+#define GATED_ACTIVATION_BOTH(NAME, T, ACT_NAME, ACT)      \
+    GATED_ACTIVATION(NAME, T, ACT_NAME, ACT, pieces, true) \
     GATED_ACTIVATION(NAME, T, ACT_NAME, ACT, ones, false)
 
-#define GATED_ACTIVATION_ALL(NAME, T)                       \
-    GATED_ACTIVATION_BOTH(NAME, T, silu, Silu)              \
-    GATED_ACTIVATION_BOTH(NAME, T, gelu_tanh, GeluTanh)     \
+#define GATED_ACTIVATION_ALL(NAME, T)                   \
+    GATED_ACTIVATION_BOTH(NAME, T, silu, Silu)          \
+    GATED_ACTIVATION_BOTH(NAME, T, gelu_tanh, GeluTanh) \
     GATED_ACTIVATION_BOTH(NAME, T, gelu, Gelu)

@@ -260,13 +260,13 @@ __device__ __forceinline__ void backward_any(const void* dy, const void* x, cons
         if (residual) residual = row_at<T>(residual, place.at(residual_row, residual_head));      \
         if (normalized)                                                                           \
             normalized = row_at<T>(normalized, place.at(normalized_row, normalized_head));        \
-        BACKWARD(row_at<T>(dy, place.at(dy_row, dy_head)),                                        \
-                 row_at<T>(x, place.at(x_row, x_head)), gain, residual,                           \
-                 row_at<T>(dx, place.at(dx_row, dx_head)), normalized, place, h, eps);            \
+        BACKWARD(row_at<T>(dy, place.at(dy_row, dy_head)), row_at<T>(x, place.at(x_row, x_head)), \
+                 gain, residual, row_at<T>(dx, place.at(dx_row, dx_head)), normalized, place, h,  \
+                 eps);                                                                            \
     }
 
-#define RMS_NORM_ALL(NAME, T)                                        \
-    RMS_NORM(NAME, T, 1, (forward<T, 1>), (backward<T, 1>))          \
-    RMS_NORM(NAME, T, 2, (forward<T, 2>), (backward<T, 2>))          \
-    RMS_NORM(NAME, T, 4, (forward<T, 4>), (backward<T, 4>))          \
+#define RMS_NORM_ALL(NAME, T)                               \
+    RMS_NORM(NAME, T, 1, (forward<T, 1>), (backward<T, 1>)) \
+    RMS_NORM(NAME, T, 2, (forward<T, 2>), (backward<T, 2>)) \
+    RMS_NORM(NAME, T, 4, (forward<T, 4>), (backward<T, 4>)) \
     RMS_NORM(NAME, T, any, (forward_any<T>), (backward_any<T>))
