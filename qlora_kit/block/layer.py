@@ -322,9 +322,10 @@ def _displace(
 ) -> None:
     """Backward of `_place`: from gradients of heads to (M, n) that of the projection."""
     parts = _split(d, out)
-    for part, gradient in zip(parts, gradients, strict=True):
-        part.copy_(gradient.view(part.shape))
-    rotary_(_turned(d, out), call.cos, call.sin, inverse=True)
+    of_q, of_k, of_v = (g.view(part.shape) for g, part in zip(gradients, parts, strict=True))
+    rotary_(parts[0], call.cos, call.sin, inverse=True, source=of_q)
+    rotary_(parts[1], call.cos, call.sin, inverse=True, source=of_k)
+    parts[2].copy_(of_v)
     if projected is None or d.query_norm is None or d.key_norm is None:
         return
     before = _split(d, projected)

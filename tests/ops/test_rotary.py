@@ -207,3 +207,20 @@ def test_many_tokens(heads):
         runs.append(buffer.view)
     truth(given, cos, sin, False).check(runs[0])
     assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("width", "turned"), [(16, 16), (20, 12), (5, 2)])
+def test_from_one_tensor_into_another(backend, width, turned):
+    """A source is turned into a part of a wider buffer, the values without angle along with it."""
+    device = device_of(backend)
+    generator = torch.Generator().manual_seed(width)
+    source = torch.randn(6, 3, width, generator=generator).to(device, torch.bfloat16)
+    angle = torch.randn(3, turned // 2, generator=generator).repeat(1, 2).to(device)
+    buffer = torch.full((6, 3 * width + 8), 7.0, device=device, dtype=torch.bfloat16)
+    heads, (cos, sin) = buffer[:, : 3 * width].unflatten(1, (3, width)), (angle.cos(), angle.sin())
+    with force_backend(backend):
+        got = rotary_(heads, cos, sin, source=source)
+        assert torch.equal(got, rotary_(source.clone(), cos, sin))
+    assert bool((buffer[:, 3 * width :] == 7).all())
+    assert not torch.equal(got, source)

@@ -19,14 +19,17 @@ def serves(tensor: Tensor) -> bool:
     return tensor.dtype in _KERNELS and nf4_dequantize.serves(tensor)
 
 
-def rotate_(heads: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
-    """Turn pairs of values in place; see `reference.rotate_`.
+def rotate_(
+    heads: Tensor, cos: Tensor, sin: Tensor, inverse: bool, source: Tensor | None = None
+) -> None:
+    """Turn pairs of values; see `reference.rotate_`.
 
     Args:
         heads: (M, G, D), on a CUDA device, modified.
         cos: (rows, R).
         sin: (rows, R).
         inverse: turn the other way.
+        source: as heads, read instead; or None.
     """
     half = cos.shape[-1] // 2
     if not heads.numel() or not half:
@@ -35,7 +38,8 @@ def rotate_(heads: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
         cos, sin = cos.float(), sin.float()
     if half > 1 and (cos.stride(1) != 1 or sin.stride(1) != 1):
         cos, sin = cos.contiguous(), sin.contiguous()
-    whole = in_pieces(half, heads) and in_pieces(half, cos, sin)
+    source = heads if source is None else source
+    whole = in_pieces(half, heads, source) and in_pieces(half, cos, sin)
     tokens, count, _ = heads.shape
     steps = half * heads.element_size() // PIECE_BYTES if whole else half
     grid, block, together = spread(tokens, count * steps)
@@ -46,6 +50,7 @@ def rotate_(heads: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
         block,
         (
             heads,
+            source,
             cos,
             sin,
             cos.dtype == torch.float32,
@@ -56,6 +61,7 @@ def rotate_(heads: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
             cos.shape[0],
             together,
             *heads.stride()[:2],
+            *source.stride()[:2],
             cos.stride(0),
             sin.stride(0),
         ),

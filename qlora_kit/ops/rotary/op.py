@@ -1,4 +1,4 @@
-"""`rotary_`: rotary position embeddings, in place.
+"""`rotary_`: rotary position embeddings, in place or from one tensor into another.
 
 Values j and j + R/2 of a head are a point in the plane, which turns by an angle that
 depends on the token's position and on j:
@@ -17,7 +17,7 @@ from torch import Tensor
 from qlora_kit.core.errors import ShapeError
 from qlora_kit.ops import jit
 from qlora_kit.ops.backend import Backend, register_backend, resolve
-from qlora_kit.ops.layout import DTYPES, check_rows, check_unrecorded
+from qlora_kit.ops.layout import DTYPES, check_like, check_rows, check_unrecorded
 from qlora_kit.ops.rotary import cuda, reference
 
 OP = "rotary"
@@ -26,8 +26,15 @@ register_backend(OP, Backend("reference", reference, lambda tensor: True, lambda
 register_backend(OP, Backend("cuda", cuda, cuda.serves, jit.is_available))
 
 
-def rotary_(heads: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
-    """Turn the first R values of every head by its token's angles, in place.
+def rotary_(
+    heads: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    inverse: bool = False,
+    source: Tensor | None = None,
+) -> Tensor:
+    """Turn the first R values of every head by its token's angles.
 
     Args:
         heads: (M, G, D) float32, bfloat16 or float16, any distance between tokens and
@@ -38,6 +45,8 @@ def rotary_(heads: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -
             token m then uses row m % rows.
         sin: (rows, R), of the dtype of `cos`.
         inverse: turn the other way, as the backward does.
+        source: as heads, whose values are turned and go to heads, those from R on as well;
+            None for heads itself. Must not overlap heads.
 
     Returns:
         `heads`.
@@ -55,10 +64,14 @@ def rotary_(heads: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -
         >>> rotary_(heads, angle.cos(), angle.sin(), inverse=True)
         tensor([[[1., 0.]]])
     """
-    check_unrecorded(OP, heads, cos, sin)
+    check_unrecorded(OP, heads, cos, sin, source)
     check_rows(OP, "heads", heads, (3,))
+    check_like(OP, "source", source, heads, heads.shape)
     _check_angles(heads, cos, sin)
-    torch.ops.qlora_kit.rotary_.default(heads, cos, sin, inverse)
+    turned = cos.shape[1]
+    if source is not None and turned < heads.shape[2]:
+        heads[..., turned:].copy_(source[..., turned:])
+    torch.ops.qlora_kit.rotary_.default(heads, cos, sin, inverse, source)
     return heads
 
 
@@ -84,11 +97,15 @@ def _check_angles(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 _LIBRARY = torch.library.Library("qlora_kit", "FRAGMENT")
-_LIBRARY.define("rotary_(Tensor(a!) heads, Tensor cos, Tensor sin, bool inverse) -> ()")
+_LIBRARY.define(
+    "rotary_(Tensor(a!) heads, Tensor cos, Tensor sin, bool inverse, Tensor? source=None) -> ()"
+)
 
 
-def _rotate(heads: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
-    resolve(OP, heads).rotate_(heads, cos, sin, inverse)
+def _rotate(
+    heads: Tensor, cos: Tensor, sin: Tensor, inverse: bool, source: Tensor | None = None
+) -> None:
+    resolve(OP, heads).rotate_(heads, cos, sin, inverse, source)
 
 
 # By hand, as docs/decisions/0005 says. Nothing is returned, so a fake has nothing to make.
@@ -96,5 +113,5 @@ _LIBRARY.impl("rotary_", _rotate, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("qlora_kit::rotary_")
-def _(heads: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
+def _(heads: Tensor, cos: Tensor, sin: Tensor, inverse: bool, source: Tensor | None = None) -> None:
     return None
