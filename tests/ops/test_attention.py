@@ -217,6 +217,20 @@ def calls(monkeypatch):
     return seen
 
 
+def test_what_a_gpu_cannot_read_16_bytes_at_a_time_is_copied():
+    case = make_case((2, 9, 4, 2, 8), dtype=torch.bfloat16)
+    kept = pair._aligned("flash", case.q, case.k, case.v)
+    assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in (case.q, case.k, case.v)]
+    shifted = torch.zeros(2 * 9 * 16 + 1, dtype=torch.bfloat16)[1:].view(2, 9, 2, 8)
+    narrow = torch.zeros(2, 9, 20, dtype=torch.bfloat16)[..., :16].view(2, 9, 2, 8)
+    for odd in (shifted, narrow):
+        (copied,) = pair._aligned("cudnn", odd)
+        assert copied.data_ptr() != odd.data_ptr()
+        assert copied.is_contiguous()
+        assert pair._aligned("chunked", odd)[0] is odd
+    assert pair._is_aligned(torch.zeros(1, 9, 2, 8)[:, :, :1])  # a head's step is never taken
+
+
 def test_documents_of_one_length_are_rows(calls):
     case = make_case((2, 40, 4, 2, 16), documents=(20,))
     Truth(case).check(run(case), "documents of 20")

@@ -102,6 +102,21 @@ def test_kernels_write_what_the_caller_gets(name):
         assert grown <= out.nbytes + saved[0].nbytes + (1 << 20), grown
 
 
+@pytest.mark.parametrize("rule", [{}, {"documents": LENGTHS}], ids=["plain", "documents"])
+@pytest.mark.parametrize("name", ["cudnn", "flash"])
+def test_odd_memory(name, rule):
+    """Rows that start anywhere: kernels that read 16 bytes at a time get copies."""
+    case = make((2, 300, 4, 2, 64), **rule)
+    served(name, case)
+    shape = case.q.shape
+    wide = torch.zeros(2 * 300, 4 * 64 + 3, device="cuda", dtype=torch.bfloat16)
+    wide[:, 3:] = case.q.reshape(600, -1)
+    case.q = wide[:, 3:].view(shape)
+    case.dout = torch.cat([case.dout.new_zeros(1), case.dout.flatten()])[1:].view(shape)
+    with force_attention(name):
+        Truth(case).check(run(case), name)
+
+
 @pytest.mark.parametrize("rule", RULES[:5], ids=lambda rule: "-".join(rule) or "plain")
 @pytest.mark.parametrize("shape", [(1, 4096, 32, 8, 128), (2, 2000, 8, 8, 64)])
 def test_deterministic_results_repeat(shape, rule):

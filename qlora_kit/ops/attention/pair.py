@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from qlora_kit.core.errors import ShapeError
+from qlora_kit.core.log import log_once
 from qlora_kit.ops.attention.choose import BACKENDS, choose
 from qlora_kit.ops.attention.rule import AttentionRule, Call, Documents
 
 __all__ = ["AttentionRule", "Documents", "Saved", "attention_backward", "attention_forward"]
+
+_ALIGNMENT_BYTES = 16
 
 Saved = tuple[Tensor]
 """What the backward needs beside q, k, v and out."""
@@ -59,6 +62,7 @@ def attention_forward(
     documents, (q, k, v) = _as_rows(documents, q, k, v)
     rule = _in_use(rule, q, documents)
     name = choose(Call.of(q, rule, documents=documents is not None))
+    q, k, v = _aligned(name, q, k, v)
     out, lse = BACKENDS[name].forward(q, k, v, rule, documents)
     return out.contiguous().view(shape), (lse.reshape(-1),)
 
@@ -114,6 +118,7 @@ def attention_backward(
     rule = _in_use(rule, q, documents)
     lse = saved[0].view(q.shape[0], q.shape[2], q.shape[1])
     name = choose(Call.of(q, rule, documents=documents is not None))
+    dout, q, k, v, out = _aligned(name, dout, q, k, v, out)
     dq, dk, dv = BACKENDS[name].backward(dout, q, k, v, out, lse, rule, documents)
     return dq.contiguous().view(of_q), dk.contiguous().view(of_k), dv.contiguous().view(of_k)
 
@@ -136,6 +141,27 @@ def _in_use(rule: AttentionRule, q: Tensor, documents: Documents | None) -> Atte
     if rule.window is None or rule.window < reach:
         return rule
     return replace(rule, window=None)
+
+
+def _aligned(name: str, *tensors: Tensor) -> list[Tensor]:
+    """Copies of those tensors that a kernel of a GPU could not read 16 bytes at a time."""
+    if name not in ("cudnn", "flash"):
+        return list(tensors)
+    return [
+        t if _is_aligned(t) else t.clone(memory_format=torch.contiguous_format) for t in tensors
+    ]
+
+
+def _is_aligned(t: Tensor) -> bool:
+    size = t.element_size()
+    steps = (step * size for step, n in zip(t.stride()[:-1], t.shape, strict=False) if n > 1)
+    if t.data_ptr() % _ALIGNMENT_BYTES or any(step % _ALIGNMENT_BYTES for step in steps):
+        log_once(
+            f"attention: copies tensors whose rows are not {_ALIGNMENT_BYTES} bytes apart: "
+            f"strides {t.stride()} of {t.dtype}, from byte {t.data_ptr() % _ALIGNMENT_BYTES}"
+        )
+        return False
+    return True
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> None:
