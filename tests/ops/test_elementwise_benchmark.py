@@ -21,7 +21,21 @@ def test_it_measures_and_records(monkeypatch, tmp_path, capsys):
     assert {"rms_norm", "rms_norm_backward", "rotary_"} < ops
     assert {row["impl"] for row in rows} == {"ours", "copy"}
     assert all(row["us"] > 0 for row in rows)
-    assert "of a copy" in capsys.readouterr().out
+    assert benchmark.summary(rows) in capsys.readouterr().out
+
+
+def test_ours_is_compared_with_what_was_compiled():
+    ours = {"op": "rotary_", "shape": "16x4x16", "impl": "ours", "us": 2.0, "of_copy": 0.93}
+    compiled = ours | {"impl": "compiled", "us": 3.0, "host_us": 31.2}
+    other = compiled | {"shape": "8x4x16", "us": 9.0}
+    (line,) = benchmark.summary([other, ours | {"host_us": 12.1}, compiled]).splitlines()
+    assert (
+        line.split()
+        == (
+            "rotary_ 16x4x16 2.0 us 93.0% of a copy, 1.50x as fast as compiled; "
+            "host: ours 12 us, compiled 31 us"
+        ).split()
+    )
 
 
 def test_bytes_are_counted():
