@@ -35,6 +35,8 @@ class Outcome:
     """How long it ran."""
     tail: tuple[str, ...]
     """Its last lines that were not shown."""
+    stages: tuple[str, ...]
+    """Its stage lines."""
 
     @property
     def reason(self) -> str:
@@ -88,6 +90,7 @@ def run_process(
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(process, lines), daemon=True).start()
     tail: deque[str] = deque(maxlen=_KEPT_LINES)
+    stages: list[str] = []
     timed_out = False
     while True:
         left = limit_seconds - (time.monotonic() - began)
@@ -101,6 +104,7 @@ def run_process(
         if line is None:
             break
         if line.startswith(STAGE_MARK):
+            stages.append(line.rstrip())
             if show:
                 print("   " + line.rstrip(), flush=True)
         else:
@@ -109,7 +113,11 @@ def run_process(
         _end(process)
     code = process.wait()
     return Outcome(
-        code=code, timed_out=timed_out, seconds=time.monotonic() - began, tail=tuple(tail)
+        code=code,
+        timed_out=timed_out,
+        seconds=time.monotonic() - began,
+        tail=tuple(tail),
+        stages=tuple(stages),
     )
 
 

@@ -157,6 +157,8 @@ class Subject:
     """Clips the gradients, where the optimizer knows a better way than torch's."""
     trainer: Callable[[Point, str, int], list[float]] | None = None
     """Milliseconds of so many steps of a kind inside the library's own training loop."""
+    save: Callable[[Path], None] | None = None
+    """Writes the adapter in PEFT's format."""
     _zero: list[nn.Parameter] | None = None
 
     def restart(self) -> None:

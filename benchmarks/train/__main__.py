@@ -31,10 +31,11 @@ from benchmarks.harness.process import Outcome, run_process
 from benchmarks.harness.record import write_record
 from benchmarks.harness.subject import Job, Point
 from benchmarks.train.cases import CAP_GIB, CASES, IMPLS, UNSLOTH_VARIANTS, Options, plan
-from benchmarks.train.child import BUILDERS, first_fields
+from benchmarks.train.child import BUILDERS, command, first_fields
 from benchmarks.train.table import report
 
 Row = dict[str, Any]
+CHILD = "benchmarks.train.child"
 
 
 def read_rows(file: Path) -> list[Row]:
@@ -63,19 +64,14 @@ class Session:
         """Of the whole run."""
         return float(self.arguments.total_seconds - (time.monotonic() - self.began))
 
-    def start(self, module: str, *words: str, environment: dict[str, str] | None = None) -> Outcome:
-        """Run one of our modules in a fresh process."""
+    def start(self, words: Sequence[str], environment: dict[str, str] | None = None) -> Outcome:
+        """Run a fresh process."""
         limit = min(self.arguments.limit_seconds, self.seconds_left())
-        return run_process(
-            [sys.executable, "-m", module, *words],
-            limit_seconds=limit,
-            environment=environment,
-            folder=self.scratch,
-        )
+        return run_process(words, limit_seconds=limit, environment=environment, folder=self.scratch)
 
     def measure_peaks(self) -> None:
         """The card's rates, which MFU is a share of."""
-        outcome = self.start("benchmarks.harness.timing")
+        outcome = self.start([sys.executable, "-m", "benchmarks.harness.timing"])
         if outcome.reason:
             sys.exit("measuring the card's rates failed: " + "\n".join(outcome.tail))
         self.peaks = json.loads(outcome.tail[-1])
@@ -90,8 +86,9 @@ class Session:
             print(f"checkpoint: {folder}", flush=True)
             return folder
         print(f"checkpoint: making {folder}", flush=True)
-        words = [model, str(folder), "--storage", storage, "--dtype", self.arguments.dtype]
-        outcome = self.start("benchmarks.harness.checkpoint", *words)
+        words = [sys.executable, "-m", "benchmarks.harness.checkpoint", model, str(folder)]
+        words += ["--storage", storage, "--dtype", self.arguments.dtype]
+        outcome = self.start(words)
         if outcome.reason:
             shutil.rmtree(folder, ignore_errors=True)
             sys.exit(f"no checkpoint of {model}: {outcome.reason}\n" + "\n".join(outcome.tail))
@@ -112,7 +109,7 @@ class Session:
             described.write_text(now.to_json(), encoding="utf-8")
             build = job.build
             print(f"{build.impl} {build.variant} {build.model} {build.method}", flush=True)
-            outcome = self.start("benchmarks.train.child", str(described), environment=environment)
+            outcome = self.start(command(CHILD, build, described), environment)
             found = read_rows(file)
             self.rows += found
             left = left[len(found) :]
@@ -121,7 +118,7 @@ class Session:
             reason = outcome.reason or "ended without a row"
             print(f"   failed: {reason}", *outcome.tail[-15:], sep="\n     ", flush=True)
             self._give_up(job, left[:1], reason)
-            if not found:  # it would fail in the same way again
+            if not any("s  point" in line for line in outcome.stages):  # nothing was built
                 self._give_up(job, left[1:], reason)
                 return
             left = left[1:]

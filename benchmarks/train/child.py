@@ -12,6 +12,7 @@ import importlib
 import json
 import statistics
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -45,6 +46,25 @@ BUILDERS = {
     "unsloth": "benchmarks.peers.unsloth_fast",
 }
 """Library to the module that has its `build` and `environment`."""
+
+
+def command(module: str, build: Build, file: Path) -> list[str]:
+    """The command line of a fresh process for a library.
+
+    Unsloth asks to be imported before anything else, torch's allocator included.
+
+    Args:
+        module: with a `main` that reads its first argument.
+        build: whose library it is.
+        file: the argument.
+
+    Returns:
+        Program and arguments.
+    """
+    if build.impl == "unsloth" and build.device == "cuda" and find_spec("unsloth") is not None:
+        code = f"import unsloth; from {module} import main; main()"
+        return [sys.executable, "-c", code, str(file)]
+    return [sys.executable, "-m", module, str(file)]
 
 
 def first_fields(build: Build, point: Point) -> dict[str, object]:
@@ -170,9 +190,7 @@ def run_job(job: Job, stage: Stage) -> None:
         stage: told what ends.
     """
     module = importlib.import_module(BUILDERS[job.build.impl])
-    with PeakMemory(interval_s=0.02) as memory:
-        if job.build.device == "cuda":
-            start_counting(job.points[0].cap_gib)
+    with PeakMemory(interval_s=0.05) as memory:
         try:
             subject: Subject = module.build(job.build, stage)
         except NotPossible as reason:

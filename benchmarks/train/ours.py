@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from benchmarks.harness.steps import StepClock
@@ -28,13 +28,14 @@ from benchmarks.harness.subject import (
 )
 from qlora_kit.adapters.config import METHODS
 from qlora_kit.adapters.inject import AttachedAdapter, attach, load_adapter
-from qlora_kit.block.install import fuse_blocks, why_not_fused
+from qlora_kit.block.install import why_not_fused
 from qlora_kit.load.model import load
 from qlora_kit.optim.create import flat_optimizer
 from qlora_kit.train.arguments import training_arguments
 from qlora_kit.train.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from qlora_kit.train.data.collate import PadCollator
 from qlora_kit.train.loss import causal_lm_loss
+from qlora_kit.train.step import MASKLESS, fused_inputs, prepare_model
 from qlora_kit.train.trainer import Trainer
 
 _ROW = {"input_ids": [1, 2], "labels": [1, 2]}
@@ -46,11 +47,14 @@ def environment(_build: Build) -> dict[str, str]:
 
 
 @contextmanager
-def policy_context(model: PreTrainedModel, policy: str, step: str) -> Iterator[str]:
+def policy_context(
+    model: PreTrainedModel, arguments: TrainingArguments, policy: str, step: str
+) -> Iterator[str]:
     """Run the model's layers under an activation policy while the context lasts.
 
     Args:
         model: with an adapter.
+        arguments: of the Trainer, which prepares its models in the same way.
         policy: see `qlora_kit.block.policy`; the eager step knows `save` and `recompute_all`.
         step: `fused`, `eager`, or `auto` for fused where the model's layers can be.
 
@@ -62,7 +66,8 @@ def policy_context(model: PreTrainedModel, policy: str, step: str) -> Iterator[s
     """
     reason = "eager was asked for" if step == "eager" else why_not_fused(model)
     if reason is None:
-        fused = fuse_blocks(model, activations=policy)
+        fused = prepare_model(model, arguments, "fused", policy)
+        assert fused is not None
         try:
             yield "fused"
         finally:
@@ -108,9 +113,20 @@ def build(build: Build, stage: Stage) -> Subject:
         )
         optimizer = trainer.create_optimizer()
     flat = flat_optimizer(optimizer)
+    ready = {"step": "eager"}
 
     def loss(batch: Batch) -> Tensor:
-        return causal_lm_loss(model, {**batch, "use_cache": False})
+        # Rows are padded on the right, if at all: what the Trainer's collator finds out.
+        inputs: Batch = {**batch, "use_cache": False}
+        if ready["step"] == "fused":
+            inputs = fused_inputs(inputs | {MASKLESS: True})
+        return causal_lm_loss(model, inputs)
+
+    @contextmanager
+    def prepare(policy: str) -> Iterator[str]:
+        with policy_context(model, trainer.args, policy, build.step) as step:
+            ready["step"] = step
+            yield step
 
     def in_trainer(point: Point, step: str, steps: int) -> list[float]:
         return trainer_steps(model, adapter, build, point, step, steps, optimizer)
@@ -120,9 +136,10 @@ def build(build: Build, stage: Stage) -> Subject:
         loss=loss,
         parameters=parameters,
         optimizer=optimizer,
-        prepare=lambda policy: policy_context(model, policy, build.step),
+        prepare=prepare,
         clip=None if flat is None else lambda: flat.clip_grad_norm(MAX_GRAD_NORM),
         trainer=in_trainer,
+        save=lambda folder: adapter.save(folder, base_model=build.checkpoint),
     )
 
 
