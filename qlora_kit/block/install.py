@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from qlora_kit.block.description import Description, describe, drops_activations, linears, why_not
 from qlora_kit.block.layer import Call, Kept, backward, forward
 from qlora_kit.block.offload import HostStore
-from qlora_kit.block.policy import parse_policy
+from qlora_kit.block.policy import parse_policy, recomputed, waits_on_host
 from qlora_kit.block.projection import Operands
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.core.log import log_once
@@ -97,12 +97,14 @@ class _Step(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, runner: Runner, call: Call, *parameters: Tensor) -> Tensor:
         rows = call.batch * call.length
         flat, fused = x.reshape(rows, -1), runner.fused
-        ctx.away = fused.host.put(runner.index, flat) if runner.policy == "offload" else None
         ctx.fused, ctx.spare = fused, fused.spare_before(runner)
         y, kept = forward(runner.description, flat, call, runner.policy)
         ctx.description, ctx.policy, ctx.call = runner.description, runner.policy, call
-        ctx.spent = False
-        ctx.save_for_backward(*kept.tensors())
+        ctx.spent, ctx.away = False, None
+        if waits_on_host(runner.policy):
+            ctx.away = fused.host.put(runner.index, kept.tensors())
+        else:
+            ctx.save_for_backward(*kept.tensors())
         return y.view(x.shape)
 
     @staticmethod
@@ -113,11 +115,9 @@ class _Step(torch.autograd.Function):
                 "a second backward pass through a fused layer, which reuses what it kept as it "
                 "goes. Run the forward pass again, or use the policy recompute_all."
             )
-        recompute = ctx.policy in ("recompute_all", "offload")
-        ctx.spent = not recompute or ctx.away is not None
-        kept = Kept(*ctx.saved_tensors)
-        if ctx.away is not None:
-            kept.x = ctx.fused.host.take(ctx.away)
+        ctx.spent = ctx.policy != "recompute_all"
+        away = ctx.away is not None
+        kept = Kept(*(ctx.fused.host.take(ctx.away) if away else ctx.saved_tensors))
         owned = ctx.fused.handed_out(dy)
         flat = dy.reshape(call.batch * call.length, -1)
         result = backward(
@@ -126,7 +126,7 @@ class _Step(torch.autograd.Function):
             kept,
             call,
             need_dx=ctx.needs_input_grad[0],
-            recompute=recompute,
+            recompute=recomputed(ctx.policy),
             owned=owned,
             spare=ctx.spare,
         )
@@ -199,7 +199,7 @@ class FusedBlocks:
 
     Attributes:
         policies: one word per layer.
-        host: where inputs wait under the policy `offload`.
+        host: where tensors wait under the policies that offload.
         handed: the gradient that the last layer's backward gave to the one before, which
             may write into the columns of memory beside it.
     """

@@ -2,13 +2,13 @@
 
 `forward` leaves behind what a policy wants kept, and `backward` computes the rest again:
 
-    kept                        save   recompute_elementwise   recompute_all
-    x, the layer's input         yes    yes                     yes
-    q, k, v; attention's output  yes    yes                     -
-    h, after attention           yes    yes                     -
-    gate, up                     yes    yes                     -
-    X·Aᵀ of the four groups      yes    yes                     -
-    normed x and h, activation   yes    -                       -
+    kept                        save   recompute_elementwise   recompute_mlp   recompute_all
+    x, the layer's input         yes    yes                     yes             yes
+    q, k, v; attention's output  yes    yes                     yes             -
+    h, after attention           yes    yes                     yes             -
+    gate, up                     yes    yes                     -               -
+    X·Aᵀ of the groups           yes    yes                     first two       -
+    normed x and h, activation   yes    -                       -               -
 
 With normed queries and keys (Qwen 3, Gemma 3) q and k are kept as projected too, and with
 norms behind attention and feed-forward (Gemma) those norms' inputs. A frozen A (LoRA-FA)
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.block.description import Description, Norm
+from qlora_kit.block.policy import recomputed
 from qlora_kit.block.projection import Group
 from qlora_kit.ops.attention.pair import Documents, attention_backward, attention_forward
 from qlora_kit.ops.gated_activation.op import gated_activation, gated_activation_backward
@@ -93,8 +94,7 @@ def forward(d: Description, x: Tensor, call: Call, policy: str) -> tuple[Tensor,
         d: the layer.
         x: (M, H).
         call: of the forward pass.
-        policy: one of `policy.POLICIES` (with `offload` the caller keeps x), or `nothing`
-            where no backward follows.
+        policy: one of `policy.POLICIES`, or `nothing` where no backward follows.
 
     Returns:
         y: (M, H).
@@ -118,10 +118,14 @@ def drop(d: Description, kept: Kept, policy: str) -> Kept:
     Returns:
         The policy's share. Small products are copied out of wide buffers that go.
     """
-    if policy in ("nothing", "offload"):
+    if policy == "nothing":
         return Kept()
-    if policy == "recompute_all":
+    again = recomputed(policy)
+    if again == "all":
         return Kept(x=kept.x)
+    if again == "mlp":
+        kept.normed_h = kept.gate_up = kept.act = kept.mlp_y = None
+        kept.small_gate_up = kept.small_down = None
     wide = policy == "save"
     for name, group in (("normed_x", d.qkv), ("normed_h", d.gate_up), ("act", d.down)):
         if not (wide and group.needs_input):
@@ -140,7 +144,7 @@ def backward(
     call: Call,
     *,
     need_dx: bool,
-    recompute: bool,
+    recompute: str = "elementwise",
     owned: bool = False,
     spare: int = 0,
 ) -> Gradients:
@@ -152,19 +156,22 @@ def backward(
         kept: what the forward left; its tensors are used up.
         call: of the forward pass.
         need_dx: whether the gradient in x is wanted.
-        recompute: whether only x was kept.
+        recompute: what the policy computes again; see `policy.recomputed`.
         owned: dy stands in a buffer of `d.down`, whose spare columns may be written.
         spare: columns of memory to leave beside dx, for the layer before to own.
 
     Returns:
         The gradients.
     """
-    if recompute:
-        assert kept.x is not None
+    assert kept.x is not None
+    if recompute == "all":
         x, kept = kept.x, Kept()
-        h = _attention(d, x, call, kept)
-        _mlp(d, h, kept, result=d.after_mlp is not None)
-        kept.x, kept.act = x, None  # the activation comes again, over its gradient
+        _attention(d, x, call, kept)
+        kept.x = x
+    if recompute != "elementwise":
+        assert kept.h is not None
+        _mlp(d, kept.h, kept, result=d.after_mlp is not None)
+        kept.act = None  # the activation comes again, over its gradient
     of_mlp, dh = _mlp_backward(d, dy, kept, owned)
     dx = dy.new_empty((dy.shape[0], dy.shape[1] + spare))[:, : dy.shape[1]] if need_dx else None
     of_attention = _attention_backward(d, dh, kept, call, dx)

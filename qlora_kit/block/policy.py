@@ -2,8 +2,10 @@
 
     save                    nothing is computed again
     recompute_elementwise   norms and activations are; matrix products and attention are not
-    recompute_all           everything but the last product, from the layer's input
-    offload                 likewise, and the input waits in pinned host memory
+    recompute_mlp           the feed-forward is, but for its last product
+    recompute_all           the layer is, but for that product
+    offload_attention       as recompute_mlp, and what is kept waits in pinned host memory
+    offload                 as recompute_all, likewise
 
 A model's policy is one of these words, or a mixture such as `save:8,recompute_all:24`:
 eight layers of the first kind, then 24 of the second. Gradients do not depend on it, bit
@@ -12,8 +14,45 @@ for bit, as far as attention's backward repeats its bits.
 
 from qlora_kit.core.errors import ConfigError
 
-POLICIES = ("save", "recompute_elementwise", "recompute_all", "offload")
-"""From the most memory to the least."""
+POLICIES = (
+    "save",
+    "recompute_elementwise",
+    "recompute_mlp",
+    "recompute_all",
+    "offload_attention",
+    "offload",
+)
+"""From the most memory on the GPU to the least."""
+
+
+def recomputed(policy: str) -> str:
+    """What a policy computes again.
+
+    Args:
+        policy: one of `POLICIES`.
+
+    Returns:
+        `elementwise` (or less), `mlp` or `all`.
+
+    Example:
+        >>> recomputed("offload_attention")
+        'mlp'
+    """
+    if policy in ("recompute_all", "offload"):
+        return "all"
+    return "mlp" if policy in ("recompute_mlp", "offload_attention") else "elementwise"
+
+
+def waits_on_host(policy: str) -> bool:
+    """Whether what a policy keeps waits in host memory.
+
+    Args:
+        policy: one of `POLICIES`.
+
+    Returns:
+        True for the two that begin with `offload`.
+    """
+    return policy.startswith("offload")
 
 
 def parse_policy(text: str, layers: int) -> tuple[str, ...]:
