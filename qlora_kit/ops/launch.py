@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -71,14 +71,27 @@ class Kernels:
             overlap: let the kernel start before the stream's previous one has ended
                 (programmatic dependent launch); it waits where it says so.
         """
-        from cuda.core import launch
-
-        with torch.cuda.device(device):
-            current = torch.device("cuda", torch.cuda.current_device())
-            kernel = self._kernel(name, current, shared)
-            stream = _stream(torch.cuda.current_stream().cuda_stream)
-            config = _config(grid, block, shared, cluster, overlap)
-            launch(stream, config, kernel, *(_argument(value) for value in arguments))
+        index = torch.cuda.current_device()
+        if device.index is not None and device.index != index:
+            with torch.cuda.device(device):
+                here = torch.device("cuda", device.index)
+                self.launch(
+                    name,
+                    grid,
+                    block,
+                    arguments,
+                    device=here,
+                    shared=shared,
+                    cluster=cluster,
+                    overlap=overlap,
+                )
+            return
+        kernel = self._loaded.get((index, name))
+        if kernel is None:
+            kernel = self._kernel(name, torch.device("cuda", index), shared)
+        stream = _stream(torch._C._cuda_getCurrentRawStream(index))
+        config = _config(grid, block, shared, cluster, overlap)
+        _launcher()(stream, config, kernel, *map(_argument, arguments))
 
     def most_clusters(  # needs a GPU
         self, name: str, block: int, shared: int, cluster: int, device: torch.device
@@ -209,12 +222,20 @@ def _stream(handle: int) -> Any:  # needs a GPU
     return Stream.from_handle(handle)
 
 
+@cache
+def _launcher() -> Any:  # needs a GPU
+    """cuda-core's launch; imported once."""
+    from cuda.core import launch
+
+    return launch
+
+
 def _argument(value: Any) -> Any:
-    """One kernel argument as cuda-core wants it: it passes an int as 64 bits, a bool as 8."""
+    """One kernel argument as cuda-core wants it: its integers are 64 bits wide."""
     if isinstance(value, Tensor):
         return value.data_ptr()
-    if isinstance(value, int):
-        return int(value)
     if value is None:
         return 0
+    if isinstance(value, int):
+        return int(value)
     return np.float32(value) if isinstance(value, float) else value
