@@ -29,13 +29,9 @@ def test_ours_is_compared_with_what_was_compiled():
     compiled = ours | {"impl": "compiled", "us": 3.0, "host_us": 31.2}
     other = compiled | {"shape": "8x4x16", "us": 9.0}
     (line,) = benchmark.summary([other, ours | {"host_us": 12.1}, compiled]).splitlines()
-    assert (
-        line.split()
-        == (
-            "rotary_ 16x4x16 2.0 us 93.0% of a copy, 1.50x as fast as compiled; "
-            "host: ours 12 us, compiled 31 us"
-        ).split()
-    )
+    wanted = "93.0% of a copy, 1.50x as fast as compiled; host: ours 12 us, compiled 31 us"
+    assert line.startswith("rotary_ ")
+    assert line.endswith(f" 2.0 us  {wanted}")
 
 
 def test_bytes_are_counted():
