@@ -168,6 +168,16 @@ def test_the_halves_may_run_on_different_backends(one, two, documents):
     assert [tuple(t.shape) for t in saved] == [(2 * 37 * 4,)]
 
 
+@pytest.mark.parametrize("backend", ["cpu", "chunked"])
+def test_a_single_token_sees_itself(backend):
+    case = make_case((3, 1, 4, 2, 8))
+    with force_attention(backend):
+        got = run(case)
+    Truth(case).check(got, backend)
+    assert torch.equal(got["out"], case.v.repeat_interleave(2, 2))
+    assert Call.of(case.q, case.rule, documents=False).single
+
+
 def test_float64_is_served():
     case = make_case((1, 9, 2, 1, 8), dtype=torch.float64, window=3)
     out = run(case)["out"]

@@ -78,6 +78,12 @@ def test_float32(rule):
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_a_few_tokens(tokens):
+    case = make((2, tokens, 4, 2, 64))
+    Truth(case).check(run(case), f"{tokens} tokens")
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_write_what_the_caller_gets(name):
     """Of strided views, before the pair makes anything contiguous: no copy is hidden there."""

@@ -1,7 +1,8 @@
 """cuDNN's fused attention: the fastest on Hopper, for rows of one document each.
 
-torch reaches it through `aten::_scaled_dot_product_cudnn_attention`. What was read in torch
-2.9 to 2.13 (aten/src/ATen/native/cudnn/MHA.cpp):
+torch reaches it through `aten::_scaled_dot_product_cudnn_attention`. What its source says
+(aten/src/ATen/native/cudnn/MHA.cpp and transformers/cuda/sdp_utils.cpp, late 2025 and 2026), and
+tests/ops/test_attention_gpu.py holds it to:
 
 - q, k and v are (B, H, T, D) of any strides with a contiguous last dimension; k and v may
   have fewer heads. The output is dense in the order of q's strides, so for a (B, T, H, D)
@@ -13,7 +14,7 @@ torch reaches it through `aten::_scaled_dot_product_cudnn_attention`. What was r
 - There is no deterministic backward; torch itself refuses it under
   `use_deterministic_algorithms`. No window and no softcap either.
 - Below 9.15.1, lengths that are no multiple of 128 were wrong on some cards; torch does not
-  prefer it there, and we refuse it.
+  prefer it there, and we refuse it. Rows of a single token are not for it either.
 """
 
 import torch
@@ -56,6 +57,8 @@ def _refuses_on_gpu(call: Call) -> str | None:  # needs a GPU
         return "has no window and no softcap"
     if call.documents:
         return "is for rows of one document"
+    if call.single:
+        return "is for rows of more than one token"
     if call.deterministic:
         return "has no deterministic backward"
     return None

@@ -117,6 +117,8 @@ class Call:
     """Whether the bits must repeat."""
     documents: bool
     """Whether rows hold several documents, of different lengths."""
+    single: bool
+    """Whether rows hold one token each."""
 
     @classmethod
     def of(cls, q: Tensor, rule: AttentionRule, *, documents: bool) -> "Call":
@@ -142,11 +144,12 @@ class Call:
             softcap=rule.softcap is not None,
             deterministic=rule.deterministic,
             documents=documents,
+            single=q.shape[1] == 1,
         )
 
     def __str__(self) -> str:
         """What is special about it, in words."""
-        traits = ("window", "softcap", "deterministic", "documents")
+        traits = ("window", "softcap", "deterministic", "documents", "single")
         special = [name for name in traits if getattr(self, name)]
         kind = str(self.dtype).removeprefix("torch.")
         return ", ".join([f"{kind} on {self.device.type}", f"head dim {self.head_dim}", *special])
