@@ -1,0 +1,130 @@
+"""Fused layers under the Trainer: the same losses as the model's own code, on every collator."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from qlora_kit.adapters.config import LoRA
+from qlora_kit.adapters.inject import attach
+from qlora_kit.block.install import FusedBlocks, FusedLayer
+from qlora_kit.core.errors import ConfigError
+from qlora_kit.train.data.collate import PackedCollator, PadCollator
+from qlora_kit.train.step import FusedCollator, fused_inputs, prepare_model
+from qlora_kit.train.trainer import Trainer
+from tests import tiny_models
+from tests.train.helpers import arguments
+
+
+def rows(packed, count=12, seed=3):
+    """Rows of different lengths; packed ones hold two documents."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        length = int(torch.randint(6, 90, (), generator=generator))
+        ids = torch.randint(3, 250, (length,), generator=generator).tolist()
+        row = {"input_ids": ids, "labels": list(ids)}
+        if packed:
+            cut = length // 2
+            row["position_ids"] = [*range(cut), *range(length - cut)]
+            row["labels"][cut] = -100
+        made.append(row)
+    return made
+
+
+@dataclass
+class Trained:
+    """What a short training left."""
+
+    losses: list[float]
+    eval_loss: float
+    adapter: list[torch.Tensor]
+
+
+def train(folder, family, step, *, packed=False, steps=4, policy="recompute_elementwise"):
+    torch.manual_seed(0)
+    model = tiny_models.build(family)
+    adapter = attach(model, LoRA(rank=4, alpha=6), seed=1)
+    trainer = Trainer(
+        model,
+        adapter,
+        arguments(folder, max_steps=steps, logging_steps=1, learning_rate=1e-2),
+        train_dataset=rows(packed),
+        eval_dataset=rows(packed, count=4, seed=9),
+        data_collator=(PackedCollator if packed else PadCollator)(0),
+        step=step,
+        activations=policy,
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    evaluated = trainer.evaluate()["eval_loss"]
+    if trainer.fused is not None:
+        trainer.fused.remove()
+    assert not any(isinstance(module, FusedLayer) for module in model.modules())
+    return Trained(losses, evaluated, [p.detach() for _, p in adapter.named_parameters()])
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
+@pytest.mark.transformers_compat
+def test_losses_are_those_of_the_models_own_code(tmp_path, family, packed, monkeypatch):
+    """Sliding windows of 64 tokens, padding and documents included; every layer ran fused."""
+    ran = []
+    run = FusedBlocks.run
+
+    def counted(self, runner, *rest):
+        ran.append(runner.index)
+        return run(self, runner, *rest)
+
+    monkeypatch.setattr(FusedBlocks, "run", counted)
+    fused = train(tmp_path / "fused", family, "fused", packed=packed)
+    assert len(ran) == 2 * (4 + 1)  # layers, by steps and one batch of evaluation
+    own = train(tmp_path / "own", family, "eager", packed=packed)
+    assert fused.losses == pytest.approx(own.losses, rel=1e-5)
+    assert fused.eval_loss == pytest.approx(own.eval_loss, rel=1e-5)
+    moved = sum((a - b).norm() for a, b in zip(fused.adapter, own.adapter, strict=True))
+    assert moved < 1e-3 * sum(a.norm() for a in own.adapter)
+
+
+def test_documents_matter(tmp_path):
+    """Without the documents' starts the losses of packed rows are others."""
+    packed = train(tmp_path / "a", "llama", "fused", packed=True, steps=1)
+    mixed = [{k: v for k, v in row.items() if k != "position_ids"} for row in rows(True)]
+    batch = PadCollator(0)(mixed)
+    assert "position_ids" not in batch
+    model = tiny_models.build("llama")
+    attach(model, LoRA(rank=4, alpha=6), seed=1)
+    loss = model(**batch, use_cache=False).loss.item()
+    assert abs(loss - packed.losses[0]) > 1e-3
+
+
+def test_masks_are_dropped_only_where_padding_is_on_the_right():
+    def collate(mask):
+        return FusedCollator(lambda _: {"input_ids": mask, "attention_mask": mask})([])
+
+    right, left = torch.tensor([[1, 1, 0], [1, 1, 1]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    assert fused_inputs(collate(right))["attention_mask"].shape == (1, 1, 1, 1)
+    assert fused_inputs(collate(left))["attention_mask"] is left
+    assert fused_inputs(collate(right))["use_cache"] is False
+
+
+def test_what_cannot_be_fused_says_why(tmp_path):
+    model = tiny_models.build("gpt2")
+    attach(model, LoRA(rank=2))
+    args = arguments(tmp_path)
+    with pytest.raises(ConfigError, match="Llama-like"):
+        prepare_model(model, args, "fused", "auto")
+    with pytest.raises(ConfigError, match="unknown step 'fast'"):
+        prepare_model(model, args, "fast", "auto")
+    assert prepare_model(model, args, "auto", "auto") is None
+
+
+def test_checkpointing_becomes_a_policy(tmp_path):
+    """transformers' own recomputation is off where layers are fused, and theirs is on."""
+    model = tiny_models.build("llama")
+    attach(model, LoRA(rank=2))
+    args = arguments(tmp_path, gradient_checkpointing=True)
+    fused = prepare_model(model, args, "fused", "auto")
+    assert fused.blocks.policies == ("recompute_all", "recompute_all")
+    assert not args.gradient_checkpointing
+    fused.remove()
