@@ -104,7 +104,8 @@ PHASES = (
     ("headers", "qlora_kit.load.hf_quantizer", "stored_weights"),
     ("empty modules", "qlora_kit.load.hf_quantizer", "swap"),
     ("allocator", "transformers.modeling_utils", "caching_allocator_warmup"),
-    ("reading", "qlora_kit.checkpoint.upload", "Uploader._fill"),
+    ("reading", "qlora_kit.checkpoint.upload", "Uploader._hand_over"),
+    ("copying", "qlora_kit.checkpoint.upload", "Uploader._send"),
     ("waiting for copies", "qlora_kit.checkpoint.upload", "_Slot.wait"),
     ("copying", "qlora_kit.checkpoint.upload", "Uploader.upload"),
     ("dense weights", "transformers.core_model_loading", "_materialize_copy"),
@@ -116,8 +117,9 @@ PHASES = (
     ("tokenizer", "qlora_kit.load.model", "load_tokenizer"),
 )
 """Phase, module and name of the functions a breakdown times. What a function spends in another
-one of these is the other's; the rest is Python in between. A 16-bit load reads on threads, whose
-seconds add up to more than passed."""
+one of these is the other's; the rest is Python in between. Reading is waiting for the threads
+that read. A 16-bit load runs on threads of transformers, whose seconds add up to more than passed.
+"""
 EMPTY_MODEL = "config and empty model"
 
 

@@ -12,7 +12,7 @@ into the page cache before every load, and loads it in processes of their own:
 
 Seconds do not include imports and the making of a CUDA context, which have columns of their
 own. Host memory is what grows in anonymous memory during the load; pinned buffers, which are
-the driver's, are not in it (ours are 64 MiB). Ours is measured once more with timers and a
+the driver's, are not in it (ours are 128 MiB). Ours is measured once more with timers and a
 trace: that row says where time goes, not how long it takes. `--cold` adds a load from the disk.
 """
 

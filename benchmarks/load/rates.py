@@ -3,19 +3,24 @@
     python -m benchmarks.load.rates FOLDER
 
 A load cannot be faster than the slower of the two. Reading: from the page cache through a
-fresh mapping (page faults included) into one buffer, on one thread and on all of torch's,
-and with `pread` on one. Filling: from pinned memory, and from the mapping by the driver.
+fresh mapping (page faults included) into a few buffers, on one thread and on as many as a
+load uses, and with `pread` on one. Filling: from pinned memory, from the mapping by the
+driver, as transformers does it, and by our ring.
 """
 
 import os
+import queue
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from qlora_kit.checkpoint.upload import MOST_THREADS, SLOT_BYTES, Uploader
 
 BYTES = 4 << 30
 """Read of the folder for each rate, at most."""
@@ -41,20 +46,21 @@ def rate(work: Callable[[], int]) -> float:
 
 
 def read_mapping(folder: Path, threads: int) -> float:
-    """Copy mapped tensors into one buffer."""
-    views, buffer = mapped(folder), torch.zeros(BUFFER, dtype=torch.uint8)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    """Copy mapped tensors into buffers."""
+    ring = Uploader(torch.device("cpu"), threads=threads)
+    buffers: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+    for _ in range(threads):
+        buffers.put(torch.zeros(SLOT_BYTES, dtype=torch.uint8))
 
-    def work() -> int:
-        for view in views:
-            for piece in view.split(BUFFER):
-                buffer[: piece.numel()].copy_(piece)
-        return sum(view.numel() for view in views)
+    def read(piece: Tensor) -> int:
+        buffer = buffers.get()
+        ring._fill(buffer, piece)
+        buffers.put(buffer)
+        return piece.numel()
 
-    found = rate(work)
-    torch.set_num_threads(before)
-    return found
+    pieces = [piece for view in mapped(folder) for piece in view.split(SLOT_BYTES)]
+    with ThreadPoolExecutor(threads) as pool:
+        return rate(lambda: sum(pool.map(read, pieces)))
 
 
 def read_file(folder: Path) -> float:
@@ -102,6 +108,21 @@ def fill_from_mapping(folder: Path) -> float:  # needs a GPU
     return rate(work)
 
 
+def fill_by_ring(folder: Path) -> float:  # needs a GPU
+    """Our way: mapped tensors through pinned buffers."""
+    views, ring = mapped(folder), Uploader(torch.device("cuda"))
+    ring.upload(torch.zeros(1 << 28, dtype=torch.uint8))  # threads, buffers and memory exist
+    torch.cuda.synchronize()
+
+    def work() -> int:
+        for view in views:
+            ring.upload(view)
+        torch.cuda.synchronize()
+        return sum(view.numel() for view in views)
+
+    return rate(work)
+
+
 def rates(folder: Path) -> dict[str, float]:
     """All rates of this machine.
 
@@ -111,7 +132,7 @@ def rates(folder: Path) -> dict[str, float]:
     Returns:
         Name to GB/s.
     """
-    threads = torch.get_num_threads()
+    threads = min(MOST_THREADS, os.cpu_count() or 1)
     found = {
         "read_file_gbs": read_file(folder),
         "read_mapping_1_thread_gbs": read_mapping(folder, 1),
@@ -120,6 +141,7 @@ def rates(folder: Path) -> dict[str, float]:
     if torch.cuda.is_available():
         found["gpu_from_pinned_gbs"] = fill_from_pinned()
         found["gpu_from_mapping_gbs"] = fill_from_mapping(folder)
+        found["gpu_by_ring_gbs"] = fill_by_ring(folder)
     return found | {"cores": float(os.cpu_count() or 1)}
 
 

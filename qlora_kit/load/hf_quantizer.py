@@ -192,6 +192,8 @@ class NF4HfQuantizer(HfQuantizer):
         failure = self.failure or self.finite.error()
         failure = failure or missing_weights(model, self.filled, self._weights)
         self.failure, self.filled, self.finite = None, set(), FiniteCheck()
+        if self.uploader is not None:
+            self.uploader.close()
         self.uploader = None
         if failure is not None:
             raise failure

@@ -56,7 +56,7 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a model on a 4-bit base, and its tokenizer.
 
-    Weights that go to a GPU are quantized there and need 64 MiB of host memory on the
+    Weights that go to a GPU are quantized there and need 128 MiB of host memory on the
     way; on a CPU, memory peaks at what is loaded so far plus the largest tensor. Custom
     code from the hub is never run.
 

@@ -31,7 +31,7 @@ def test_phases_add_up_to_the_whole(source, target, folders, monkeypatch):
     phases = row["phases_s"]
     assert abs(sum(phases.values()) - row["load_s"]) < 1e-3
     assert {"config and empty model", "headers"} <= set(phases) or target == "bf16"
-    assert ("reading" in phases) == (target == "nf4")
+    assert ("copying" in phases) == (target == "nf4")
     assert ("quantizing" in phases) == (source == "bf16" and target == "nf4")
     assert ("checking stored" in phases) == (source == "nf4")
     assert hf_quantizer.Uploader.upload is before  # the timers are gone
@@ -49,6 +49,7 @@ def test_a_phase_does_not_count_what_lies_in_another():
     assert timers.seconds == {"inner": 2.0, "outer": 8.0}
 
 
+@pytest.mark.slow
 def test_one_load_in_a_process_of_its_own(folders, tmp_path):
     row = run(cases(True, False)[0], folders["bf16"], "cpu", 100.0, tmp_path)
     assert "failed" not in row, row
@@ -60,6 +61,7 @@ def test_one_load_in_a_process_of_its_own(folders, tmp_path):
     assert "torch" in sys.modules
 
 
+@pytest.mark.slow
 def test_a_load_that_fails_says_so(folders, tmp_path):
     (tmp_path / "nothing").mkdir()
     row = run(cases(False, False)[0], tmp_path / "nothing", "cpu", 100.0, tmp_path)

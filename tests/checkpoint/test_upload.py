@@ -33,10 +33,10 @@ def same(came, wanted):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (1,), (0, 3), (5, 7), (64, 3), (2, 3, 11)])
-@pytest.mark.parametrize("slots", [1, 2, 3])
-def test_every_byte_arrives(dtype, shape, slots):
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_every_byte_arrives(dtype, shape, threads):
     """Tensors of no, one and many buffers, the last one partly full."""
-    uploader = Uploader(CPU, slot_bytes=64, slots=slots)
+    uploader = Uploader(CPU, slot_bytes=64, threads=threads)
     for seed in range(3):  # the ring goes on where it was
         wanted = random(shape, dtype, seed)
         came = uploader.upload(wanted)
@@ -65,8 +65,9 @@ def test_a_view_of_a_file_at_an_odd_address(tmp_path):
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_a_buffer_is_filled_only_after_it_was_waited_for(waits, monkeypatch):
-    """Order of events: wait, fill, mark; a ring that did not wait would send wrong bytes."""
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_buffer_is_filled_only_after_its_copy_was_waited_for(threads, waits, monkeypatch):
+    """Between the copy that reads a buffer and the next filling there is a wait for that copy."""
     events = []
 
     class Event:
@@ -77,32 +78,64 @@ def test_a_buffer_is_filled_only_after_it_was_waited_for(waits, monkeypatch):
             events.append(("wait", self.slot))
 
     class Noted(Uploader):
-        def _fill(self, buffer, piece):
+        def _fill(self, buffer, part):
             events.append(("fill", buffer.data_ptr()))
-            super()._fill(buffer, piece)
+            super()._fill(buffer, part)
 
-        def _mark(self, slot):
-            events.append(("mark", slot.buffer.data_ptr()))
+        def _send(self, slot, target):
+            super()._send(slot, target)
+            events.append(("send", slot.buffer.data_ptr()))
             slot.busy = Event(slot.buffer.data_ptr())
 
     if not waits:
         monkeypatch.setattr(_Slot, "wait", lambda slot: None)
-    Noted(CPU, slot_bytes=64, slots=3).upload(random((64 * 7,)))
-    filled = [at for what, at in events if what == "fill"]
-    assert len(set(filled)) == 3
-    assert filled[:3] == filled[3:6]
-    good = True
-    for index, (what, at) in enumerate(events):
-        if what == "fill" and ("mark", at) in events[:index]:
-            good &= events[index - 1] == ("wait", at)
-    assert good == waits
+    wanted = random((64 * 23 + 5,))
+    assert same(Noted(CPU, slot_bytes=64, threads=threads).upload(wanted), wanted)
+    slots = {at for _, at in events}
+    assert len(slots) == 2 * threads
+    for slot in slots:
+        order = [what for what, at in events if at == slot]
+        rounds = ["fill", "send", "wait"] if waits else ["fill", "send"]
+        assert order == (rounds * len(order))[: len(order)]
+        assert len(order) > len(rounds)
+
+
+def test_every_thread_gets_a_part_of_a_tensor_worth_dividing():
+    parts = []
+
+    class Noted(Uploader):
+        def _fill(self, buffer, part):
+            parts.append(part.numel())
+            super()._fill(buffer, part)
+
+    uploader = Noted(CPU, slot_bytes=800, threads=4)
+    for whole, wanted in (
+        (99, [99]),  # an eighth of a buffer: the caller's thread does it
+        (250, [50, 100, 100]),
+        (1000, [250] * 4),
+        (8100, [100] + [800] * 10),
+    ):
+        parts.clear()
+        uploader.upload(random((whole,)))
+        assert sorted(parts) == wanted
+
+
+def test_an_error_in_a_thread_is_an_error_of_the_upload():
+    class Broken(Uploader):
+        def _fill(self, buffer, part):
+            raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        Broken(CPU, slot_bytes=64).upload(random((1000,)))
 
 
 def test_memory_is_the_ring_whatever_the_tensor():
-    uploader = Uploader(CPU, slot_bytes=64, slots=2)
+    uploader = Uploader(CPU, slot_bytes=64, threads=1)
     assert not uploader._slots  # none before it is needed
     uploader.upload(random((64 * 50,)))
     first = [slot.buffer.data_ptr() for slot in uploader._slots]
     uploader.upload(random((64 * 50,)))
     assert [slot.buffer.data_ptr() for slot in uploader._slots] == first
     assert sum(slot.buffer.nbytes for slot in uploader._slots) == 128
+    uploader.close()
+    assert not uploader._slots

@@ -28,7 +28,7 @@ def uploading(monkeypatch):
 
     class Small(Uploader):
         def __init__(self, device):
-            super().__init__(device, slot_bytes=1024, slots=2)
+            super().__init__(device, slot_bytes=1024, threads=2)
 
         def upload(self, tensor):
             uploaded.append(tensor.shape)
@@ -166,8 +166,8 @@ def test_a_wrong_byte_would_be_seen(uploading):
     """The comparison above bites."""
 
     class Wrong(Uploader):
-        def _fill(self, buffer, piece):
-            super()._fill(buffer, piece)
+        def _fill(self, buffer, part):
+            super()._fill(buffer, part)
             buffer[:1] ^= 128
 
     uploading(False)
