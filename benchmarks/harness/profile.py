@@ -5,7 +5,8 @@ launched the operation with its shapes. The name decides the category; shapes de
 things that names do not tell: a matrix product with a side no longer than a few ranks is
 LoRA's, and what runs over the vocabulary is the loss. Categories add up to the time the
 GPU was busy (kernels side by side on two streams count twice there); the gap is what is
-left of an *unprofiled* step, since the profiler slows the host down.
+left of an *unprofiled* step, since the profiler slows the host down. In a CUDA graph no
+operation launches anything, so there names alone decide.
 """
 
 import re
@@ -219,7 +220,7 @@ def kernel_runs(events: Iterable[Any]) -> list[KernelRun]:
 
 
 def profile_steps(
-    step: Callable[[], None], *, steps: int, step_ms: float, rank: int, vocab_size: int
+    step: Callable[[], object], *, steps: int, step_ms: float, rank: int, vocab_size: int
 ) -> Breakdown | None:
     """Profile some steps.
 

@@ -28,6 +28,8 @@ CHECK_POSITIONS = 64
 BATCHES = 4
 """Different batches; the steps take them in turn."""
 PROFILED_STEPS = 2
+RECORDED_AFTER = 3
+"""Steps after which a CUDA graph of a repeating shape has been recorded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,13 +144,11 @@ def timed_steps(
     for index in range(warmup + steps):
         if index == warmup:
             clock.mark()
-        loss = subject.loss(next(turns))
-        loss.backward()
-        subject.update()
+        loss = subject.step(next(turns))
         if index >= warmup:
             clock.mark()
     assert loss is not None
-    return clock.step_ms(), float(loss.detach())
+    return clock.step_ms(), float(loss)
 
 
 def measure(
@@ -179,10 +179,7 @@ def measure(
     """
     check, *rest = batches
     began = time.perf_counter()
-    loss = subject.loss(check)
-    loss.backward()
-    subject.update()
-    check_loss = float(loss.detach())
+    check_loss = float(subject.step(check))
     if device == "cuda":
         torch.cuda.synchronize()
     first = time.perf_counter() - began
@@ -193,12 +190,8 @@ def measure(
     if profile_rank is not None:
         turns = _turns(rest)
 
-        def step() -> None:
-            subject.loss(next(turns)).backward()
-            subject.update()
-
         breakdown = profile_steps(
-            step,
+            lambda: subject.step(next(turns)),
             steps=PROFILED_STEPS,
             step_ms=statistics.median(milliseconds),
             rank=profile_rank,

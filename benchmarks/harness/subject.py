@@ -153,6 +153,10 @@ class Subject:
     optimizer: torch.optim.Optimizer
     prepare: Callable[[str], AbstractContextManager[str]] = field(default=_always)
     """Sets up a policy for as long as the context lasts; gives the name of the step."""
+    backward: Callable[[Batch], Tensor] | None = None
+    """Loss, detached, after its gradients were added; where that is not `loss` and autograd."""
+    facts: Callable[[], dict[str, object]] | None = None
+    """What a row should say of the steps that ran."""
     clip: Callable[[], object] | None = None
     """Clips the gradients, where the optimizer knows a better way than torch's."""
     trainer: Callable[[Point, str, int], list[float]] | None = None
@@ -167,6 +171,16 @@ class Subject:
             self._zero = [p for p in self.parameters if not p.detach().any()]
         for parameter in self._zero:
             parameter.detach().zero_()
+
+    def step(self, batch: Batch) -> Tensor:
+        """One training step; its loss, detached."""
+        if self.backward is not None:
+            loss = self.backward(batch)
+        else:
+            loss = self.loss(batch)
+            loss.backward()
+        self.update()
+        return loss.detach()
 
     def update(self) -> None:
         """Clip the gradients, step the optimizer, drop the gradients."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from benchmarks.harness.checkpoint import MODELS
 from benchmarks.harness.subject import Build, Job, Point
+from qlora_kit.block.policy import POLICIES
 
 CAP_GIB = 44.0
 IMPLS = ("qlora_kit", "peft", "peft_liger", "unsloth")
@@ -75,7 +76,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         name="lean",
-        policies=("offload",),
+        policies=("offload_attention", "offload"),
         peers=_CHECKPOINTING[:1],
         target=Target(tokens_per_s=10_600, over_unsloth=1.0, peak_gib=6.5),
     ),
@@ -98,7 +99,7 @@ CASES: tuple[Case, ...] = (
         seq=32768,
         warmup=1,
         steps=4,
-        policies=("recompute_all", "offload"),
+        policies=("recompute_all", "offload_attention", "offload"),
         peers=(
             Peer(impl="unsloth", policy="unsloth"),
             Peer(impl="unsloth", policy="unsloth", switches=("tiled",)),
@@ -118,7 +119,7 @@ CASES: tuple[Case, ...] = (
     Case(
         name="lora_fa",
         methods=("lora", "lora_fa"),
-        policies=("save", "recompute_elementwise", "recompute_all", "offload"),
+        policies=POLICIES,
     ),
 )
 """In the order they are run."""

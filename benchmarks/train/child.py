@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.harness.steps import (
     GIB,
+    RECORDED_AFTER,
     Measured,
     gpu_memory,
     is_out_of_memory,
@@ -121,7 +122,8 @@ def in_trainer(
 
     def bare() -> float:
         with subject.prepare(point.policy):
-            return statistics.median(timed_steps(subject, batches[1:], 2, job.steps, device)[0])
+            times, _ = timed_steps(subject, batches[1:], RECORDED_AFTER, job.steps, device)
+            return statistics.median(times)
 
     before = bare()
     inside = statistics.median(subject.trainer(point, step, 2 * job.steps))
@@ -167,6 +169,7 @@ def run_point(
                 profile_rank=job.build.rank if job.profile else None,
                 vocab_size=vocab,
             )
+            row |= {} if subject.facts is None else subject.facts()
         row |= answers(point, measured) | gpu_memory()
         if job.trainer:
             row |= in_trainer(subject, batches, job, point, step, stage)

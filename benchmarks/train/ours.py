@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from benchmarks.harness.steps import StepClock
+from benchmarks.harness.steps import RECORDED_AFTER, StepClock
 from benchmarks.harness.subject import (
     MAX_GRAD_NORM,
     Batch,
@@ -34,7 +34,8 @@ from qlora_kit.optim.create import flat_optimizer
 from qlora_kit.train.arguments import training_arguments
 from qlora_kit.train.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from qlora_kit.train.data.collate import PadCollator
-from qlora_kit.train.loss import causal_lm_loss
+from qlora_kit.train.graph import StepGraphs
+from qlora_kit.train.loss import causal_lm_loss, count_targets
 from qlora_kit.train.step import MASKLESS, fused_inputs, prepare_model
 from qlora_kit.train.trainer import Trainer
 
@@ -86,6 +87,62 @@ def policy_context(
         raise NotPossible(f"the eager step has no policy {policy}")
 
 
+class _Run:
+    """Loss and gradients of the model under the policy of the moment, as the Trainer has them."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        parameters: list[nn.Parameter],
+        arguments: TrainingArguments,
+        step: str,
+    ) -> None:
+        self.model, self.parameters = model, parameters
+        self.arguments, self.step = arguments, step
+        self.graphs: StepGraphs | None = None
+        self.replayed = 0
+
+    @contextmanager
+    def prepare(self, policy: str) -> Iterator[str]:
+        """Sets up a policy; gives `fused` or `eager`."""
+        with policy_context(self.model, self.arguments, policy, self.step) as step:
+            fused = step == "fused"
+            self.graphs = StepGraphs(self._graph_loss, self.parameters) if fused else None
+            self.replayed = 0
+            try:
+                yield step
+            finally:
+                self.graphs = None  # gives the memory of recorded steps back
+
+    def facts(self) -> dict[str, object]:
+        """Whether steps were replayed from a CUDA graph."""
+        return {"graph": self.replayed > 0}
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean loss of a batch."""
+        return causal_lm_loss(self.model, fused_inputs(self._inputs(batch)))
+
+    def backward(self, batch: Batch) -> Tensor:
+        """Loss, detached, its gradients added; from a graph where the Trainer would take one."""
+        if self.graphs is not None:
+            items = count_targets(batch["labels"]).clamp_min(1)
+            recorded = self.graphs.run(self._inputs(batch), items)
+            if recorded is not None:
+                self.replayed += 1
+                return recorded
+        loss = self.loss(batch)
+        loss.backward()
+        return loss.detach()
+
+    def _inputs(self, batch: Batch) -> Batch:
+        inputs: Batch = {**batch, "use_cache": False}
+        # Rows are padded on the right, if at all: what the Trainer's collator finds out.
+        return inputs if self.graphs is None else {**inputs, MASKLESS: True}
+
+    def _graph_loss(self, inputs: Batch, items: Tensor) -> Tensor:
+        return causal_lm_loss(self.model, fused_inputs(inputs), items)
+
+
 def build(build: Build, stage: Stage) -> Subject:
     """Load the base in 4 bits and put an adapter on every linear.
 
@@ -113,30 +170,19 @@ def build(build: Build, stage: Stage) -> Subject:
         )
         optimizer = trainer.create_optimizer()
     flat = flat_optimizer(optimizer)
-    ready = {"step": "eager"}
-
-    def loss(batch: Batch) -> Tensor:
-        # Rows are padded on the right, if at all: what the Trainer's collator finds out.
-        inputs: Batch = {**batch, "use_cache": False}
-        if ready["step"] == "fused":
-            inputs = fused_inputs(inputs | {MASKLESS: True})
-        return causal_lm_loss(model, inputs)
-
-    @contextmanager
-    def prepare(policy: str) -> Iterator[str]:
-        with policy_context(model, trainer.args, policy, build.step) as step:
-            ready["step"] = step
-            yield step
+    run = _Run(model, parameters, trainer.args, build.step)
 
     def in_trainer(point: Point, step: str, steps: int) -> list[float]:
         return trainer_steps(model, adapter, build, point, step, steps, optimizer)
 
     return Subject(
         model=model,
-        loss=loss,
+        loss=run.loss,
         parameters=parameters,
         optimizer=optimizer,
-        prepare=prepare,
+        prepare=run.prepare,
+        backward=run.backward,
+        facts=run.facts,
         clip=None if flat is None else lambda: flat.clip_grad_norm(MAX_GRAD_NORM),
         trainer=in_trainer,
         save=lambda folder: adapter.save(folder, base_model=build.checkpoint),
@@ -223,7 +269,7 @@ def trainer_steps(
     steps: int,
     optimizer: torch.optim.Optimizer,
 ) -> list[float]:
-    """Milliseconds of so many updates inside the Trainer, two more before them.
+    """Milliseconds of so many updates inside the Trainer, a few more before them.
 
     Args:
         model: with the adapter; its layers not fused.
@@ -237,7 +283,7 @@ def trainer_steps(
     Returns:
         One entry per timed update: batch made, moved, trained on, logged every fifth time.
     """
-    total = steps + 2
+    total = steps + 1 + RECORDED_AFTER
     generator = torch.Generator().manual_seed(build.seed)
     vocab = model.config.vocab_size
     ids = torch.randint(3, vocab, (total * point.batch, point.seq), generator=generator).tolist()
@@ -263,4 +309,4 @@ def trainer_steps(
                 trainer.fused.remove()
             if step == "eager":
                 model.gradient_checkpointing_disable()
-    return marks.clock.step_ms()[1:]
+    return marks.clock.step_ms()[RECORDED_AFTER:]

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.harness.record import RESULTS, ROOT
 from benchmarks.ops.plot_nf4_linear import COLOURS
 from benchmarks.train.cases import CASES, Case
-from benchmarks.train.table import counted, mark_disagreements, status
+from benchmarks.train.table import counted, mark_disagreements, peak_gib, status
 
 STYLES = {
     "qlora_kit": ("qlora_kit", COLOURS[1], "o"),
@@ -50,8 +50,8 @@ def newest_record() -> Path:
 
 def points(rows: Sequence[dict[str, Any]], case: str, impl: str) -> list[dict[str, Any]]:
     """Rows of a case and library that have both numbers, the smallest first."""
-    found = [r for r in counted(rows, case, impl) if r.get("peak_allocated_gib") is not None]
-    return sorted(found, key=lambda row: row["peak_allocated_gib"])
+    found = [r for r in counted(rows, case, impl) if peak_gib(r) is not None]
+    return sorted(found, key=lambda row: peak_gib(row) or 0.0)
 
 
 def draw_case(axes: Any, case: Case, rows: Sequence[dict[str, Any]]) -> None:
@@ -62,7 +62,7 @@ def draw_case(axes: Any, case: Case, rows: Sequence[dict[str, Any]]) -> None:
             if not mine:
                 continue
             axes.plot(
-                [row["peak_allocated_gib"] for row in mine],
+                [peak_gib(row) for row in mine],
                 [row["tokens_per_s"] / 1e3 for row in mine],
                 color=colour,
                 marker=marker,
@@ -74,7 +74,7 @@ def draw_case(axes: Any, case: Case, rows: Sequence[dict[str, Any]]) -> None:
             for row in mine if impl == "qlora_kit" else ():
                 axes.annotate(
                     row["policy"].replace("recompute_", "re-"),
-                    (row["peak_allocated_gib"], row["tokens_per_s"] / 1e3),
+                    (peak_gib(row), row["tokens_per_s"] / 1e3),
                     xytext=(4, -9),
                     textcoords="offset points",
                     fontsize=6,
@@ -128,7 +128,7 @@ def draw(record: dict[str, Any], out: Path) -> None:
         draw_case(axes, case, rows)
     for axes in grid.flat[len(shown) :]:
         axes.set_visible(False)
-    figure.supxlabel("peak allocated, GiB", fontsize=8)
+    figure.supxlabel("peak memory, GiB (allocated; reserved where a CUDA graph ran)", fontsize=8)
     figure.supylabel("thousand tokens/s", fontsize=8)
     handles = [
         plt.Line2D([], [], color=colour, marker=marker, linewidth=0, label=name)

@@ -53,15 +53,15 @@ def train(work: dict[str, Any], stage: Stage) -> dict[str, Any]:
     with subject.prepare(policy) as step:
         began = time.perf_counter()
         for index, batch in enumerate(batches):
-            loss = subject.loss(batch)
-            loss.backward()
-            subject.update()
-            losses.append(loss.detach())
+            loss = subject.step(batch)
+            losses.append(loss)
             if (index + 1) % _EVERY == 0:
                 stage(f"step {index + 1}", f"loss {float(loss):.4f}")
         values = [float(loss) for loss in losses]
     stage("done", f"{len(values)} steps")
-    return {"losses": values, "seconds": round(time.perf_counter() - began, 2), "step": step}
+    facts = {} if subject.facts is None else subject.facts()
+    seconds = round(time.perf_counter() - began, 2)
+    return {"losses": values, "seconds": seconds, "step": step, **facts}
 
 
 def main() -> None:

@@ -79,7 +79,7 @@ def line(row: Row) -> str:
     who = row["impl"] + (f" ({row['variant']})" if row["variant"] else "")
     if row["impl"] == "qlora_kit":
         who += "" if row["method"] == "lora" else f" {row['method']}"
-        who += f" [{row.get('step', '–')}]"
+        who += f" [{row.get('step', '–')}{', graph' if row.get('graph') else ''}]"
     cells = [
         f"  {who:28} {row['policy']:34}",
         f"{_cell(row, 'tokens_per_s', ',.0f'):>8}",
@@ -101,6 +101,12 @@ HEADER = (
 )
 
 
+def peak_gib(row: Row) -> float | None:
+    """What counts against a memory bound: allocated, or reserved where a graph holds memory."""
+    peak = row.get("peak_reserved_gib" if row.get("graph") else "peak_allocated_gib")
+    return None if peak is None else float(peak)
+
+
 def judge(case: Case, rows: Sequence[Row]) -> list[tuple[str, bool | None]]:
     """What a case asks for, in words, and whether the best of ours that fits gives it.
 
@@ -118,10 +124,10 @@ def judge(case: Case, rows: Sequence[Row]) -> list[tuple[str, bool | None]]:
         return []
     ours = counted(rows, case.name, "qlora_kit")
     if target.peak_gib is not None:
-        fitting = [r for r in ours if (r.get("peak_allocated_gib") or 0.0) <= target.peak_gib]
+        fitting = [r for r in ours if (peak_gib(r) or 0.0) <= target.peak_gib]
         ours = fitting or ours
     speed = ours[0]["tokens_per_s"] if ours else None
-    peak = ours[0].get("peak_allocated_gib") if ours else None
+    peak = peak_gib(ours[0]) if ours else None
     unsloth = counted(rows, case.name, "unsloth")
     found: list[tuple[str, bool | None]] = []
     if target.tokens_per_s is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks.harness.checkpoint import MODELS, checkpoint_bytes, write_checkpoint
+from benchmarks.harness.steps import RECORDED_AFTER
 from benchmarks.harness.subject import Build, Job, Point, Stage, Subject
 from benchmarks.train import __main__ as command
 from benchmarks.train import plot, table
@@ -126,13 +127,14 @@ def test_rows_of_ours(checkpoint, tmp_path, monkeypatch):
         tmp_path, build_of(checkpoint, "qlora_kit"), "save", "recompute_all", trainer=True
     )
     layers, steps = 2, 1 + 1 + 2  # check, warm-up, timed
-    bare = 2 * (2 + 2)  # before and after the Trainer
-    inside = 2 + 2 * 2
+    bare = 2 * (RECORDED_AFTER + 2)  # before and after the Trainer
+    inside = 1 + RECORDED_AFTER + 2 * 2
     assert len(calls) == 2 * layers * (steps + bare + inside)
     assert {policy for policies in calls for policy in policies} == {"save", "recompute_all"}
     for row in rows:
         assert set(row) >= FIELDS
         assert row["step"] == "fused"
+        assert row["graph"] is False  # not without a GPU
         assert row["tokens_per_s"] > 0
         assert row["oom"] is False
         assert row["trainer_overhead"] > -1
@@ -298,6 +300,15 @@ def test_the_best_row_that_fits_counts():
     best = replace(CASES[0], target=replace(CASES[0].target, peak_gib=9.0))
     rows.append(rows[0] | {"policy": "save", "tokens_per_s": 20_000.0, "peak_allocated_gib": 30.0})
     assert table.judge(best, rows)[0][0].endswith("14,000")
+
+
+def test_a_graphs_memory_is_what_it_reserves():
+    """A CUDA graph's memory does not show as allocated."""
+    rows = made_rows(peak=8.0)
+    rows[0] |= {"graph": True, "peak_reserved_gib": 9.5}
+    assert [met for _, met in table.judge(CASES[0], rows)] == [True, True, False]
+    rows[0]["graph"] = False
+    assert [met for _, met in table.judge(CASES[0], rows)] == [True, True, True]
 
 
 def test_out_of_memory_and_failures_are_said():
