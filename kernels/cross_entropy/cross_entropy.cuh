@@ -303,7 +303,8 @@ __device__ __forceinline__ void cross_entropy(void* logits, const long long* tar
     const bool exists = target >= 0 && target < v;
     const float nan = __uint_as_float(0x7fffffffu);
     const float raw = exists ? Piece<T>::read_one(row.base, target) : nan;
-    const u32 kept = gradient ? (row.whole < most_kept ? row.whole : most_kept) : 0;
+    // Without a gradient as well: the order of a thread's sums, and so their bits, hang on it.
+    const u32 kept = row.whole < most_kept ? row.whole : most_kept;
 
     Running<T, CAPPED> seen(rule);
     if (threadIdx.x < row.ends) {
@@ -318,7 +319,8 @@ __device__ __forceinline__ void cross_entropy(void* logits, const long long* tar
     // In units of log 2: -log p of the target, and the mean of -log p.
     const float log_sum = log2f(seen.sum), each = smoothing / static_cast<float>(v);
     float slope;
-    const float hard = log_sum - __fmaf_rn(rule.bend(raw, slope), rule.by, -seen.shift);
+    const float difference = log_sum - __fmaf_rn(rule.bend(raw, slope), rule.by, -seen.shift);
+    const float hard = difference < 0.f ? 0.f : difference;  // not below by a rounding; NaN stays
     if (threadIdx.x == 0) {
         const float mean = log_sum + (seen.shift - rule.by * (seen.total / static_cast<float>(v)));
         const float mixed = smoothing == 0.f ? hard : (1.f - smoothing) * hard + smoothing * mean;

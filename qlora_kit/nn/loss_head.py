@@ -3,21 +3,28 @@
 Logits are the largest tensor of a training step: 8,192 tokens of 128k classes are 2 GB in
 bfloat16 and 4 GB in float32, several times over once the softmax and its gradient are
 counted. None of it is needed afterwards. So the head is applied to a chunk of tokens, the
-loss and the gradient of that chunk are taken at once, and the logits are dropped before the
-next chunk: what stays is the gradient of the hidden states, (S, H), and in a trained head
-that of its parameters. The backward pass only multiplies these by the incoming scalar.
+loss is taken and the gradient put in the place of the logits (`ops/cross_entropy`), and both
+are dropped before the next chunk: what stays is the gradient of the hidden states, (S, H),
+and in a trained head that of its parameters. The backward pass only multiplies these by the
+incoming scalar.
 
 The gradient kept is that of the *sum* of the losses. Dividing by the number of tokens, and
 float16's loss scale, come in through the scalar, in float32, so nothing small is rounded away.
 
 A chunk's size follows from the vocabulary alone, never from the memory that happens to be
-free: the same batch gives the same bits on every machine of a kind.
+free: the same batch gives the same bits on every machine of a kind. Tokens that do not count
+are masked, not removed, and nothing is read back: shapes decide all that is launched, and the
+host never waits.
+
+An NF4 head is decoded once per pass, not once per chunk: decoding takes as long as a third of
+a chunk's two products. The decoded weight, (V, H), lives from the first chunk to the last, when
+no layer holds anything but what it saved; it is what the product of an NF4 linear without a
+kernel of its own makes for every call.
 
 Memory beyond hidden states and results: O(chunk x V). Truth: `F.cross_entropy` on all logits.
 Idea: arXiv:2411.09009 (never hold all logits), arXiv:2410.10989 (gradient in the forward).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +33,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qlora_kit.core.errors import ShapeError
+from qlora_kit.nn.linear import NF4Linear
+from qlora_kit.ops.cross_entropy.op import cross_entropy, cross_entropy_
+from qlora_kit.ops.cross_entropy.reference import logits_of
+from qlora_kit.ops.layout import arithmetic_dtype
 
 IGNORE = -100
 """Label of a position that does not count."""
@@ -35,6 +46,15 @@ CHUNK_LOGITS = 1 << 26
 
 SMALLEST_CHUNK, LARGEST_CHUNK = 128, 4096
 """Tokens: below, a GPU's matrix units idle; above, nothing gets faster."""
+
+_ROW_MULTIPLE = 64
+"""Rows of logits start at multiples of this many values, whatever the vocabulary."""
+
+_WEIGHT_ROWS = 16384
+"""Of a trained head's gradient that are computed at a time, before they are added in float32."""
+
+_SCALED_ROWS = 4096
+"""Of a gradient that are scaled at a time: on a CPU these exist in float32."""
 
 
 def chunk_tokens_for(vocab_size: int) -> int:
@@ -64,14 +84,9 @@ class LogitRule:
     """
 
     scale: float = 1.0
-    """Factor on the head's output (Cohere, Granite)."""
+    """Factor on the head's output, above zero (Cohere, Granite)."""
     softcap: float | None = None
     """c in c·tanh(z/c), after the scale (Gemma 2)."""
-
-    @property
-    def changes_logits(self) -> bool:
-        """Whether it does anything."""
-        return self.scale != 1.0 or self.softcap is not None
 
     def apply(self, raw: Tensor) -> Tensor:
         """Turn a head's output into logits, without a gradient.
@@ -82,21 +97,7 @@ class LogitRule:
         Returns:
             (..., V), at least float32.
         """
-        z = raw.detach().to(_wide(raw.dtype), copy=True).mul_(self.scale)
-        return z if self.softcap is None else z.div_(self.softcap).tanh_().mul_(self.softcap)
-
-    def slope(self, logits: Tensor) -> Tensor | float:
-        """Differentiate `apply`, from its result.
-
-        Args:
-            logits: (..., V) what `apply` returned. Not modified.
-
-        Returns:
-            d logits / d raw: (..., V), or one number without a cap.
-        """
-        if self.softcap is None:
-            return self.scale
-        return (logits / self.softcap).square_().neg_().add_(1).mul_(self.scale)
+        return logits_of(raw.detach(), self.scale, self.softcap)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +118,19 @@ class _Options:
     chunk: int
     gradient: bool
 
+    def losses(self, raw: Tensor, targets: Tensor, out: Tensor | None = None) -> Tensor:
+        """Losses (C,) of a head's output (C, V), which their gradient replaces if it is wanted."""
+        function = cross_entropy_ if self.gradient else cross_entropy
+        return function(
+            raw,
+            targets,
+            scale=self.rule.scale,
+            softcap=self.rule.softcap,
+            label_smoothing=self.smoothing,
+            ignore_index=self.ignore_index,
+            losses=out,
+        )
+
 
 def head_loss(
     head: nn.Module,
@@ -130,8 +144,8 @@ def head_loss(
 ) -> HeadLoss:
     """Cross-entropy of a head's predictions, without ever holding all logits.
 
-    An `nn.Linear` is read directly; any other module (NF4, LoRA, one with hooks) is called
-    once per chunk and differentiated by autograd, chunk by chunk.
+    The weight of an `nn.Linear` or an `NF4Linear` is read directly; any other module (LoRA, one
+    with hooks) is called once per chunk and differentiated by autograd, chunk by chunk.
 
     Args:
         head: maps (C, H) to (C, V). Its parameters that require a gradient get one, summed
@@ -161,7 +175,8 @@ def head_loss(
     plain = is_plain_linear(head)
     parameters: tuple[Tensor | None, ...]
     if plain:
-        parameters = (head.weight, head.bias)  # type: ignore[assignment]
+        weight = head.weight if isinstance(head, nn.Linear) else None
+        parameters = (weight, head.bias)  # type: ignore[assignment]
     else:
         parameters = tuple(p for p in head.parameters() if p.requires_grad)
     vocab_size = int(getattr(head, "out_features", 1 << 17))
@@ -172,9 +187,7 @@ def head_loss(
         chunk=chunk_tokens or chunk_tokens_for(vocab_size),
         gradient=torch.is_grad_enabled(),
     )
-    total, tokens = _ChunkedLoss.apply(
-        hidden, targets, options, None if plain else head, *parameters
-    )
+    total, tokens = _ChunkedLoss.apply(hidden, targets, options, head, *parameters)
     return HeadLoss(total=total, tokens=tokens)
 
 
@@ -185,7 +198,8 @@ def is_plain_linear(head: nn.Module) -> bool:
         head: any module.
 
     Returns:
-        False for subclasses, patched and hooked modules.
+        True for an `nn.Linear` and an `NF4Linear`; False for their subclasses, and for patched
+        and hooked modules.
 
     Example:
         >>> is_plain_linear(nn.Linear(2, 3)), is_plain_linear(nn.Identity())
@@ -193,7 +207,7 @@ def is_plain_linear(head: nn.Module) -> bool:
     """
     hooked = bool(head._forward_hooks or head._forward_pre_hooks or head._backward_hooks)
     patched = "forward" in vars(head)
-    return type(head) is nn.Linear and not (hooked or patched)
+    return type(head) in (nn.Linear, NF4Linear) and not (hooked or patched)
 
 
 def _check(hidden: Tensor, targets: Tensor, smoothing: float, chunk: int | None) -> None:
@@ -206,72 +220,37 @@ def _check(hidden: Tensor, targets: Tensor, smoothing: float, chunk: int | None)
     assert chunk is None or chunk > 0, chunk
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of softmax and sums: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _losses(raw: Tensor, targets: Tensor, options: _Options) -> tuple[Tensor, Tensor | None]:
-    """Losses of a chunk, and their sum's gradient with respect to the head's output.
-
-    Args:
-        raw: (C, V) the head's output. Not modified.
-        targets: (C,) int64.
-        options: how.
-
-    Returns:
-        (C,) losses; (C, V) gradient in the dtype of raw, or None if not asked for.
-    """
-    wide, share = _wide(raw.dtype), options.smoothing
-    slope: Tensor | float = 1.0
-    logits = raw
-    if options.rule.changes_logits:
-        logits = options.rule.apply(raw)
-        slope = options.rule.slope(logits) if options.gradient else 1.0
-    log_p = torch.log_softmax(logits, dim=-1, dtype=wide)
-    del logits
-    ignored = None if options.ignore_index is None else targets == options.ignore_index
-    wanted = (targets if ignored is None else targets.masked_fill(ignored, 0)).unsqueeze(1)
-    chosen = log_p.gather(1, wanted)
-    losses = chosen.squeeze(1) * (share - 1.0)
-    if share:
-        losses = losses - share * log_p.mean(dim=1)
-    if ignored is not None:
-        losses = losses.masked_fill(ignored, 0.0)
-    if not options.gradient:
-        return losses, None
-    # p minus the target distribution; at the target, p - 1 is expm1(log p): exact near p = 1.
-    exact = bool(share) or options.rule.changes_logits
-    gradient = torch.exp(log_p, out=log_p if exact else torch.empty_like(raw))
-    if share:
-        gradient.sub_(share / raw.shape[1])
-    at_target = torch.expm1(chosen).add_(share - share / raw.shape[1])
-    gradient.scatter_(1, wanted, at_target.to(gradient.dtype))
-    if options.rule.changes_logits:
-        gradient.mul_(slope)
-    if ignored is not None:
-        gradient.masked_fill_(ignored.unsqueeze(1), 0.0)
-    return losses, gradient.to(raw.dtype)
-
-
 class _Sums:
     """Gradients of parameters, added up over chunks in float32."""
 
     def __init__(self, parameters: tuple[Tensor | None, ...], wanted: tuple[bool, ...]) -> None:
         self.parameters = parameters
         self.sums = [
-            torch.zeros_like(p, dtype=_wide(p.dtype)) if p is not None and needed else None
+            torch.zeros_like(p, dtype=arithmetic_dtype(p)) if p is not None and needed else None
             for p, needed in zip(parameters, wanted, strict=True)
         ]
 
     def __bool__(self) -> bool:
         return any(s is not None for s in self.sums)
 
-    def add(self, index: int, gradient: Callable[[], Tensor]) -> None:
-        """Add one parameter's part, computed only if it is wanted."""
+    def wants(self, index: int) -> bool:
+        """Whether one parameter needs a gradient."""
+        return self.sums[index] is not None
+
+    def add(self, index: int, part: Tensor) -> None:
+        """Add to one parameter's, if it is wanted."""
         total = self.sums[index]
         if total is not None:
-            total.add_(gradient())
+            total.add_(part)
+
+    def add_product(self, index: int, left: Tensor, right: Tensor) -> None:
+        """Add leftᵀ·right (V, H) to one parameter's, some rows at a time, if it is wanted."""
+        total = self.sums[index]
+        if total is None:
+            return
+        for start in range(0, total.shape[0], _WEIGHT_ROWS):
+            rows = slice(start, start + _WEIGHT_ROWS)
+            total[rows].add_(left[:, rows].T @ right)
 
     def cast(self) -> list[Tensor | None]:
         """The sums in the parameters' dtypes; the float32 ones are let go."""
@@ -285,52 +264,83 @@ class _Sums:
 class _LinearChunks:
     """Applies a weight and bias to chunks, and takes gradients back, without autograd."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, sums: _Sums) -> None:
+    def __init__(self, head: nn.Module, hidden: Tensor, sums: _Sums, options: _Options) -> None:
+        """Prepare the weight, and room for a chunk of logits."""
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
         self.dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-        self.weight = weight.to(self.dtype) if autocast else weight
-        self.bias = bias.to(self.dtype) if autocast and bias is not None else bias
-        self.device, self.sums = device, sums
+        self.weight: Tensor
+        self.bias: Tensor | None = head.bias  # type: ignore[assignment]
+        if isinstance(head, NF4Linear):
+            self.weight = head.dequantize(self.dtype)
+        else:  # without autocast, a dtype other than that of the states is an error, as ever
+            assert isinstance(head, nn.Linear)
+            self.weight = head.weight.to(self.dtype) if autocast else head.weight
+        if self.bias is not None and (autocast or isinstance(head, NF4Linear)):
+            self.bias = self.bias.to(self.dtype)
+        self.sums, self.options = sums, options
+        v, rows = self.weight.shape[0], min(options.chunk, hidden.shape[0])
+        width = -(-v // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        self.logits = hidden.new_empty((rows, width), dtype=self.dtype)[:, :v]
 
     def __call__(
-        self, chunk: Tensor, targets: Tensor, options: _Options
-    ) -> tuple[Tensor, Tensor | None]:
-        """Losses (C,) of a chunk (C, H), and its gradient (C, H)."""
-        with torch.autocast(self.device, enabled=False):
-            x = chunk.to(self.dtype)
-            raw = nn.functional.linear(x, self.weight, self.bias)
-            losses, gradient = _losses(raw, targets, options)
-            del raw
-            if gradient is None:
-                return losses, None
-            self.sums.add(0, lambda: gradient.T @ x)
-            self.sums.add(1, lambda: gradient.sum(dim=0, dtype=_wide(gradient.dtype)))
-            return losses, gradient @ self.weight
+        self, chunk: Tensor, targets: Tensor, losses: Tensor, d_chunk: Tensor | None
+    ) -> None:
+        """Write the losses (C,) of a chunk (C, H), and its gradient (C, H)."""
+        with torch.autocast(chunk.device.type, enabled=False):
+            self._apply(chunk, targets, losses, d_chunk)
+
+    def _apply(
+        self, chunk: Tensor, targets: Tensor, losses: Tensor, d_chunk: Tensor | None
+    ) -> None:
+        x, raw = chunk.to(self.dtype), self.logits[: chunk.shape[0]]
+        if self.bias is None:
+            torch.mm(x, self.weight.T, out=raw)
+        else:
+            torch.addmm(self.bias, x, self.weight.T, out=raw)
+        self.options.losses(raw, targets, losses)  # from here on `raw` is the gradient
+        if not self.options.gradient:
+            return
+        self.sums.add_product(0, raw, x)
+        if self.sums.wants(1):
+            self.sums.add(1, raw.sum(dim=0, dtype=arithmetic_dtype(raw)))
+        if d_chunk is None:
+            return
+        if d_chunk.dtype == raw.dtype:
+            torch.mm(raw, self.weight, out=d_chunk)
+        else:
+            d_chunk.copy_(raw @ self.weight)
 
 
 class _ModuleChunks:
     """Applies any head to chunks, each differentiated by autograd before the next one."""
 
-    def __init__(self, head: nn.Module, sums: _Sums) -> None:
-        self.head, self.sums = head, sums
+    def __init__(self, head: nn.Module, _hidden: Tensor, sums: _Sums, options: _Options) -> None:
+        """Keep what every chunk needs."""
+        self.head, self.sums, self.options = head, sums, options
 
     def __call__(
-        self, chunk: Tensor, targets: Tensor, options: _Options
-    ) -> tuple[Tensor, Tensor | None]:
-        """Losses (C,) of a chunk (C, H), and its gradient (C, H)."""
+        self, chunk: Tensor, targets: Tensor, losses: Tensor, d_chunk: Tensor | None
+    ) -> None:
+        """Write the losses (C,) of a chunk (C, H), and its gradient (C, H)."""
+        options = self.options
         with torch.set_grad_enabled(options.gradient):
             x = chunk.detach().requires_grad_(options.gradient)
             raw = self.head(x)
-        losses, gradient = _losses(raw.detach(), targets.to(raw.device), options)
-        if gradient is None:
-            return losses, None
+        targets = targets.to(raw.device)
+        if not options.gradient:
+            losses.copy_(options.losses(raw.detach().contiguous(), targets))
+            return
+        # A copy: the head may have handed out its input, or kept its output for the backward.
+        gradient = raw.detach().clone(memory_format=torch.contiguous_format)
+        losses.copy_(options.losses(gradient, targets))
         parameters = [p for p in self.sums.parameters if p is not None]
-        d_chunk, *found = torch.autograd.grad(raw, [x, *parameters], gradient, allow_unused=True)
+        found_x, *found = torch.autograd.grad(raw, [x, *parameters], gradient, allow_unused=True)
         for i, part in enumerate(found):
             if part is not None:
-                self.sums.add(i, part.detach)
-        return losses, d_chunk
+                self.sums.add(i, part.detach())
+        if d_chunk is not None:
+            d_chunk.copy_(found_x)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -342,31 +352,23 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden: Tensor,
         targets: Tensor,
         options: _Options,
-        head: nn.Module | None,
+        head: nn.Module,
         *parameters: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Go through the chunks; `head` is None for a weight and a bias."""
+        """Go through the chunks."""
         wanted = tuple(needed and options.gradient for needed in ctx.needs_input_grad[4:])
         sums = _Sums(parameters, wanted)
         if not (sums or ctx.needs_input_grad[0]):
             options = replace(options, gradient=False)
-        apply: _LinearChunks | _ModuleChunks
-        if head is not None:
-            apply = _ModuleChunks(head, sums)
-        else:
-            weight, bias = parameters
-            assert weight is not None
-            apply = _LinearChunks(hidden, weight, bias, sums)
         keep = options.gradient and ctx.needs_input_grad[0]
         d_hidden = torch.empty_like(hidden) if keep else None
-        tokens = hidden.new_empty(hidden.shape[0], dtype=_wide(hidden.dtype))
+        tokens = hidden.new_empty(hidden.shape[0], dtype=arithmetic_dtype(hidden))
+        chunks = _LinearChunks if is_plain_linear(head) else _ModuleChunks
+        apply = chunks(head, hidden, sums, options)
         for start in range(0, hidden.shape[0], options.chunk):
             rows = slice(start, start + options.chunk)
-            losses, gradient = apply(hidden[rows], targets[rows], options)
-            tokens[rows] = losses
-            if d_hidden is not None and gradient is not None:
-                d_hidden[rows] = gradient
-        ctx.chunk = options.chunk
+            d_chunk = None if d_hidden is None else d_hidden[rows]
+            apply(hidden[rows], targets[rows], tokens[rows], d_chunk)
         ctx.save_for_backward(d_hidden, *sums.cast())
         ctx.mark_non_differentiable(tokens)
         return tokens.sum(), tokens
@@ -375,17 +377,18 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         """Multiply by the gradient of the sum, in float32 and a chunk at a time."""
-        found = (_scaled(g, outer[0], ctx.chunk) for g in ctx.saved_tensors)
-        d_hidden, *rest = found
+        d_hidden, *rest = (_scaled(gradient, outer[0]) for gradient in ctx.saved_tensors)
         return (d_hidden, None, None, None, *rest)
 
 
-def _scaled(gradient: Tensor | None, factor: Tensor, rows: int) -> Tensor | None:
+def _scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
     """A gradient times a scalar, rounded once; no float32 copy of the whole of it exists."""
     if gradient is None:
         return None
     out = torch.empty_like(gradient)
-    pairs = zip(gradient.split(rows), out.split(rows), strict=True) if gradient.dim() else ()
-    for part, into in pairs:
-        into.copy_(part.to(factor.dtype) * factor)
-    return out if gradient.dim() else (gradient.to(factor.dtype) * factor).to(gradient.dtype)
+    wide = factor.reshape((1,) * gradient.dim())  # as many dimensions: its dtype counts
+    if not gradient.dim():
+        return torch.mul(gradient, wide, out=out)
+    for part, into in zip(gradient.split(_SCALED_ROWS), out.split(_SCALED_ROWS), strict=True):
+        torch.mul(part, wide, out=into)
+    return out
