@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="bitsandbytes, and Unsloth if here")
     parser.add_argument("--cold", action="store_true", help="also from the disk")
     parser.add_argument("--limit-seconds", type=float, default=540.0)
-    parser.add_argument("--folder", type=Path, default=None, help="of the checkpoints")
+    parser.add_argument("--folder", type=Path, default=None, help="where checkpoints go")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints there")
     parser.add_argument("--out", type=Path, default=None, help="of the record")
     arguments = parser.parse_args()
@@ -242,8 +242,8 @@ def main() -> None:
                 print(line(row), flush=True)
                 if "failed" in row:
                     break
-    if not arguments.keep:
-        shutil.rmtree(root)
+    for folder in () if arguments.keep else folders.values():
+        shutil.rmtree(folder)
     print(write_record("load", rows, peaks=peaks, folder=arguments.out))
     for row in rows:
         if "phases_s" in row:
