@@ -9,6 +9,7 @@ is cast in a step; `float32` masters run under autocast, as Transformers' Traine
 import contextlib
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,33 +48,8 @@ def build(build: Build, stage: Stage) -> Subject:
     if liger and (build.device != "cuda" or find_spec("liger_kernel") is None):
         raise NotPossible("Liger's kernels need a GPU and the package liger-kernel")
     import peft
-    import transformers
 
-    loader = transformers.AutoModelForCausalLM
-    if liger:  # its loader patches transformers for this architecture
-        import liger_kernel.transformers
-
-        loader = liger_kernel.transformers.AutoLigerKernelForCausalLM
-    stage("imports")
-    config = transformers.AutoConfig.from_pretrained(build.checkpoint)
-    quantization = None
-    if getattr(config, "quantization_config", None) is None:
-        quantization = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=build.torch_dtype,
-            llm_int8_skip_modules=["lm_head"],
-        )
-    base = loader.from_pretrained(
-        build.checkpoint,
-        dtype=build.torch_dtype,
-        device_map={"": 0 if build.device == "cuda" else "cpu"},
-        attn_implementation="sdpa",
-        **({} if quantization is None else {"quantization_config": quantization}),
-    )
-    stage("loaded")
-    base.config.use_cache = False
+    base = _load(build, stage, liger=liger)
     if build.checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     masters = build.masters == "float32"
@@ -111,3 +87,35 @@ def build(build: Build, stage: Stage) -> Subject:
         parameters=parameters,
         optimizer=make_optimizer(build.optimizer, parameters, build.learning_rate),
     )
+
+
+def _load(build: Build, stage: Stage, *, liger: bool) -> Any:
+    """The base in 4 bits, quantized on the way if the checkpoint is not."""
+    import transformers
+
+    loader = transformers.AutoModelForCausalLM
+    if liger:  # its loader patches transformers for this architecture
+        import liger_kernel.transformers
+
+        loader = liger_kernel.transformers.AutoLigerKernelForCausalLM
+    stage("imports")
+    config = transformers.AutoConfig.from_pretrained(build.checkpoint)
+    options: dict[str, Any] = {}
+    if getattr(config, "quantization_config", None) is None:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=build.torch_dtype,
+            llm_int8_skip_modules=["lm_head"],
+        )
+    base = loader.from_pretrained(
+        build.checkpoint,
+        dtype=build.torch_dtype,
+        device_map={"": 0 if build.device == "cuda" else "cpu"},
+        attn_implementation="sdpa",
+        **options,
+    )
+    base.config.use_cache = False
+    stage("loaded")
+    return base
