@@ -258,6 +258,8 @@ class FusedBlocks:
             return False
         runner = _runner(layer)
         if not runner.is_current(layer):
+            if why_not(layer) is not None:
+                return False
             self._describe_again()
         return runner.may_run(layer)
 
@@ -299,7 +301,8 @@ class FusedBlocks:
     def _describe_again(self) -> None:
         """An adapter came or went."""
         for layer in self.layers:
-            _runner(layer).describe(layer)
+            if why_not(layer) is None:
+                _runner(layer).describe(layer)
         self._operands = Operands([group for d in self._descriptions() for group in d.groups])
         self._latest = len(self.layers)
 

@@ -83,7 +83,7 @@ def parse_policy(text: str, layers: int) -> tuple[str, ...]:
                 f"such as save:8,recompute_all:{max(layers - 8, 1)}."
             )
         if not number and index == len(pieces) - 1:
-            number = str(layers - len(words))
+            number = str(max(layers - len(words), 0))
         if not number.isdecimal():
             raise ConfigError(
                 f"activation policy {text!r} needs a number of layers after {word!r}, as in "
