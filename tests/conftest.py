@@ -25,7 +25,7 @@ import pytest  # noqa: E402
 EXPECTED = "QLORA_KIT_EXPECT_TRANSFORMERS"
 """Set by scripts/test.sh: the transformers that this run is meant to test."""
 
-COMPAT_FOLDERS = {"load", "adapters", "nn", "checkpoint", "export", "train", "cli"}
+COMPAT_FOLDERS = {"load", "adapters", "nn", "block", "checkpoint", "export", "train", "cli"}
 """Folders whose tests all run with the oldest supported transformers as well."""
 
 
