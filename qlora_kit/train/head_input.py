@@ -10,6 +10,12 @@ first forward of a model is asked. One row of known numbers is passed off as the
 output, and what the model made of them is looked up among the `LogitRule`s that its
 configuration allows. If none of them does it, this model's head is given the S states from
 then on, and the model's own code makes the logits, (S, V) of them.
+
+Which positions count is known before the batch is on the GPU. A batch that brings them along
+(`target_positions`) is never waited for: nothing is counted, masked or read back, and their
+number is padded so that batches of one shape give steps of one shape. The padding points at
+the last position of a row, whose target does not exist and is ignored. Without them they are
+read off the labels, and the host waits once.
 """
 
 from collections.abc import Callable
@@ -20,6 +26,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -29,6 +36,12 @@ from qlora_kit.nn.loss_head import IGNORE, HeadLoss, LogitRule, head_loss, is_pl
 PROBE_RANGE = 64.0
 """Known numbers span plus and minus this: wider than logits, so that any cap shows."""
 
+TARGET_POSITIONS = "target_positions"
+"""A key of a collated batch: what `target_positions` made of its labels."""
+
+POSITIONS_MULTIPLE = 256
+"""The number of positions is padded to a multiple of this: few shapes, little work for nothing."""
+
 _known: WeakKeyDictionary[nn.Module, dict[tuple[LogitRule, ...], LogitRule | None]] = (
     WeakKeyDictionary()
 )
@@ -37,7 +50,7 @@ _known: WeakKeyDictionary[nn.Module, dict[tuple[LogitRule, ...], LogitRule | Non
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadInput:
-    """The S positions of a batch whose next token has a label, before the head."""
+    """The S positions of a batch whose next token has a label (and padding), before the head."""
 
     states: Tensor
     """(S, H) hidden states; (S, V) logits where `head` is an identity."""
@@ -46,9 +59,9 @@ class HeadInput:
     rule: LogitRule
     """What the model does after its head."""
     targets: Tensor
-    """(S,) int64, the token to predict."""
+    """(S,) int64, the token to predict; `IGNORE` where the position is padding."""
     rows: Tensor
-    """(S,) int64, the batch row each position belongs to; ascending."""
+    """(S,) int64, the batch row each position belongs to; ascending but for padding."""
     positions: Tensor
     """(S,) int64, its column; the target is the token at the next one."""
     autocast: torch.dtype | None = None
@@ -72,7 +85,7 @@ class HeadInput:
                 self.targets,
                 rule=self.rule,
                 label_smoothing=label_smoothing,
-                ignore_index=None,
+                ignore_index=IGNORE,
             )
 
     def logits(self, which: Tensor) -> Tensor:
@@ -108,6 +121,26 @@ def label_mask(labels: Tensor) -> Tensor:
     return F.pad(labels[:, 1:] != IGNORE, (0, 1), value=False)
 
 
+def target_positions(labels: Tensor, multiple: int = POSITIONS_MULTIPLE) -> Tensor:
+    """List the positions that `label_mask` marks, padded; on the CPU, or the host waits.
+
+    Args:
+        labels: (B, T) int64, `IGNORE` where a token does not count.
+        multiple: the result's length is one of this, at least once.
+
+    Returns:
+        (S,) int64 indices into the B·T positions, ascending; then, as padding, the last
+        position of the first row, which predicts nothing.
+
+    Example:
+        >>> target_positions(torch.tensor([[-100, -100, 7, 8], [5, 6, -100, -100]]), 4)
+        tensor([1, 2, 4, 3])
+    """
+    found = label_mask(labels).flatten().nonzero().squeeze(1)
+    wanted = max(1, -(-len(found) // multiple)) * multiple
+    return F.pad(found, (0, wanted - len(found)), value=labels.shape[1] - 1)
+
+
 def selectable_head(model: PreTrainedModel) -> nn.Module | None:
     """Find the output head that can be given selected positions only.
 
@@ -141,7 +174,8 @@ def head_input(
     Args:
         model: a causal language model.
         inputs: a collated batch with `input_ids` and `labels` (B, T), and whatever
-            else the model takes. Not modified.
+            else the model takes; `target_positions`, if it brings them along: each position
+            once, but for those without a target. Not modified.
         forward: how to call the model when something wraps it (data parallelism).
 
     Returns:
@@ -160,8 +194,11 @@ def head_input(
         return None
     allowed = allowed_rules(model)
     known = _known.setdefault(model, {})
-    labels = inputs["labels"]
-    tap = _HeadTap(label_mask(labels), _way(head, allowed, known), empty=is_plain_linear(head))
+    labels, positions = inputs["labels"], inputs.get(TARGET_POSITIONS)
+    if positions is None:
+        positions = label_mask(labels).flatten().nonzero().squeeze(1)
+    way = _way(head, allowed, known)
+    tap = _HeadTap(labels.shape, positions, way, empty=is_plain_linear(head))
     random = _random_state(labels.device) if tap.way == "ask" else None
     outputs = tap.run(head, forward or model, inputs)
     if tap.way == "ask" and tap.calls == 1:
@@ -172,21 +209,22 @@ def head_input(
                 "rules; its own code makes the logits of all positions that count."
             )
             _restore(random)  # the same dropout as in a model that was asked before
-            tap = _HeadTap(tap.mask, "logits", empty=False)
+            tap = _HeadTap(labels.shape, positions, "logits", empty=False)
             outputs = tap.run(head, forward or model, inputs)
     router_loss = _router_loss(model, inputs, outputs)
     if tap.calls != 1 or tap.states is None or router_loss is NotImplemented:
         return None
     rule = known[allowed] if tap.way != "logits" else None
     states = outputs.logits[0] if tap.way == "logits" else tap.states
-    rows, positions = tap.mask.to(states.device).nonzero(as_tuple=True)
+    length, positions = labels.shape[1], positions.to(states.device)
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten().to(states.device)
     return HeadInput(
         states=states,
         head=nn.Identity() if tap.way == "logits" else head,
         rule=rule or LogitRule(),
-        targets=labels.to(states.device)[rows, positions + 1],
-        rows=rows,
-        positions=positions,
+        targets=following.index_select(0, positions),
+        rows=positions.div(length, rounding_mode="floor"),
+        positions=positions.remainder(length),
         autocast=None if tap.way == "logits" else tap.autocast,
         router_loss=router_loss,
     )
@@ -221,6 +259,45 @@ def allowed_rules(model: PreTrainedModel) -> tuple[LogitRule, ...]:
     return tuple(LogitRule(scale=scale, softcap=cap) for scale, cap in pairs)
 
 
+def without_targets(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Leave out of a batch what says which tokens to predict.
+
+    Args:
+        inputs: a collated batch. Not modified.
+
+    Returns:
+        What a model takes to make hidden states or logits.
+
+    Example:
+        >>> without_targets({"input_ids": 1, "labels": 2, "target_positions": 3})
+        {'input_ids': 1}
+    """
+    return {k: v for k, v in inputs.items() if k not in ("labels", TARGET_POSITIONS)}
+
+
+class _Take(torch.autograd.Function):
+    """Some rows of (N, H), each of them once.
+
+    Rows that come more than once get one of their gradients: only padding does, and has none.
+    Indexing would add them up, which on a GPU takes sorting, or atomics in no fixed order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Gather."""
+        ctx.save_for_backward(positions)
+        ctx.rows = hidden.shape[0]
+        return hidden.index_select(0, positions)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *d_taken: Tensor) -> tuple[Tensor, None]:
+        """Scatter."""
+        (positions,) = ctx.saved_tensors
+        d_hidden = d_taken[0].new_zeros(ctx.rows, d_taken[0].shape[1])
+        return d_hidden.index_copy_(0, positions, d_taken[0]), None
+
+
 _Way = Literal["ask", "hidden", "logits"]
 
 
@@ -240,8 +317,10 @@ def _way(
 class _HeadTap:
     """Hooks on a head for one forward: takes the states that count, decides what the head sees."""
 
-    def __init__(self, mask: Tensor, way: _Way, *, empty: bool) -> None:
-        self.mask, self.way = mask, way
+    def __init__(
+        self, shape: tuple[int, ...], positions: Tensor, way: _Way, *, empty: bool
+    ) -> None:
+        self.shape, self.positions, self.way = tuple(shape), positions, way
         self.shown = 0 if empty and way == "hidden" else 1  # tokens the head sees
         self.calls = 0
         self.states: Tensor | None = None
@@ -254,18 +333,18 @@ class _HeadTap:
         if self.way == "ask":
             handles.append(head.register_forward_hook(self._after))
         try:
-            return forward(**{k: v for k, v in inputs.items() if k != "labels"})
+            return forward(**without_targets(inputs))
         finally:
             for handle in handles:
                 handle.remove()
 
     def _before(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         self.calls += 1
-        if self.calls != 1 or not inputs or inputs[0].shape[:2] != self.mask.shape:
+        if self.calls != 1 or not inputs or inputs[0].shape[:2] != self.shape:
             self.calls = -1  # not the (B, T, H) of this batch: leave it alone, use the model's loss
             return None
         hidden, *rest = inputs
-        self.states = hidden[self.mask.to(hidden.device)]
+        self.states = _Take.apply(hidden.flatten(0, 1), self.positions.to(hidden.device))
         if torch.is_autocast_enabled(hidden.device.type):
             self.autocast = torch.get_autocast_dtype(hidden.device.type)
         seen = self.states.unsqueeze(0) if self.way == "logits" else hidden[:1, : self.shown]

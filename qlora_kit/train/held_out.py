@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.nn.loss_head import IGNORE, LogitRule
 from qlora_kit.train.data.tokenized import TokenizedSet
-from qlora_kit.train.head_input import HeadInput, head_input
+from qlora_kit.train.head_input import HeadInput, head_input, without_targets
 from qlora_kit.train.metrics import perplexity
 
 if TYPE_CHECKING:
@@ -87,9 +87,11 @@ def language_model_losses(
         >>> language_model_losses(tiny, batch)[0].shape
         torch.Size([2])
     """
+    # Exactly the positions that count, read off the labels: their number is wanted as well.
+    batch = {**without_targets(batch), "labels": batch["labels"]}
     selected = head_input(model, batch)
     if selected is None:  # no reachable head: the model's own logits, all of them
-        output = model(**{k: v for k, v in batch.items() if k != "labels"})
+        output = model(**without_targets(batch))
         mask = batch["labels"][:, 1:] != IGNORE
         rows, positions = mask.nonzero(as_tuple=True)
         targets = batch["labels"][:, 1:][mask]

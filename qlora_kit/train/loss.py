@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.core.log import log_once
 from qlora_kit.nn.loss_head import IGNORE
-from qlora_kit.train.head_input import head_input
+from qlora_kit.train.head_input import head_input, without_targets
 
 
 def count_targets(labels: Tensor) -> Tensor:
@@ -46,9 +46,11 @@ def causal_lm_loss(
 
     Args:
         model: a causal language model.
-        inputs: a collated batch with `input_ids` and `labels` (B, T). Not modified.
+        inputs: a collated batch with `input_ids` and `labels` (B, T); with `target_positions`
+            (see `head_input.py`) as well, the host never waits for the GPU, but for the first
+            batch of a model. Not modified.
         num_items: divide the sum by this instead of by the batch's own count, so
-            that accumulated batches weigh every token alike.
+            that accumulated batches weigh every token alike. A tensor is not read back.
         label_smoothing: share of the target spread evenly over all tokens.
         forward: how to call the model when something wraps it (data parallelism).
 
@@ -70,7 +72,7 @@ def causal_lm_loss(
     if selected is None:
         return _own_loss(model, inputs, num_items, label_smoothing, forward or model)
     if num_items is None:
-        num_items = max(1, selected.targets.numel())
+        num_items = (selected.targets != IGNORE).sum().clamp_min(1)
     loss = selected.losses(label_smoothing).total / num_items
     if selected.router_loss is not None:
         loss = loss + selected.router_loss.to(loss.device)
@@ -96,5 +98,6 @@ def _own_loss(
     )
     if num_items is None:
         num_items = count_targets(inputs["labels"])
-    loss: Tensor = forward(**inputs, num_items_in_batch=num_items).loss
+    labels = {"labels": inputs["labels"]}
+    loss: Tensor = forward(**without_targets(inputs), **labels, num_items_in_batch=num_items).loss
     return loss

@@ -20,6 +20,7 @@ from qlora_kit.core.errors import ConfigError
 from qlora_kit.core.log import logger
 from qlora_kit.ops.attention.rule import Documents
 from qlora_kit.ops.attention.transformers_door import packed_inputs, register, unpadded_inputs
+from qlora_kit.train.head_input import TARGET_POSITIONS, target_positions
 
 Collate = Callable[[list[Any]], dict[str, Any]]
 
@@ -41,6 +42,7 @@ class FusedCollator:
     """Adds to a collated batch what fused layers need to know.
 
     Example:
+        >>> import torch
         >>> def collate(rows):
         ...     return {"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}
         >>> FusedCollator(collate)([])[MASKLESS]
@@ -58,8 +60,8 @@ class FusedCollator:
 
         Returns:
             The batch, with `maskless` where its mask pads on the right only or is missing,
-            with its documents where positions start anew within rows, and without a cache,
-            which transformers would fill and nobody read.
+            with its documents where positions start anew within rows, with the positions of
+            its targets, and without a cache, which transformers would fill and nobody read.
         """
         batch = {"use_cache": False, **self.collate(rows)}
         mask, positions = batch.get("attention_mask"), batch.get("position_ids")
@@ -70,6 +72,9 @@ class FusedCollator:
             if isinstance(positions, Tensor) and bool((positions[:, 1:] == 0).any()):
                 documents = Documents.from_positions(positions)
                 batch[STARTS], batch[LONGEST] = documents.starts, documents.longest
+        labels = batch.get("labels")
+        if isinstance(labels, Tensor) and labels.dim() == 2:
+            batch[TARGET_POSITIONS] = target_positions(labels)
         return batch
 
 
