@@ -218,6 +218,7 @@ class FusedBlocks:
         self.host = HostStore()
         self.deterministic = deterministic
         self._classes: dict[type, type] = {}
+        self._decoded: tuple[int, torch.dtype] | None = None
         self._latest = len(layers)
         for index, (layer, policy) in enumerate(zip(layers, policies, strict=True)):
             runner = Runner(self, layer, index, policy)
@@ -244,6 +245,25 @@ class FusedBlocks:
         self.policies = parse_policy(activations, len(self.layers))
         for layer, policy in zip(self.layers, self.policies, strict=True):
             _runner(layer).policy = policy
+
+    def keep_decoded(self, layers: int, dtype: torch.dtype) -> None:
+        """Decode the weights of some layers once and for all: memory for speed.
+
+        An 8B model's take 13 GiB in 16 bits, and save about 3% of a step that recomputes
+        nothing.
+
+        Args:
+            layers: how many, from the first on; the others decode in every step.
+            dtype: the compute dtype.
+        """
+        self._decoded = (layers, dtype)
+        for index, description in enumerate(self._descriptions()):
+            like = torch.empty(0, dtype=dtype, device=description.before_attention.weight.device)
+            for group in description.groups:
+                group.kept, group.held = False, None
+                if index < layers:
+                    group.keep(like)
+        self._operands.forget()
 
     def may_run(self, layer: Any) -> bool:
         """Whether a layer's state now allows one step: no autocast, adapters on, no more trained.
@@ -305,6 +325,8 @@ class FusedBlocks:
                 _runner(layer).describe(layer)
         self._operands = Operands([group for d in self._descriptions() for group in d.groups])
         self._latest = len(self.layers)
+        if self._decoded is not None:
+            self.keep_decoded(*self._decoded)
 
     def _descriptions(self) -> list[Description]:
         return [_runner(layer).description for layer in self.layers]

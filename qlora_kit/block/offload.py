@@ -6,9 +6,13 @@ layer of an 8B model computes for 5 ms forward and 15 ms in a backward pass that
 and its input, 64 MiB, takes about 1.3 ms each way.
 
 Host buffers are kept for the next step: pinning memory is slow. All copies share one stream,
-so a buffer that is handed out again is written only after its last copy has left.
+so a buffer that is handed out again is written only after its last copy has left. A tensor on
+its way out stays referenced until the computing stream has waited for the copy, two layers
+later: so memory is given back in the order of that stream, and no more of it is in use than
+with a host that never runs ahead.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +21,9 @@ from torch import Tensor
 
 SMALLEST_BYTES = 2 << 20
 """Tensors below this stay where they are: they are many and weigh nothing."""
+
+_LAYERS_LEAVING = 2
+"""How many layers' tensors may be on their way out at a time."""
 
 
 @dataclass(slots=True)
@@ -58,6 +65,7 @@ class HostStore:
         self._stream: torch.cuda.Stream | None = None
         self._free: dict[tuple[int, torch.dtype], list[Tensor]] = {}
         self._last: Ticket | None = None
+        self._leaving: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
 
     def put(self, index: int, tensors: Sequence[Tensor | None]) -> Ticket:
         """Send a layer's tensors away.
@@ -71,9 +79,14 @@ class HostStore:
         """
         before = self._last if self._last is not None and self._last.index == index - 1 else None
         items: list[Tensor | _Away | None] = list(tensors)
-        for place, tensor in enumerate(tensors):
-            if tensor is not None and tensor.is_cuda and tensor.nbytes >= SMALLEST_BYTES:
-                items[place] = self._send(tensor)
+        large = {
+            place: tensor
+            for place, tensor in enumerate(tensors)
+            if tensor is not None and tensor.is_cuda and tensor.nbytes >= SMALLEST_BYTES
+        }
+        if large:
+            for place, away in zip(large, self._send(list(large.values())), strict=True):
+                items[place] = away
         self._last = Ticket(index, items, before)
         return self._last
 
@@ -86,6 +99,7 @@ class HostStore:
         Returns:
             The tensors, as they were put.
         """
+        self._wait_for_leaving(0)
         self._start(ticket)
         found = [item.back if isinstance(item, _Away) else item for item in ticket.items]
         if ticket.arrived is not None:
@@ -95,19 +109,33 @@ class HostStore:
         ticket.items.clear()
         return found
 
-    def _send(self, tensor: Tensor) -> _Away:  # needs a GPU
-        assert tensor.is_contiguous()
-        side, main = self._side(tensor), torch.cuda.current_stream(tensor.device)
-        free = self._free.setdefault((tensor.numel(), tensor.dtype), [])
-        if free:
-            host = free.pop()
-        else:
-            host = torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=True)
+    def _send(self, tensors: list[Tensor]) -> list[_Away]:  # needs a GPU
+        main = torch.cuda.current_stream(tensors[0].device)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(tensors[0].device)
+        side = self._stream
         side.wait_stream(main)
+        sent = []
         with torch.cuda.stream(side):
-            host.copy_(tensor.view(-1), non_blocking=True)
-        tensor.record_stream(side)
-        return _Away(host, tensor.shape)
+            for tensor in tensors:
+                assert tensor.is_contiguous()
+                host = self._host(tensor.numel(), tensor.dtype)
+                host.copy_(tensor.view(-1), non_blocking=True)
+                sent.append(_Away(host, tensor.shape))
+            left = side.record_event()
+        self._leaving.append((left, tensors))
+        self._wait_for_leaving(_LAYERS_LEAVING)
+        return sent
+
+    def _host(self, count: int, dtype: torch.dtype) -> Tensor:  # needs a GPU
+        free = self._free.setdefault((count, dtype), [])
+        return free.pop() if free else torch.empty(count, dtype=dtype, pin_memory=True)
+
+    def _wait_for_leaving(self, most: int) -> None:
+        """Let the computing stream wait until no more than so many layers are on their way."""
+        while len(self._leaving) > most:
+            left, _tensors = self._leaving.popleft()
+            torch.cuda.current_stream().wait_event(left)
 
     def _start(self, ticket: Ticket) -> None:
         """Begin the copies back, unless they have begun."""
@@ -126,11 +154,5 @@ class HostStore:
             for item in away:
                 assert item.back is not None
                 item.back.view(-1).copy_(item.host, non_blocking=True)
-                item.back.record_stream(side)
                 self._free[item.host.numel(), item.host.dtype].append(item.host)
             return side.record_event()
-
-    def _side(self, x: Tensor) -> torch.cuda.Stream:  # needs a GPU
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(x.device)
-        return self._stream

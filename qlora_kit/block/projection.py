@@ -12,8 +12,10 @@ For that, inputs and gradients live in buffers with R spare columns at the right
 their producers (norms, activations) write into directly.
 
 The weights are decoded into memory that the call gives back at its end, so that all layers
-share it: (N, K + R) forward, (N + R, K) backward, in the compute dtype. Adapters' masters
-are rounded to that dtype once per forward pass of the model (`Operands`).
+share it: [W | B; A | .], (N + R, K + R) in the compute dtype, of which the forward reads the
+first N rows and the backward the first K columns. So one decoding can serve both (`hold`),
+and where memory is plenty, all steps (`keep`). Adapters' masters are rounded to that dtype
+once per forward pass of the model (`Operands`).
 """
 
 from collections.abc import Sequence
@@ -43,6 +45,11 @@ class Part:
     """Its rows of the group's weight."""
     ranks: slice
     """Its columns of the group's low-rank factors."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return _shape(self.module)
 
     @property
     def lora(self) -> LoRALinear | None:
@@ -103,6 +110,8 @@ class Group:
         r: low-rank columns together, a multiple of 8; 0 without adapters.
         a: (r, k), the parts' scaled A; set by `Operands`.
         b: (n, r), the parts' B, block-diagonal; set by `Operands`.
+        held: (n + r, k + r) decoded already, or None.
+        kept: whether `held` stays from step to step.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -121,6 +130,8 @@ class Group:
             n, r = n + height, r + wide
         self.n, self.r = n, r
         self.a = self.b = torch.empty(0)
+        self.held: Tensor | None = None
+        self.kept = False
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -159,9 +170,8 @@ class Group:
             (M, n) in the dtype of X.
         """
         self.fill_small(wide)
-        weight = wide.new_empty((self.n, self.k + self.r))
-        for part in self.parts:
-            part.decode_into(weight[part.rows], self.b[part.rows] if self.r else None)
+        held = self._decode(wide, self.n) if self.held is None else self.held
+        weight = held[: self.n]
         y = wide.new_empty((wide.shape[0], self.n + (self.r if spare else 0)))[:, : self.n]
         bias = self._bias(wide)
         if residual is not None:
@@ -194,12 +204,42 @@ class Group:
             (M, k).
         """
         self._fill(wide)
-        weight = wide.new_empty((self.n + self.r, self.k))
+        held = self._decode(wide, self.n + self.r) if self.held is None else self.held
+        return wide @ held[:, : self.k]
+
+    def hold(self, like: Tensor) -> None:
+        """Decode now, for a forward and the backward that follows it.
+
+        Args:
+            like: of the dtype to decode to.
+        """
+        if self.held is None:
+            self.held = self._decode(like, self.n + self.r)
+
+    def release(self) -> None:
+        """Give up what `hold` has made."""
+        if not self.kept:
+            self.held = None
+
+    def keep(self, like: Tensor) -> None:
+        """Decode once and for all; `Operands` puts A and B beside the weight from then on.
+
+        Args:
+            like: of the dtype to decode to.
+        """
+        self.held, self.kept = like.new_zeros((self.n + self.r, self.k + self.r)), True
         for part in self.parts:
-            part.decode_into(weight[part.rows])
-        if self.r:
-            weight[self.n :] = self.a
-        return wide @ weight
+            columns = self.held.new_zeros((part.shape[0], self.r)) if self.r else None
+            part.decode_into(self.held[part.rows], columns)
+
+    def _decode(self, like: Tensor, rows: int) -> Tensor:
+        """The first rows, n or all n + r, of [W | B; A | .]."""
+        whole = like.new_empty((rows, self.k + self.r))
+        for part in self.parts:
+            part.decode_into(whole[part.rows], self.b[part.rows] if self.r else None)
+        if rows > self.n:
+            whole[self.n :, : self.k] = self.a
+        return whole
 
     def gradients(
         self, wide: Tensor, x: Tensor | None, small: Tensor | None, *, filled: bool = True
@@ -330,12 +370,22 @@ class Operands:
             ]
             torch._foreach_copy_(self._copies, sources)
 
+    def forget(self) -> None:
+        """Make room anew at the next `refresh`: a group has begun or ceased to be kept."""
+        self._dtype = None
+
     def _allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
         self._masters, self._scales, self._copies = [], [], []
         for group in self.groups:
-            group.a = torch.zeros((group.r, group.k), dtype=dtype, device=device)
-            group.b = torch.zeros((group.n, group.r), dtype=dtype, device=device)
+            if group.kept and group.held is not None:
+                group.a, group.b = (
+                    group.held[group.n :, : group.k],
+                    group.held[: group.n, group.k :],
+                )
+            else:
+                group.a = torch.zeros((group.r, group.k), dtype=dtype, device=device)
+                group.b = torch.zeros((group.n, group.r), dtype=dtype, device=device)
             for part in group.parts:
                 if part.lora is None:
                     continue
