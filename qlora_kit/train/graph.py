@@ -49,7 +49,7 @@ class StepGraphs:
 
     Example:
         >>> weight = nn.Parameter(torch.ones(1))
-        >>> graphs = StepGraphs(lambda inputs, items: (weight * inputs["x"]).sum() / items, [weight])
+        >>> graphs = StepGraphs(lambda inputs, items: weight.sum() / items, [weight])
         >>> graphs.run({"x": torch.ones(2)}, torch.tensor(2)) is None  # no GPU: not here
         True
     """
@@ -151,7 +151,9 @@ class StepGraphs:
 
     def _keep_sums(self, recorded: _Recorded) -> None:  # needs a GPU
         """Move sums out of the memory that the replay is about to write."""
-        theirs = {g.data_ptr() for r in self._recorded.values() for g in r.gradients if g is not None}
+        theirs = {
+            g.data_ptr() for r in self._recorded.values() for g in r.gradients if g is not None
+        }
         theirs.update(g.data_ptr() for g in recorded.gradients if g is not None)
         for parameter in self._parameters:
             if parameter.grad is not None and parameter.grad.data_ptr() in theirs:

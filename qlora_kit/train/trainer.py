@@ -14,9 +14,7 @@ What is different from the parent, and why:
 - Logs carry tokens per second and memory.
 """
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +43,7 @@ from qlora_kit.train.held_out import loss_totals
 from qlora_kit.train.loss import causal_lm_loss, count_targets
 from qlora_kit.train.sampling import EpochSampler, SortedSampler
 from qlora_kit.train.step import FusedCollator, fused_inputs, prepare_model
+from qlora_kit.train.throughput import Throughput
 from qlora_kit.train.update import UpdatingTrainer
 
 Batch = dict[str, Tensor]
@@ -146,6 +145,8 @@ class Trainer(UpdatingTrainer):
             args._n_gpu = 1
         causal = "SequenceClassification" not in type(model).__name__
         self.fused = prepare_model(model, args, step, activations) if causal else None
+        if self.fused is not None and data_collator is not None:
+            data_collator = FusedCollator(data_collator)
         super().__init__(
             model=model,
             args=args,
@@ -155,20 +156,13 @@ class Trainer(UpdatingTrainer):
             callbacks=[GradientGuard(trainable), *callbacks],
         )
         self.remove_callback(transformers.PrinterCallback)
-        if self.fused is not None:
-            self.data_collator = FusedCollator(self.data_collator)
         self.causal = causal
         alone = self.fused is not None and args.world_size == 1 and self.accelerator.scaler is None
         self.graphs = StepGraphs(self._graph_loss, [p for _, p in trainable]) if alone else None
         # True: the loss is a sum over tokens divided by `num_items_in_batch`, so it is not
         # divided again by the number of accumulated batches.
         self.model_accepts_loss_kwargs = self.causal
-        self._tokens = torch.zeros((), dtype=torch.int64)
-        self._mark_s = time.perf_counter()
-        self._window_tokens = 0
-        self._paused_s = 0.0
-        self._timed_tokens = 0
-        self._timed_s = 0.0
+        self.throughput = Throughput()
 
     # Data
 
@@ -253,10 +247,7 @@ class Trainer(UpdatingTrainer):
         Returns:
             () the detached loss.
         """
-        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        padded = mask is not None and mask.shape == ids.shape
-        count = mask.sum() if padded and mask is not None else torch.tensor(ids.numel())
-        self._tokens = self._tokens.to(count.device) + count  # read at the next log: no sync here
+        self.throughput.count(inputs["input_ids"], inputs.get("attention_mask"))
         if self.graphs is not None and isinstance(num_items_in_batch, Tensor):
             self.model.train()
             recorded = self.graphs.run(self._prepare_inputs(inputs), num_items_in_batch)
@@ -272,27 +263,12 @@ class Trainer(UpdatingTrainer):
     # Logs
 
     def _flush_tokens(self) -> None:
-        new = int(self._tokens.item())
-        self._tokens = torch.zeros_like(self._tokens)
-        self._window_tokens += new
-        self.state.num_input_tokens_seen += new
+        self.state.num_input_tokens_seen += self.throughput.flush()
 
     @property
     def mean_tokens_per_s(self) -> float:
         """Tokens per second over the logged updates, evaluations and checkpoints left out."""
-        if self._timed_s > 0:
-            return round(self._timed_tokens / self._timed_s, 1)
-        logged = [e["tokens_per_s"] for e in self.state.log_history if "tokens_per_s" in e]
-        return round(sum(logged) / max(1, len(logged)), 1)  # resumed after the last update
-
-    @contextmanager
-    def _outside_training(self) -> Iterator[None]:
-        """Time spent here does not count in tokens per second."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._paused_s += time.perf_counter() - start
+        return self.throughput.mean(self.state.log_history)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add throughput and memory to a training log line, and hand it to the loggers.
@@ -303,14 +279,9 @@ class Trainer(UpdatingTrainer):
         """
         if "loss" in logs:
             self._flush_tokens()
-            now = time.perf_counter()
-            elapsed = now - self._mark_s - self._paused_s
-            logs["tokens_per_s"] = round(self._window_tokens / max(elapsed, 1e-9), 1)
-            self._timed_tokens += self._window_tokens
-            self._timed_s += elapsed
+            logs["tokens_per_s"] = self.throughput.window()
             logs["tokens"] = self.state.num_input_tokens_seen
             logs["memory_gib"] = round(memory_bytes(self.args.device) / GIB, 3)
-            self._mark_s, self._window_tokens, self._paused_s = now, 0, 0.0
         super().log(logs, start_time)
 
     # Evaluation
@@ -335,7 +306,7 @@ class Trainer(UpdatingTrainer):
         Returns:
             Metrics only; predictions are None.
         """
-        with self._outside_training():
+        with self.throughput.outside():
             batches = map(fused_inputs, dataloader)
             totals = loss_totals(self.model, batches, causal=self.causal)
         if self.args.world_size > 1:
@@ -365,7 +336,7 @@ class Trainer(UpdatingTrainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_checkpoint(Path(self.args.output_dir)))
-        self._mark_s, self._paused_s = time.perf_counter(), 0.0
+        self.throughput.start()
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -375,7 +346,7 @@ class Trainer(UpdatingTrainer):
         self.adapter.save(folder, base_model=self.base_model, overwrite=True)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        with self._outside_training():
+        with self.throughput.outside():
             self._flush_tokens()
             if self.args.world_size > 1:  # every process writes its part: no single rename
                 super()._save_checkpoint(model, trial)

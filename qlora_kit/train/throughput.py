@@ -1,0 +1,92 @@
+"""Tokens per second of a training, with what is not training left out.
+
+Tokens are counted on the device and read when a line is logged, so that counting never
+makes the host wait. Evaluations and checkpoints run inside `outside()` and do not count.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Throughput:
+    """Counts tokens and time.
+
+    Example:
+        >>> speed = Throughput()
+        >>> speed.count(torch.ones(2, 3), torch.tensor([[1, 1, 0], [1, 1, 1]]))
+        >>> speed.flush()
+        5
+    """
+
+    def __init__(self) -> None:
+        """Start the clock."""
+        self._tokens = torch.zeros((), dtype=torch.int64)
+        self._mark_s = time.perf_counter()
+        self._window_tokens = 0
+        self._paused_s = 0.0
+        self._timed_tokens = 0
+        self._timed_s = 0.0
+
+    def start(self) -> None:
+        """Start the clock again."""
+        self._mark_s, self._paused_s = time.perf_counter(), 0.0
+
+    def count(self, ids: Tensor, mask: Tensor | None) -> None:
+        """Count a batch's tokens.
+
+        Args:
+            ids: (B, T).
+            mask: (B, T), 0 at padding; None, or of another shape, counts all.
+        """
+        padded = mask is not None and mask.shape == ids.shape
+        new = mask.sum() if padded and mask is not None else torch.tensor(ids.numel())
+        self._tokens = self._tokens.to(new.device) + new
+
+    def flush(self) -> int:
+        """Read the count, which waits for the device.
+
+        Returns:
+            Tokens since the last reading.
+        """
+        new = int(self._tokens.item())
+        self._tokens = torch.zeros_like(self._tokens)
+        self._window_tokens += new
+        return new
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Time spent here does not count."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused_s += time.perf_counter() - start
+
+    def window(self) -> float:
+        """Tokens per second since the last call, of tokens that were flushed."""
+        now = time.perf_counter()
+        elapsed = now - self._mark_s - self._paused_s
+        rate = round(self._window_tokens / max(elapsed, 1e-9), 1)
+        self._timed_tokens += self._window_tokens
+        self._timed_s += elapsed
+        self._mark_s, self._window_tokens, self._paused_s = now, 0, 0.0
+        return rate
+
+    def mean(self, history: Sequence[dict[str, Any]]) -> float:
+        """Tokens per second over all windows.
+
+        Args:
+            history: log lines, for a training that was resumed after its last update.
+
+        Returns:
+            The mean.
+        """
+        if self._timed_s > 0:
+            return round(self._timed_tokens / self._timed_s, 1)
+        logged = [entry["tokens_per_s"] for entry in history if "tokens_per_s" in entry]
+        return round(sum(logged) / max(1, len(logged)), 1)
