@@ -19,120 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.block.description import Description, describe, drops_activations, linears, why_not
-from qlora_kit.block.layer import Call, Kept, backward, forward
+from qlora_kit.block.description import Description, why_not
+from qlora_kit.block.layer import Call, forward
 from qlora_kit.block.offload import HostStore
-from qlora_kit.block.policy import parse_policy, recomputed, waits_on_host
-from qlora_kit.block.projection import Operands
+from qlora_kit.block.operands import Operands
+from qlora_kit.block.policy import parse_policy
+from qlora_kit.block.runner import Runner, Step
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.core.log import log_once
 from qlora_kit.ops.attention.pair import Documents
 from qlora_kit.ops.attention.transformers_door import is_marker
-
-
-class Runner:
-    """One layer's description, policy and place in the model.
-
-    Attributes:
-        description: of the layer as it is now.
-        policy: one of `policy.POLICIES`.
-    """
-
-    def __init__(self, fused: "FusedBlocks", layer: nn.Module, index: int, policy: str) -> None:
-        """Describe a layer.
-
-        Args:
-            fused: all layers of the model.
-            layer: for which `why_not` knows no reason.
-            index: its number.
-            policy: one of `policy.POLICIES`.
-        """
-        self.fused = fused
-        self.index = index
-        self.policy = policy
-        self.describe(layer)
-
-    def describe(self, layer: nn.Module) -> None:
-        """Read the layer as it is now.
-
-        Args:
-            layer: the runner's own.
-        """
-        self.description = describe(layer, deterministic=self.fused.deterministic)
-        groups = self.description.groups
-        self._adapters = [part.lora for group in groups for part in group.parts if part.lora]
-        trained = {id(p) for group in groups for p in group.parameters}
-        self._frozen = [
-            p for p in layer.parameters() if p.is_floating_point() and id(p) not in trained
-        ]
-        self._drops = drops_activations(layer)
-
-    def is_current(self, layer: nn.Module) -> bool:
-        """Whether the layer still has the linears that were described."""
-        qkv, gate_up, others = linears(layer)
-        o, down = others
-        now = (*qkv, o, *gate_up, down)
-        return all(a is b for a, b in zip(now, self.description.modules, strict=True))
-
-    def may_run(self, layer: nn.Module) -> bool:
-        """Whether one step computes what the layer's own code would.
-
-        Args:
-            layer: the runner's own.
-
-        Returns:
-            False while an adapter is switched off, something else drops out or is trained.
-        """
-        if self._drops and layer.training:
-            return False
-        if any(not a.enabled or (a.dropout and a.training) for a in self._adapters):
-            return False
-        return not any(parameter.requires_grad for parameter in self._frozen)
-
-
-class _Step(torch.autograd.Function):
-    """A layer as one function of its input and its adapters."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, runner: Runner, call: Call, *parameters: Tensor) -> Tensor:
-        rows = call.batch * call.length
-        flat, fused = x.reshape(rows, -1), runner.fused
-        ctx.fused, ctx.spare = fused, fused.spare_before(runner)
-        y, kept = forward(runner.description, flat, call, runner.policy)
-        ctx.description, ctx.policy, ctx.call = runner.description, runner.policy, call
-        ctx.spent, ctx.away = False, None
-        if waits_on_host(runner.policy):
-            ctx.away = fused.host.put(runner.index, kept.tensors())
-        else:
-            ctx.save_for_backward(*kept.tensors())
-        return y.view(x.shape)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        call: Call = ctx.call
-        if ctx.spent:
-            raise RuntimeError(
-                "a second backward pass through a fused layer, which reuses what it kept as it "
-                "goes. Run the forward pass again, or use the policy recompute_all."
-            )
-        ctx.spent = ctx.policy != "recompute_all"
-        away = ctx.away is not None
-        kept = Kept(*(ctx.fused.host.take(ctx.away) if away else ctx.saved_tensors))
-        owned = ctx.fused.handed_out(dy)
-        flat = dy.reshape(call.batch * call.length, -1)
-        result = backward(
-            ctx.description,
-            flat if owned else flat.contiguous(),
-            kept,
-            call,
-            need_dx=ctx.needs_input_grad[0],
-            recompute=recomputed(ctx.policy),
-            owned=owned,
-            spare=ctx.spare,
-        )
-        dx = None if result.dx is None else result.dx.view(dy.shape)
-        ctx.fused.handed = dx
-        return dx, None, None, *result.parameters
 
 
 class FusedLayer:
@@ -315,7 +211,7 @@ class FusedBlocks:
             y = forward(description, x.reshape(-1, x.shape[-1]), call, "nothing")[0]
             return y.view(x.shape)
         parameters = [p for group in description.groups for p in group.parameters]
-        stepped: Tensor = _Step.apply(x, runner, call, *parameters)
+        stepped: Tensor = Step.apply(x, runner, call, *parameters)
         return stepped
 
     def _describe_again(self) -> None:

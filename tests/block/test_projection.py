@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from qlora_kit.adapters.config import LoRA, LoRAFA
 from qlora_kit.adapters.lora import LoRALinear
-from qlora_kit.block.projection import Group, Operands, can_group, token_sum
+from qlora_kit.block.operands import Operands
+from qlora_kit.block.projection import Group, can_group, token_sum
 from qlora_kit.nn.linear import NF4Linear
 from qlora_kit.quant.config import QuantConfig
 from tests.adapters.bases import relative_error

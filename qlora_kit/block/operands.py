@@ -1,0 +1,89 @@
+"""A and B of every projection group of a model in the compute dtype.
+
+Masters are rounded once per forward pass of the model, all of them in a few launches, into
+memory that stays: beside the decoded weight where a group keeps it, else into matrices of
+their own. Rounding at every pass, and not when a version counter has moved, sees every change:
+an optimizer's kernels and edits through `.data` move no counter.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.block.projection import Group
+
+
+class Operands:
+    """A and B of every group of a model in the compute dtype, rounded once per forward pass.
+
+    Example:
+        >>> from qlora_kit.adapters.config import LoRA
+        >>> from qlora_kit.adapters.lora import LoRALinear
+        >>> group = Group([LoRALinear(nn.Linear(8, 4), "proj", LoRA(rank=2), seed=0)])
+        >>> operands = Operands([group])
+        >>> operands.refresh(torch.float32)
+        >>> group.a.shape, group.b.shape
+        (torch.Size([8, 8]), torch.Size([4, 8]))
+    """
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        """Collect the groups that have adapters.
+
+        Args:
+            groups: of all layers.
+        """
+        self.groups = [group for group in groups if group.r]
+        self._dtype: torch.dtype | None = None
+        self._device: torch.device | None = None
+        self._masters: list[nn.Parameter] = []
+        self._scales: list[float] = []
+        self._copies: list[Tensor] = []
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        """Round the masters as they are now.
+
+        Args:
+            dtype: of the products to come.
+        """
+        if not self.groups:
+            return
+        device = self.groups[0].parameters[0].device
+        if (dtype, device) != (self._dtype, self._device):
+            self._allocate(dtype, device)
+        with torch.no_grad():
+            scaled: list[Tensor] = [
+                m for m, s in zip(self._masters, self._scales, strict=True) if s != 1.0
+            ]
+            factors = [s for s in self._scales if s != 1.0]
+            products = iter(torch._foreach_mul(scaled, factors) if scaled else ())
+            sources = [
+                next(products) if s != 1.0 else m
+                for m, s in zip(self._masters, self._scales, strict=True)
+            ]
+            torch._foreach_copy_(self._copies, sources)
+
+    def forget(self) -> None:
+        """Make room anew at the next `refresh`: a group has begun or ceased to be kept."""
+        self._dtype = None
+
+    def _allocate(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self._masters, self._scales, self._copies = [], [], []
+        for group in self.groups:
+            if group.kept and group.held is not None:
+                group.a, group.b = (
+                    group.held[group.n :, : group.k],
+                    group.held[: group.n, group.k :],
+                )
+            else:
+                group.a = torch.zeros((group.r, group.k), dtype=dtype, device=device)
+                group.b = torch.zeros((group.n, group.r), dtype=dtype, device=device)
+            for part in group.parts:
+                if part.lora is None:
+                    continue
+                first = part.ranks.start
+                ranks = slice(first, first + part.lora.rank)
+                self._masters += [part.lora.lora_A, part.lora.lora_B]
+                self._scales += [part.lora.scale, 1.0]
+                self._copies += [group.a[ranks], group.b[part.rows, ranks]]
