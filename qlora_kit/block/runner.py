@@ -78,6 +78,7 @@ class Step(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, runner: Runner, call: Call, *parameters: Tensor) -> Tensor:
+        """Run the layer on x (B, T, H), and leave what its policy keeps."""
         rows = call.batch * call.length
         flat, fused = x.reshape(rows, -1), runner.fused
         ctx.fused, ctx.spare = fused, fused.spare_before(runner)
@@ -92,6 +93,7 @@ class Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x and of the adapters, from that of the result (B, T, H)."""
         call: Call = ctx.call
         if ctx.spent:
             raise RuntimeError(
