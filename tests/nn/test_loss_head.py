@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.lora import LoRALinear
 from qlora_kit.core.errors import ShapeError
+from qlora_kit.nn import loss_head
 from qlora_kit.nn.linear import NF4Linear
 from qlora_kit.nn.loss_head import IGNORE, HeadLoss, LogitRule, chunk_tokens_for, head_loss
 from qlora_kit.quant.config import QuantConfig
@@ -236,6 +237,63 @@ def test_nf4_and_lora_heads(rule: LogitRule) -> None:
         assert error(found.grad, expected.double()) < 64 * torch.finfo(torch.float32).eps
     alone = head_loss(nf4, hidden, targets, rule=rule, chunk_tokens=CHUNK).total
     assert abs(alone - F.cross_entropy(z, targets, reduction="sum")).item() > 1e-2
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_nf4_head_is_decoded_once(
+    bias: bool, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its loss and gradient are those of its own forward, whatever the number of chunks."""
+    torch.manual_seed(0)
+    head = NF4Linear.from_linear(nn.Linear(64, VOCAB, bias=bias), QuantConfig())
+    hidden = torch.randn(3 * CHUNK + 3, 64, requires_grad=True)
+    targets = torch.randint(0, VOCAB, (len(hidden),))
+    decoded: list[torch.dtype] = []
+    decode = NF4Linear.dequantize
+
+    def count(layer: NF4Linear, dtype: torch.dtype | None = None) -> Tensor:
+        decoded.append(dtype)
+        return decode(layer, dtype)
+
+    monkeypatch.setattr(NF4Linear, "dequantize", count)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        F.cross_entropy(head(hidden).float(), targets, reduction="sum").backward()
+        wanted, hidden.grad = hidden.grad, None
+        assert not decoded
+        loss = head_loss(head, hidden, targets, chunk_tokens=CHUNK)
+    loss.total.backward()
+    assert decoded == [torch.bfloat16 if autocast else torch.float32]
+    bound = 4 * torch.finfo(decoded[0]).eps if autocast else 64 * torch.finfo(torch.float32).eps
+    assert error(hidden.grad, wanted.double()) < bound
+    assert error(hidden.grad.roll(1, 0), wanted.double()) > 4 * bound
+    assert head.bias is None or head.bias.grad is None
+
+
+def test_a_trained_weight_is_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many of its rows are taken at a time."""
+    monkeypatch.setattr(loss_head, "_WEIGHT_ROWS", 40)
+    monkeypatch.setattr(loss_head, "_SCALED_ROWS", 7)
+    head, hidden, targets = case(21)
+    wanted = truth(head, hidden, targets)
+    found = measured(head, hidden, head_loss(head, hidden, targets, chunk_tokens=CHUNK))
+    for name in wanted:
+        assert error(found[name], wanted[name]) < 256 * EPS64, name
+
+
+@pytest.mark.parametrize("kind", ["keeps its output", "hands out its input"])
+def test_what_a_head_gives_stays_as_it_is(kind: str) -> None:
+    """Gradients take the place of our own logits only: never of what the head's backward reads."""
+    linear, hidden, targets = case(CHUNK + 3)
+    head = nn.Sequential(linear, nn.Tanh()) if kind == "keeps its output" else nn.Identity()
+    x = hidden if kind == "keeps its output" else linear(hidden).detach().requires_grad_()
+    before = x.detach().clone()
+    targets = targets.clamp_min(0)
+    F.cross_entropy(head(x), targets, reduction="sum").backward()
+    wanted, x.grad = x.grad, None
+    head_loss(head, x, targets, chunk_tokens=CHUNK).total.backward()
+    assert error(x.grad, wanted) < 256 * EPS64
+    assert torch.equal(x, before)
 
 
 def test_tied_head_adds_to_the_embedding() -> None:
