@@ -156,7 +156,7 @@ class FusedBlocks:
         for index, description in enumerate(self._descriptions()):
             like = torch.empty(0, dtype=dtype, device=description.before_attention.weight.device)
             for group in description.groups:
-                group.kept, group.held = False, None
+                group.forget()
                 if index < layers:
                     group.keep(like)
         self._operands.forget()

@@ -65,7 +65,7 @@ class Operands:
 
     def forget(self) -> None:
         """Make room anew at the next `refresh`: a group has begun or ceased to be kept."""
-        self._dtype = None
+        self._dtype, self._copies = None, []
 
     def _allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device

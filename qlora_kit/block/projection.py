@@ -232,6 +232,11 @@ class Group:
             columns = self.held.new_zeros((part.shape[0], self.r)) if self.r else None
             part.decode_into(self.held[part.rows], columns)
 
+    def forget(self) -> None:
+        """Undo `keep`, and let go of the memory that A and B shared with the weight."""
+        self.held, self.kept = None, False
+        self.a = self.b = torch.empty(0)
+
     def _decode(self, like: Tensor, rows: int) -> Tensor:
         """The first rows, n or all n + r, of [W | B; A | .]."""
         whole = like.new_empty((rows, self.k + self.r))
