@@ -11,8 +11,8 @@ chunks, which nothing can beat. Peak memory is what a step allocates above head 
 states. Variants run in turn; medians count. A trained and an NF4 head follow, ours alone.
 
 `cross_entropy`: the op on one chunk of logits, beside a copy of the bytes it cannot avoid, each
-logit read and each gradient written once; with rows read twice instead of kept on the
-processor, and without the gradient, which reads only. Without a GPU it all runs on small
+logit read and each gradient written once; with one and two rows to a processor, kept there or
+read twice, and without the gradient, which reads only. Without a GPU it all runs on small
 operands, which tests the benchmark and nothing else.
 """
 
@@ -210,15 +210,24 @@ def op_calls(sets: list[Tensor]) -> dict[str, Call]:
     targets = torch.randint(0, vocab, (rows,), device=device())
     losses = torch.empty(rows, device=device())
 
-    def twice(i: int) -> None:
-        cuda.run(sets[i], targets, 1.0, None, 0.0, None, losses, True, None, keep=False)
+    def planned(blocks: int, keep: bool) -> Call:
+        options = (1.0, None, 0.0, None)
+
+        def run(i: int) -> None:
+            cuda.run(sets[i], targets, *options, losses, True, None, blocks=blocks, keep=keep)
+
+        return run
 
     calls: dict[str, Call] = {
         "ours": lambda i: cross_entropy_(sets[i], targets),
         "capped": lambda i: cross_entropy_(sets[i], targets, softcap=30.0),
         "losses only": lambda i: cross_entropy(sets[i], targets),
     }
-    return calls | ({"rows read twice": twice} if device() == "cuda" else {})
+    if device() == "cuda":
+        for blocks in (1, 2):
+            calls[f"{blocks} to a processor"] = planned(blocks, keep=True)
+            calls[f"{blocks}, rows read twice"] = planned(blocks, keep=False)
+    return calls
 
 
 def op_rows(vocab: int, chunks: list[int], seconds: float) -> list[dict[str, object]]:
@@ -244,7 +253,7 @@ def show(rows: list[dict[str, object]]) -> None:
     for row in rows:
         if row["op"] == "cross_entropy":
             print(
-                f"cross_entropy {row['tokens']:5} rows {row['impl']:18} {row['ms_median']:8.4f} ms "
+                f"op {row['tokens']:5} rows {row['impl']:19} {row['ms_median']:8.4f} ms "
                 f"{row['tbs']:5.2f} TB/s  {row['of_copy']:6.1%} of a copy"
             )
 

@@ -187,6 +187,7 @@ def head_loss(
         chunk=chunk_tokens or chunk_tokens_for(vocab_size),
         gradient=torch.is_grad_enabled(),
     )
+    targets = targets.contiguous()
     total, tokens = _ChunkedLoss.apply(hidden, targets, options, head, *parameters)
     return HeadLoss(total=total, tokens=tokens)
 

@@ -48,12 +48,13 @@ def serves(tensor: Tensor) -> bool:
 
 
 @lru_cache(maxsize=256)
-def plan(row_bytes: int, processor_bytes: int) -> Plan:
+def plan(row_bytes: int, processor_bytes: int, blocks: int = 0) -> Plan:
     """Choose threads and shared memory for a row.
 
     Args:
         row_bytes: of one row.
         processor_bytes: shared memory of one processor.
+        blocks: that share a processor, 1 or 2; 0 to choose.
 
     Returns:
         The plan.
@@ -62,14 +63,14 @@ def plan(row_bytes: int, processor_bytes: int) -> Plan:
         >>> plan(2 * 32_000, 233_472), plan(2 * 128_256, 233_472)
         (Plan(blocks=2, threads=512, shared=114688), Plan(blocks=1, threads=1024, shared=231424))
     """
-    blocks = 2
-    shared = (processor_bytes // 2 - _RESERVED_BYTES - _OWN_SHARED_BYTES) // PIECE_BYTES
-    if row_bytes > shared * PIECE_BYTES:
-        blocks = 1
-        shared = (processor_bytes - _RESERVED_BYTES - _OWN_SHARED_BYTES) // PIECE_BYTES
+    own = _RESERVED_BYTES + _OWN_SHARED_BYTES
+    halves, whole = (
+        (processor_bytes // each - own) // PIECE_BYTES * PIECE_BYTES for each in (2, 1)
+    )
+    blocks = blocks or (2 if row_bytes <= halves else 1)
     wanted = max(1, row_bytes // (PIECE_BYTES * _PIECES_EACH))
     threads = min(_MOST_THREADS // blocks, max(64, 1 << (wanted - 1).bit_length()))
-    return Plan(blocks, threads, shared * PIECE_BYTES)
+    return Plan(blocks, threads, whole if blocks == 1 else halves)
 
 
 @lru_cache(maxsize=16)
@@ -90,6 +91,7 @@ def run(
     gradient: bool,
     factor: Tensor | None,
     *,
+    blocks: int = 0,
     keep: bool = True,
 ) -> None:
     """Losses of rows, and their gradient over the logits; see `reference.run`.
@@ -104,12 +106,13 @@ def run(
         losses: (M,) float32, written.
         gradient: replace the logits by it.
         factor: () float32 on the gradient, or None.
+        blocks: as `plan` takes them, for comparison.
         keep: rows in shared memory; False reads them twice, for comparison.
     """
     rows, v = logits.shape
     if not rows:
         return
-    chosen = plan(v * logits.element_size(), _processor_bytes(logits.device))
+    chosen = plan(v * logits.element_size(), _processor_bytes(logits.device), blocks)
     prefix, kernels = _KERNELS[logits.dtype]
     kernels.launch(
         f"{prefix}_{'plain' if softcap is None else 'capped'}_{chosen.blocks}",
