@@ -127,14 +127,14 @@ struct Running {
     // Values none of which is above `top`.
     template <int N>
     __device__ __forceinline__ void add(const float (&v)[N], const Rule<T, CAPPED>& rule) {
-        const bool nothing = !CAPPED && top == -infinity();  // -inf - -inf would be NaN
+        // Nothing but -inf so far: -inf - -inf would be NaN.
+        const float less = !CAPPED && top == -infinity() ? 0.f : shift;
         float ignored;
 #pragma unroll
         for (int i = 0; i < N; ++i) {
             const float bent = rule.bend(v[i], ignored);
             total += bent;
-            const float power = power_of_2(__fmaf_rn(bent, rule.by, -shift));
-            sum += nothing ? 0.f : power;
+            sum += power_of_2(__fmaf_rn(bent, rule.by, -less));
         }
     }
     __device__ __forceinline__ void merge(const Running& other) {
