@@ -315,7 +315,7 @@ def test_many_rows():
     wanted = F.cross_entropy(raw.float(), targets, ignore_index=IGNORE, reduction="none")
     counts = targets != IGNORE
     for got, gradient in ((losses, kept), (twice, again)):
-        assert (got - wanted).abs().max() < 1e-5
+        assert (got - wanted).abs().max() < 3e-5
         assert gradient.float().sum(1).abs().max() < 0.02  # softmax minus one target is zero
         chosen = gradient[counts].gather(1, targets[counts].unsqueeze(1)).float().squeeze(1)
         assert torch.allclose(chosen, torch.expm1(-wanted[counts]), rtol=2.0**-8, atol=1e-6)
