@@ -33,7 +33,7 @@ check() {
   shift
   if [ "$tool" = memcheck ]; then options=(--padding 256); fi
   if [ "$tool" = racecheck ]; then options=(--racecheck-report all); fi
-  for name in nf4_ rms_norm_ rotary_ gated_activation_; do options+=(--kernel-name "kns=$name"); done
+  for name in nf4_ rms_norm_ rotary_ gated_activation_ low_rank_; do options+=(--kernel-name "kns=$name"); done
   "$SANITIZER" --tool "$tool" --error-exitcode "$FOUND" "${options[@]}" "$PY" -m tests.ops.sanitize "$@"
 }
 

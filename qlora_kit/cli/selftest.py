@@ -17,6 +17,7 @@ from qlora_kit.ops.gated_activation.op import (
     gated_activation,
     gated_activation_backward,
 )
+from qlora_kit.ops.low_rank_gradients.op import low_rank_gradients
 from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize
 from qlora_kit.ops.nf4_linear import cuda as nf4_linear_cuda
 from qlora_kit.ops.nf4_linear.op import nf4_linear
@@ -188,6 +189,29 @@ def _linear_errors(device: torch.device) -> Iterator[tuple[str, float, float]]:
         yield f"backward, {rows} rows", _error(x.grad, dy.double() @ exact), bound
 
 
+def _low_rank_errors(device: torch.device) -> Iterator[tuple[str, float, float]]:
+    """Two linears side by side, dY·B written beside dY: rows for one pass, and for two products."""
+    parts, n, r = [(1032, 16), (1112, 24)], 1112, 24
+    for dtype in (torch.bfloat16, torch.float16):
+        b = _random(n, r)
+        b[:1032, 16:], b[1032:, :16] = 0, 0
+        errors: dict[str, list[float]] = {"dY B": [], "dB": []}
+        for rows in (1100, 7):
+            wide, xa = (_random(rows, size).to(device, dtype) for size in (n + r, r))
+            dy, factor = wide[:, :n], b.to(device, dtype)
+            exact = dy.double() @ factor.double()
+            sums = dy.double().T @ xa.double()
+            wanted = torch.zeros_like(sums[:, :16])
+            wanted[:1032], wanted[1032:, :8] = sums[:1032, :16], sums[1032:, 16:]
+            dyb, d_b = low_rank_gradients(dy, factor, xa, parts=parts, out=wide[:, n:])
+            errors["dY B"].append(_error(dyb, exact))
+            errors["dB"].append(_error(d_b, wanted))
+        # a rounding of dY·B, in two products perhaps of its parts too; dB stays float32
+        sums_bound = 2 * max(1100, n) ** 0.5 * torch.finfo(torch.float32).eps
+        yield from _worst({"dY B": errors["dY B"]}, dtype, 2 * torch.finfo(dtype).eps + sums_bound)
+        yield from _worst({"dB": errors["dB"]}, dtype, sums_bound)
+
+
 def _norm_errors(device: torch.device) -> Iterator[tuple[str, float, float]]:
     """Rows for a warp, for a block, and of no whole pieces; the gradient beside the result."""
     sizes = (128, 4096, 515)
@@ -284,6 +308,7 @@ def _worst(
 OP_TESTS = {
     "cross_entropy": _cross_entropy_errors,
     "gated_activation": _gated_errors,
+    "low_rank_gradients": _low_rank_errors,
     "nf4_dequantize": _dequantize_errors,
     "nf4_linear": _linear_errors,
     "nf4_quantize": _quantize_errors,

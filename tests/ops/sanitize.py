@@ -16,6 +16,7 @@ import torch
 from qlora_kit.ops.backend import force_backend
 from qlora_kit.ops.gated_activation.op import gated_activation, gated_activation_backward
 from qlora_kit.ops.jit import architecture_of
+from qlora_kit.ops.low_rank_gradients import cuda as low_rank_cuda
 from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize
 from qlora_kit.ops.nf4_linear import cuda, reference
 from qlora_kit.ops.nf4_linear.op import nf4_linear
@@ -105,6 +106,27 @@ def elementwise(rows: int, size: int, dtype: torch.dtype) -> None:
         assert (got - wanted).abs().max() <= bound, (rows, size, dtype)
 
 
+def low_rank(rows: int, parts: list[tuple[int, int]], dtype: torch.dtype) -> None:
+    """Each shape of block on two linears' gradients, one block and many, against float64."""
+    columns, ranks = (list(ends) for ends in zip(*parts, strict=True))
+    (n, r), (column, first) = parts[-1], parts[0]
+    dy, b, xa = (torch.randn(*s, device="cuda").to(dtype) for s in ((rows, n), (n, r), (rows, r)))
+    b[:column, first:], b[column:, :first] = 0, 0
+    wanted = dy.double() @ b.double(), dy.double().T @ xa.double()
+    rank = low_rank_cuda.kernel_rank(columns, ranks)
+    for shape in low_rank_cuda.SHAPES[rank]:
+        for blocks in (1, 100):
+            out = torch.empty_like(xa)
+            options = {"shape": shape, "blocks": blocks}
+            d_b = low_rank_cuda.one_pass(dy, b, xa, columns, ranks, out, **options)
+            bound = torch.finfo(dtype).eps * wanted[0].abs().max()
+            assert (out - wanted[0]).abs().max() <= bound, (rows, parts, shape, blocks)
+            found = d_b[:column, :first], d_b[column:, : r - first]
+            blocks_of = wanted[1][:column, :first], wanted[1][column:, first:]
+            for got, exact in zip(found, blocks_of, strict=True):
+                assert (got - exact).abs().max() <= 1e-4, (rows, parts, shape, blocks)
+
+
 def everything() -> None:
     """All strategies, then the public ops at sizes that are no multiple of anything."""
     ran = 0
@@ -125,6 +147,9 @@ def everything() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for rows, size in ((3, 64), (5, 34), (2, 1032), (3, 4096), (1, 16_384)):
             elementwise(rows, size, dtype)
+    for dtype in (torch.bfloat16, torch.float16):
+        for rows, rank in ((1, 16), (70, 8), (70, 32), (37, 64)):
+            low_rank(rows, [(1032, rank), (1112, 2 * rank)], dtype)
     torch.cuda.synchronize()
     print(f"{ran} products right")
 

@@ -1,0 +1,1 @@
+"""Gradients of low-rank factors that read the output's gradient: op, reference, CUDA."""
