@@ -212,6 +212,23 @@ def test_graphs_side_by_side() -> None:
     assert max(errors(gradients(model), wanted)) < units(torch.float64)
 
 
+def test_other_readers_of_hidden_states() -> None:
+    """A loss on what lies between two layers adds to the gradient that one hands the other."""
+    model, _ = make(num_hidden_layers=3)
+    ids = tiny_models.tokens(2, LENGTH)
+    found = []
+    for inputs in ({"use_cache": False}, maskless()):
+        model.zero_grad()
+        with Float64():
+            output = model(ids, labels=ids, output_hidden_states=True, **inputs)
+            (output.loss + sum(h.square().mean() for h in output.hidden_states)).backward()
+        found.append(gradients(model))
+        fuse_blocks(model) if len(found) == 1 else None
+    assert max(errors(found[1], found[0])) < units(torch.float64)
+    _, without = loss_and_gradients(model, **maskless())
+    assert max(errors(without, found[0])) > 1e-3
+
+
 def test_masters_are_read_at_each_forward_pass() -> None:
     """What the optimizer wrote between two steps is what the second step computes with."""
     model, adapter = make()
