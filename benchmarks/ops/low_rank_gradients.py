@@ -13,7 +13,8 @@ benchmarks/harness/timing.py describes. `tbs` counts dY once, whatever a variant
 
 `--sweep` adds every shape of block there is, with dY kept in the L2 cache (`keep`), the
 second kernel not overlapped with the first (`apart`), a block on every other processor
-(`half`), and one per processor where two fit (`one`). Results are compared before anything is timed.
+(`half`), and one per processor where two fit (`one`). Results are compared before anything
+is timed.
 
 Without a GPU it measures plain torch at sizes that test the benchmark.
 """

@@ -1,23 +1,23 @@
-// dYB = dY B and dB = dY^T XA in one pass over dY: what LoRA's backward asks of a linear's gradient.
-// Shapes    dY (m,n), B (n,r), XA (m,r), dYB (m,r) in one dtype of bf16/fp16, dB (n,widest) f32; B is
-//           block-diagonal: part p has columns [n0,n1) of dY and ranks [r0,r1), and zeros elsewhere
+// dYB = dY B and dB = dY^T XA in one pass over dY: LoRA's backward for the gradient of a linear.
+// Shapes    dY (m,n), B (n,r), XA (m,r), dYB (m,r) in one dtype of bf16/fp16, dB (n,most) f32.
+//           B is block-diagonal: part p has columns [n0,n1) of dY, ranks [r0,r1), zeros elsewhere
 // Requires  sm_80+; 16-byte addresses and rows; column and rank ends of parts multiples of 8, ranks
 //           of a part up to RANK. Checked in qlora_kit/ops/low_rank_gradients/cuda.py
-// Tile      16 rows x WARPS * COLUMNS columns of one part: a strip. Each warp holds dB of its columns
-//           in registers while its block walks down the strip; sums of dYB meet in shared memory
+// Tile      16 rows x WARPS * COLUMNS columns of one part: a strip. Each warp holds dB of its part
+//           of the strip in registers while its block walks down; sums of dYB meet in shared memory
 // Cost      of rank 16, 1024 columns: 4 products per 512 bytes of dY; per byte of it, shared memory
 //           moves 4.5: written once, read as it is and transposed, B as often, sums of dYB
 // Numerics  f32 sums of products, added up by a second kernel in a fixed order: repeatable; one
 //           rounding of dYB
 // Truth     qlora_kit/ops/low_rank_gradients/reference.py
 //
-// The work is one line of tiles, strip after strip, of which each block gets an equal share by cost:
-// blocks need not fit the shape. Partial sums:
+// The work is one line of tiles, strip after strip, of which each block gets an equal share by
+// cost: blocks need not fit the shape. Partial sums:
 //   by_row     (strips,m,RANK)                 dYB of each strip; a tile has one block, so no more
 //   by_column  (blocks+strips,WIDEST,RANK)     dB of the rows block b saw of strip s, at b + s
 #include "low_rank_gradients/copies.cuh"
 
-constexpr int ROWS = 16;  // of a tile
+constexpr int ROWS = 16;   // of a tile
 constexpr int GRAIN = 64;  // strips are as many columns wide, but for a part's last
 constexpr int ADDING_THREADS = 256;
 constexpr int MOST_PARTS = 4;
@@ -109,6 +109,7 @@ struct Problem {
 
 template <typename T, int RANK, int COLUMNS, int WARPS, int STAGES>
 struct Block {
+    // Shared memory: STAGES tiles of dY and XA, then B, then two sets of sums.
     static constexpr int THREADS = WARPS * 32;
     static constexpr int WIDEST = WARPS * COLUMNS;
     static constexpr int WARP_BYTES = ROWS * COLUMNS * 2;  // of a stage
@@ -116,8 +117,6 @@ struct Block {
     static constexpr int STAGE_BYTES = DY_BYTES + ROWS * RANK * 2;
     static constexpr int B_BYTES = COLUMNS * RANK * 2;  // of a warp
     static constexpr int SUMS = ROWS * RANK;            // of a warp
-    static constexpr int SHARED_BYTES =
-        STAGES * STAGE_BYTES + WARPS * B_BYTES + 2 * WARPS * SUMS * 4;
     static constexpr int PIECES = COLUMNS / 8, RANK_PIECES = RANK / 8;
     static_assert(ROWS * RANK_PIECES <= THREADS, "XA comes with one copy per thread");
 
@@ -132,8 +131,7 @@ struct Block {
         return shared + STAGES * STAGE_BYTES + warp * B_BYTES;
     }
     __device__ __forceinline__ float* sums(int of_warp, int parity) const {
-        float* first =
-            reinterpret_cast<float*>(shared + STAGES * STAGE_BYTES + WARPS * B_BYTES);
+        float* first = reinterpret_cast<float*>(shared + STAGES * STAGE_BYTES + WARPS * B_BYTES);
         return first + (parity * WARPS + of_warp) * SUMS;
     }
     // Where a sum lies: eight rows of two columns in different banks.
@@ -218,8 +216,7 @@ struct Block {
 #pragma unroll
             for (int n = 0; n < RANK / 16; ++n) {
                 u32 of_b[4];
-                load_matrices<true>(of_b,
-                                    b + piece_at<RANK_PIECES>(k * 16 + line, 2 * n + half));
+                load_matrices<true>(of_b, b + piece_at<RANK_PIECES>(k * 16 + line, 2 * n + half));
                 Mma::run<T>(c[2 * n], rows, of_b[0], of_b[1]);
                 Mma::run<T>(c[2 * n + 1], rows, of_b[2], of_b[3]);
                 Mma::run<T>(d[k][2 * n], columns, x[n][0], x[n][1]);
@@ -338,8 +335,8 @@ __device__ __forceinline__ float4 add_up(const float* from, long long step, int 
 
 // dYB: four ranks of a row per thread, summed over the strips of their part.
 template <typename T>
-__device__ __forceinline__ void add_rows(const float* by_row, u16* out, const Layout& layout,
-                                         u32 m, long long out_stride, int rank) {
+__device__ __forceinline__ void add_rows(const float* by_row, u16* out, const Layout& layout, u32 m,
+                                         long long out_stride, int rank) {
     const u32 fours = layout.rank_ends[MOST_PARTS - 1] / 4;
     const u32 i = blockIdx.x * ADDING_THREADS + threadIdx.x, row = i / fours;
     const int first = i % fours * 4;
@@ -398,28 +395,29 @@ __device__ __forceinline__ void add_columns(const float* by_column, float* d_b,
 }
 
 // Arguments in the order of qlora_kit/ops/low_rank_gradients/cuda.py.
-#define LAYOUT(COLUMNS_OF_STRIP)                                                                  \
-    {{static_cast<int>(n0), static_cast<int>(n1), static_cast<int>(n2), static_cast<int>(n3)},    \
-     {static_cast<int>(r0), static_cast<int>(r1), static_cast<int>(r2), static_cast<int>(r3)},    \
-     static_cast<int>(COLUMNS_OF_STRIP),                                                          \
-     static_cast<int>((m + ROWS - 1) / ROWS),                                                     \
+#define LAYOUT(COLUMNS_OF_STRIP)                                                               \
+    {{static_cast<int>(n0), static_cast<int>(n1), static_cast<int>(n2), static_cast<int>(n3)}, \
+     {static_cast<int>(r0), static_cast<int>(r1), static_cast<int>(r2), static_cast<int>(r3)}, \
+     static_cast<int>(COLUMNS_OF_STRIP),                                                       \
+     static_cast<int>((m + ROWS - 1) / ROWS),                                                  \
      static_cast<int>(share)}
 
-#define LOW_RANK_GRADIENTS(NAME, T, RANK, COLUMNS, WARPS, STAGES, BLOCKS)                         \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)                              \
-        low_rank_gradients_##NAME##_##RANK##_##COLUMNS##x##WARPS##x##STAGES(                      \
-            const u16* dy, const u16* b, const u16* xa, float* by_row, float* by_column,          \
-            long long m, long long dy_stride, long long b_stride, long long xa_stride,            \
-            long long keep, long long share, long long n0, long long n1, long long n2,            \
-            long long n3, long long r0, long long r1, long long r2, long long r3) {               \
-        extern __shared__ __align__(128) u8 memory[];                                             \
-        typedef Block<T, RANK, COLUMNS, WARPS, STAGES> Of;                                        \
-        const Layout layout = LAYOUT(Of::WIDEST);                                                 \
-        const Problem problem = {dy,        b,        xa,        by_row,   by_column,             \
-                                 static_cast<int>(m), dy_stride, b_stride, xa_stride, keep != 0}; \
-        const int t = threadIdx.x;                                                                \
-        Of block{problem, layout, memory, t, t & 31, t >> 5};                                     \
-        block.run();                                                                              \
+#define LOW_RANK_GRADIENTS(NAME, T, RANK, COLUMNS, WARPS, STAGES, BLOCKS)                \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)                     \
+        low_rank_gradients_##NAME##_##RANK##_##COLUMNS##x##WARPS##x##STAGES(             \
+            const u16* dy, const u16* b, const u16* xa, float* by_row, float* by_column, \
+            long long m, long long dy_stride, long long b_stride, long long xa_stride,   \
+            long long keep, long long share, long long n0, long long n1, long long n2,   \
+            long long n3, long long r0, long long r1, long long r2, long long r3) {      \
+        extern __shared__ __align__(128) u8 memory[];                                    \
+        typedef Block<T, RANK, COLUMNS, WARPS, STAGES> Of;                               \
+        const Layout layout = LAYOUT(Of::WIDEST);                                        \
+        const Problem problem = {                                                        \
+            dy,        b,        xa,        by_row,   by_column, static_cast<int>(m),    \
+            dy_stride, b_stride, xa_stride, keep != 0};                                  \
+        const int t = threadIdx.x;                                                       \
+        Of block{problem, layout, memory, t, t & 31, t >> 5};                            \
+        block.run();                                                                     \
     }
 
 #define LOW_RANK_GRADIENTS_ADD(NAME, T)                                                           \

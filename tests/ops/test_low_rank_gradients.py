@@ -227,6 +227,7 @@ def test_nan_and_infinity_reach_their_rows_and_columns(backend):
     assert dyb[[i for i in range(40) if i not in (3, 20)]].isfinite().all()
     assert d_b[70].isnan().all()
     assert not d_b[5, :8].isfinite().any()
+    assert (d_b[5, 8:] == 0).all()
     assert d_b[[i for i in range(200) if i not in (5, 70)]].isfinite().all()
 
 
