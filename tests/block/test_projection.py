@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from qlora_kit.adapters.config import LoRA, LoRAFA
 from qlora_kit.adapters.lora import LoRALinear
 from qlora_kit.block.operands import Operands
-from qlora_kit.block.projection import Group, can_group, token_sum
+from qlora_kit.block.projection import Group, can_group
 from qlora_kit.nn.linear import NF4Linear
+from qlora_kit.ops.low_rank_gradients.reference import token_sum
 from qlora_kit.quant.config import QuantConfig
 from tests.adapters.bases import relative_error
 
@@ -79,9 +80,9 @@ def run(
     small = group.small(wide)
     gradient = group.gradient_buffer(M, x)
     gradient[:, : group.n] = dy
-    dx = group.input_gradient(gradient)
+    dx, d_b = group.input_gradient(gradient, small)
     given = x if group.needs_input else None
-    return y, dx, group.gradients(gradient, given, small), group
+    return y, dx, group.gradients(gradient, given, small, d_b), group
 
 
 def test_forward_and_gradients(modules: list[nn.Module]) -> None:
