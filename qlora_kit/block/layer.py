@@ -239,22 +239,22 @@ def _mlp_backward(
         assert kept.mlp_y is not None
         wide = d.down.gradient_buffer(rows, dy)
         _norm_backward(d.after_mlp, dy, kept.mlp_y, dx=wide[:, : d.down.n])
-    d_act = d.down.input_gradient(wide)
+    d_act, d_b = d.down.input_gradient(wide, kept.small_down)
     act = kept.act if kept.act is not None or not d.down.needs_input else d_act
     again = d_act if act is d_act else None
     gated_activation_backward(d_act, kept.gate_up, d.kind, d_gate_up=kept.gate_up, act=again)
     both = _around(kept.gate_up, d.gate_up)
-    of_down = d.down.gradients(wide, act, kept.small_down)
+    of_down = d.down.gradients(wide, act, kept.small_down, d_b)
     del d_act, act, again, wide
     kept.act = kept.gate_up = None
-    d_normed = d.gate_up.input_gradient(both)
+    d_normed, d_b = d.gate_up.input_gradient(both, kept.small_gate_up)
     normed = kept.normed_h
     if normed is None and d.gate_up.needs_input:
         normed = torch.empty_like(d_normed)
     dh = d.o.gradient_buffer(rows, dy)[:, : d.o.n]
     again = normed if kept.normed_h is None else None
     _norm_backward(d.before_mlp, d_normed, kept.h, residual=dy, dx=dh, normalized=again)
-    of_gate_up = d.gate_up.gradients(both, normed, kept.small_gate_up)
+    of_gate_up = d.gate_up.gradients(both, normed, kept.small_gate_up, d_b)
     return [*of_gate_up, *of_down], dh
 
 
@@ -273,8 +273,8 @@ def _attention_backward(
         assert kept.attention_y is not None
         wide = d.o.gradient_buffer(rows, dh)
         _norm_backward(d.after_attention, dh, kept.attention_y, dx=wide[:, : d.o.n])
-    d_attended = d.o.input_gradient(wide)
-    of_o = d.o.gradients(wide, kept.attended, kept.small_o)
+    d_attended, d_b = d.o.input_gradient(wide, kept.small_o)
+    of_o = d.o.gradients(wide, kept.attended, kept.small_o, d_b)
     q, k, v = _heads(d, kept.qkv, call)
     shape = q.shape
     d_q, d_k, d_v = attention_backward(
@@ -298,13 +298,13 @@ def _attention_backward(
             normed = _norm(d.before_attention, kept.x)
         of_qkv = d.qkv.gradients(wide, normed, kept.small_qkv, filled=False)
         return [*of_qkv, *of_o]
-    d_normed = d.qkv.input_gradient(wide)
+    d_normed, d_b = d.qkv.input_gradient(wide, kept.small_qkv)
     normed = kept.normed_x
     if normed is None and d.qkv.needs_input:
         normed = torch.empty_like(d_normed)
     again = normed if kept.normed_x is None else None
     _norm_backward(d.before_attention, d_normed, kept.x, residual=dh, dx=dx, normalized=again)
-    of_qkv = d.qkv.gradients(wide, normed, kept.small_qkv)
+    of_qkv = d.qkv.gradients(wide, normed, kept.small_qkv, d_b)
     return [*of_qkv, *of_o]
 
 

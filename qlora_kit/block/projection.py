@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 from qlora_kit.adapters.lora import LoRALinear
 from qlora_kit.nn.linear import NF4Linear
+from qlora_kit.ops.low_rank_gradients.op import low_rank_gradients
+from qlora_kit.ops.low_rank_gradients.reference import token_sum
 from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize_into
 
 _RANKS = 8
 """Ranks are padded to a multiple of this: 16-byte rows in 16-bit dtypes."""
-_SAFE_ODD_ROWS = 1024
-"""cuBLAS leaves the last of 8,193 rows out of a 16-bit sum (docs/decisions/0008)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,18 +194,23 @@ class Group:
         """X·Aᵀ, (M, r), of a buffer that `forward` has seen; None where no gradient needs it."""
         return wide[:, self.k :] if self.r and self.needs_small else None
 
-    def input_gradient(self, wide: Tensor) -> Tensor:
-        """Gradient in X.
+    def input_gradient(
+        self, wide: Tensor, small: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradient in X, and in every B on the way.
 
         Args:
             wide: (M, n + r) with dY in its first n columns; dY·B is written to the others.
+            small: (M, r) X·Aᵀ, or None where `needs_small` is False.
 
         Returns:
-            (M, k).
+            dx: (M, k).
+            d_b: (n, most ranks of a part) for `gradients`; None where there is no B to train,
+            or it is cheaper there.
         """
-        self._fill(wide)
+        d_b = self._small_products(wide, small)
         held = self._decode(wide, self.n + self.r) if self.held is None else self.held
-        return wide @ held[:, : self.k]
+        return wide @ held[:, : self.k], d_b
 
     def hold(self, like: Tensor) -> None:
         """Decode now, for a forward and the backward that follows it.
@@ -247,7 +252,13 @@ class Group:
         return whole
 
     def gradients(
-        self, wide: Tensor, x: Tensor | None, small: Tensor | None, *, filled: bool = True
+        self,
+        wide: Tensor,
+        x: Tensor | None,
+        small: Tensor | None,
+        d_b: Tensor | None = None,
+        *,
+        filled: bool = True,
     ) -> list[Tensor | None]:
         """Gradients of the adapters.
 
@@ -255,14 +266,15 @@ class Group:
             wide: (M, n + r), dY.
             x: (M, k), or None where `needs_input` is False.
             small: (M, r) X·Aᵀ, or None where `needs_small` is False.
+            d_b: what `input_gradient` returned beside, or None.
             filled: whether `input_gradient` has written dY·B already.
 
         Returns:
             As `parameters`: dA and dB per adapted part, in the masters' dtype; None for
             a frozen one.
         """
-        if not filled and self.needs_input:
-            self._fill(wide)
+        if not filled:
+            d_b = self._small_products(wide, small)
         found: list[Tensor | None] = []
         d_a = None
         if self.needs_input:
@@ -278,17 +290,35 @@ class Group:
             else:
                 found.append(None)
             if lora.lora_B.requires_grad:
-                assert small is not None
-                d_b = token_sum(wide[:, part.rows], small[:, rank])
-                found.append(d_b.to(lora.lora_B.dtype))
+                found.append(self._of_b(part, wide, small, d_b).to(lora.lora_B.dtype))
             else:
                 found.append(None)
         return found
 
-    def _fill(self, wide: Tensor) -> None:
-        """Write dY·B beside dY."""
-        if self.r:
-            torch.mm(wide[:, : self.n], self.b, out=wide[:, self.n :])
+    def _of_b(self, part: Part, wide: Tensor, small: Tensor | None, d_b: Tensor | None) -> Tensor:
+        """Gradient of one part's B, (n, rank) float32."""
+        assert part.lora is not None
+        assert small is not None
+        rank = part.lora.rank
+        if d_b is not None:
+            return d_b[part.rows, :rank]
+        first = part.ranks.start
+        return token_sum(wide[:, part.rows], small[:, first : first + rank])
+
+    @property
+    def _ends(self) -> list[tuple[int, int]]:
+        """Where each part's outputs and ranks end."""
+        return [(part.rows.stop, part.ranks.stop) for part in self.parts]
+
+    def _small_products(self, wide: Tensor, small: Tensor | None) -> Tensor | None:
+        """Write dY·B beside dY; and the gradient of B, where one pass over dY has both."""
+        if not self.r:
+            return None
+        dy, out = wide[:, : self.n], wide[:, self.n :]
+        if small is None or not self.b.is_contiguous():
+            torch.mm(dy, self.b, out=out)
+            return None
+        return low_rank_gradients(dy, self.b, small, parts=self._ends, out=out)[1]
 
     def _bias(self, like: Tensor) -> Tensor | None:
         """The parts' biases one after the other, or None if none has one."""
@@ -301,30 +331,6 @@ class Group:
             for bias, size in zip(biases, sizes, strict=True)
         ]
         return whole[0] if len(whole) == 1 else torch.cat(whole)
-
-
-def token_sum(left: Tensor, right: Tensor) -> Tensor:
-    """Multiply leftᵀ·right, the sum over a batch's tokens, into float32.
-
-    Args:
-        left: (M, p).
-        right: (M, q), of the same dtype.
-
-    Returns:
-        (p, q) float32; float64 for float64.
-
-    Example:
-        >>> token_sum(torch.ones(3, 1), torch.ones(3, 2)).tolist()
-        [[3.0, 3.0]]
-    """
-    if not left.is_cuda or left.element_size() != 2:
-        wide = torch.promote_types(left.dtype, torch.float32)
-        return left.to(wide).T @ right.to(wide)
-    rows = left.shape[0]  # needs a GPU
-    if rows % 2 and rows > _SAFE_ODD_ROWS:
-        last = left[-1:].T.float() * right[-1:].float()
-        return token_sum(left[:-1], right[:-1]).add_(last)
-    return torch.mm(left.T, right, out_dtype=torch.float32)
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

@@ -41,8 +41,8 @@ from qlora_kit.ops.layout import arithmetic_dtype
 IGNORE = -100
 """Label of a position that does not count."""
 
-CHUNK_LOGITS = 1 << 26
-"""Logits that exist at a time: 256 MiB for each float32 copy of a chunk."""
+CHUNK_LOGITS = 1 << 27
+"""Logits that exist at a time: 256 MiB in 16 bits, and as much again where float32 is needed."""
 
 SMALLEST_CHUNK, LARGEST_CHUNK = 128, 4096
 """Tokens: below, a GPU's matrix units idle; above, nothing gets faster."""
@@ -68,7 +68,7 @@ def chunk_tokens_for(vocab_size: int) -> int:
 
     Example:
         >>> chunk_tokens_for(32_000), chunk_tokens_for(128_256), chunk_tokens_for(262_144)
-        (2048, 512, 256)
+        (4096, 1024, 512)
     """
     fitting = max(1, CHUNK_LOGITS // max(1, vocab_size))
     return min(LARGEST_CHUNK, max(SMALLEST_CHUNK, 1 << (fitting.bit_length() - 1)))

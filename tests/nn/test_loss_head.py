@@ -367,10 +367,10 @@ def test_memory_is_a_chunk(module: bool) -> None:
 
 
 def test_chunks_follow_from_the_vocabulary() -> None:
-    """A power of two within limits; 256 MiB in float32."""
-    assert [chunk_tokens_for(v) for v in (2, 50_257, 151_936, 10**7)] == [4096, 1024, 256, 128]
+    """A power of two within limits; 256 MiB in 16 bits."""
+    assert [chunk_tokens_for(v) for v in (2, 50_257, 151_936, 10**7)] == [4096, 2048, 512, 128]
     for vocab in (32_000, 128_256, 262_144):
-        assert chunk_tokens_for(vocab) * vocab * 4 <= 2**28
+        assert chunk_tokens_for(vocab) * vocab * 2 <= 2**28
 
 
 def test_refuses_unflattened_states() -> None:
