@@ -9,7 +9,7 @@ buffers rotate over more memory than the L2 cache holds, all variants beside eac
 benchmarks/harness/timing.py describes. `tbs` counts dY once, whatever a variant reads.
 
     two products   dY·B in place, then dYᵀ·XA of each linear: `torch.mm`, float32 sums
-    one pass       as the op would choose its block, wherever `FEWEST_ROWS` puts the limit
+    one pass       as the op would choose its block, wherever `FEWEST_VALUES` puts the limit
 
 `--sweep` adds every shape of block there is, with dY kept in the L2 cache (`keep`), the
 second kernel not overlapped with the first (`apart`), a block on every other processor

@@ -70,19 +70,19 @@ _SAVING = (Peer(impl="unsloth", policy="save"), Peer(impl="peft_liger", policy="
 CASES: tuple[Case, ...] = (
     Case(
         name="full",
-        policies=("recompute_all",),
+        policies=("recompute_all", "offload_attention"),
         peers=_CHECKPOINTING,
         target=Target(tokens_per_s=13_600, over_unsloth=1.28, peak_gib=9.0),
     ),
     Case(
         name="lean",
-        policies=("offload_attention", "offload"),
+        policies=("offload",),
         peers=_CHECKPOINTING[:1],
         target=Target(tokens_per_s=10_600, over_unsloth=1.0, peak_gib=6.5),
     ),
     Case(
         name="best",
-        policies=("save", "recompute_elementwise", MIXED),
+        policies=("recompute_elementwise", MIXED),
         peers=_SAVING,
         target=Target(tokens_per_s=18_000, over_unsloth=1.2, peak_gib=CAP_GIB),
     ),

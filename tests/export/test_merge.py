@@ -298,7 +298,9 @@ def test_unknown_options_are_refused(tmp_path):
 def test_a_gpu_merges_to_the_same_weights(tmp_path, family):
     """Into stored NF4: quantized anew, a scale near two codes may fall to either side."""
     base, adapter = tmp_path / "nf4", tmp_path / "adapter"
-    save_quantized(tiny_models.saved(family), base, style="qlora_kit", device="cpu")
+    save_quantized(
+        tiny_models.saved(family), base, style="qlora_kit", dtype="float32", device="cpu"
+    )
     train_adapter(base, adapter, quant=None)
     merge(base, adapter, tmp_path / "cpu", dtype="float32", device="cpu")
     merge(base, adapter, tmp_path / "gpu", dtype="float32", device="cuda")

@@ -43,8 +43,13 @@ _MOST_COST = 2**30
 _MOST_ROWS = 2**26
 """The kernels count in 32 bits."""
 
-FEWEST_ROWS = {16: 1024, 32: 1024, 64: 1024}
-"""Most ranks of a part, rounded up, to the rows from which on the kernel is used."""
+FEWEST_VALUES = {16: 12 << 20, 32: 32 << 20}
+"""Most ranks of a part, rounded up, to the values of dY from which on the kernel is used.
+
+On an H100 it takes 54% of the two products' time for 8,192 x 28,672 and rank 16, 73% for
+2,048 x 6,144 and 121% for 2,048 x 4,096; with rank 32 62%, 102% and 202%; with 64 more than
+they everywhere (benchmarks/results/low_rank_gradients).
+"""
 
 
 class Shape(NamedTuple):
@@ -130,7 +135,7 @@ def gradients(
         dB, (N, most ranks of a part) float32.
     """
     rank = kernel_rank(column_ends, rank_ends)
-    if rank and dy.shape[0] >= FEWEST_ROWS[rank] and fits(dy, b, xa, out):
+    if dy.numel() >= FEWEST_VALUES.get(rank, dy.numel() + 1) and fits(dy, b, xa, out):
         log_once("low_rank_gradients: one pass")
         return one_pass(dy, b, xa, column_ends, rank_ends, out)
     log_once("low_rank_gradients: two products")
