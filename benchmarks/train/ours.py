@@ -35,6 +35,7 @@ from qlora_kit.train.arguments import training_arguments
 from qlora_kit.train.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from qlora_kit.train.data.collate import PadCollator
 from qlora_kit.train.graph import StepGraphs
+from qlora_kit.train.head_input import TARGET_POSITIONS, target_positions
 from qlora_kit.train.loss import causal_lm_loss, count_targets
 from qlora_kit.train.step import MASKLESS, fused_inputs, prepare_model
 from qlora_kit.train.trainer import Trainer
@@ -100,6 +101,7 @@ class _Run:
         self.model, self.parameters = model, parameters
         self.arguments, self.step = arguments, step
         self.graphs: StepGraphs | None = None
+        self.known: dict[int, tuple[Tensor, Tensor]] = {}
         self.replayed = 0
 
     @contextmanager
@@ -136,8 +138,14 @@ class _Run:
 
     def _inputs(self, batch: Batch) -> Batch:
         inputs: Batch = {**batch, "use_cache": False}
-        # Rows are padded on the right, if at all: what the Trainer's collator finds out.
-        return inputs if self.graphs is None else {**inputs, MASKLESS: True}
+        if self.graphs is None:
+            return inputs
+        # Rows are padded on the right, if at all: what the Trainer's collator finds out, on the
+        # CPU and before the step, as it finds out which positions have a target.
+        labels = batch["labels"]
+        if id(labels) not in self.known:  # the same few batches come again and again
+            self.known[id(labels)] = labels, target_positions(labels.cpu()).to(labels.device)
+        return {**inputs, MASKLESS: True, TARGET_POSITIONS: self.known[id(labels)][1]}
 
     def _graph_loss(self, inputs: Batch, items: Tensor) -> Tensor:
         return causal_lm_loss(self.model, fused_inputs(inputs), items)
