@@ -50,6 +50,8 @@ def _memory_advice(config: RunConfig, message: str) -> str:
         )
     if not train.gradient_checkpointing:
         advice.append("train.gradient_checkpointing=true")
+    if not train.activations.startswith("offload"):
+        advice.append("train.activations=offload (fused layers only)")
     if config.model.bits != 4:
         advice.append("model.bits=4")
     if train.optimizer.startswith("adamw_torch"):
