@@ -102,8 +102,8 @@ class TrainConfig:
     """A Transformers optimizer: adamw_torch, adamw_8bit, paged_adamw_8bit, ..."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more time."""
-    step: Literal["auto", "fused", "eager"] = "auto"
-    """How layers run: `fused` as one step each, `eager` as the model's code says; see the docs."""
+    step: Literal["auto", "fused", "compiled", "eager"] = "auto"
+    """How layers run: `fused` as one step each, by torch.compile, or by the model's own code."""
     activations: str = "auto"
     """What fused layers keep for the backward: save, recompute_elementwise, recompute_all, ..."""
     group_by_length: bool = True

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
+from qlora_kit.block.compiled import CompiledLayers, compile_layers
 from qlora_kit.block.install import FusedBlocks, fuse_blocks, why_not_fused
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.core.log import logger
@@ -24,8 +25,9 @@ from qlora_kit.train.head_input import TARGET_POSITIONS, target_positions
 
 Collate = Callable[[list[Any]], dict[str, Any]]
 
-STEPS = ("auto", "fused", "eager")
-"""`auto` is `fused` on a GPU wherever the model's layers can, and `eager` elsewhere."""
+STEPS = ("auto", "fused", "compiled", "eager")
+"""`auto` is `fused` on a GPU wherever the model's layers can, and `eager` elsewhere; `compiled`
+lets torch.compile run the layers of any causal model."""
 
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 """The argument that turns transformers' own recomputation on, by the names it has had."""
@@ -107,17 +109,22 @@ class FusedModel:
         blocks: its layers.
     """
 
-    def __init__(self, model: PreTrainedModel, blocks: FusedBlocks) -> None:
+    def __init__(self, model: PreTrainedModel, blocks: FusedBlocks | CompiledLayers) -> None:
         """Switch attention.
 
         Args:
-            model: whose layers are fused.
+            model: whose layers are fused or compiled.
             blocks: the layers.
         """
         self.blocks = blocks
         self._model = model
         self._attention = model.config._attn_implementation
         model.set_attn_implementation(register())
+
+    @property
+    def never_waits(self) -> bool:
+        """Whether a step may be recorded as a CUDA graph: with fused layers only."""
+        return isinstance(self.blocks, FusedBlocks)
 
     def remove(self) -> None:
         """Give the model its own layers and attention back."""
@@ -142,7 +149,8 @@ def prepare_model(
         The prepared model, or None for the model's own code.
 
     Raises:
-        ConfigError: `fused` was asked for and the model's layers cannot, or a name is unknown.
+        ConfigError: `fused` or `compiled` was asked for and the model's layers cannot, or a
+            name is unknown.
     """
     if step not in STEPS:
         raise ConfigError(f"unknown step {step!r}; known: {', '.join(STEPS)}.")
@@ -158,9 +166,13 @@ def prepare_model(
     if activations == "auto":
         checkpointing = any(getattr(args, name, False) for name in CHECKPOINTING)
         activations = "recompute_all" if checkpointing else "recompute_elementwise"
-    fused = fuse_blocks(model, activations, deterministic=args.full_determinism)
+    layers: FusedBlocks | CompiledLayers
+    if step == "compiled":
+        layers = compile_layers(model, activations)
+    else:
+        layers = fuse_blocks(model, activations, deterministic=args.full_determinism)
     model.train(training)
     for name in CHECKPOINTING:
         if hasattr(args, name):
             setattr(args, name, False)
-    return FusedModel(model, fused)
+    return FusedModel(model, layers)

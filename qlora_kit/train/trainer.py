@@ -157,7 +157,8 @@ class Trainer(UpdatingTrainer):
         )
         self.remove_callback(transformers.PrinterCallback)
         self.causal = causal
-        alone = self.fused is not None and args.world_size == 1 and self.accelerator.scaler is None
+        alone = args.world_size == 1 and self.accelerator.scaler is None
+        alone = alone and self.fused is not None and self.fused.never_waits
         self.graphs = StepGraphs(self._graph_loss, [p for _, p in trainable]) if alone else None
         # True: the loss is a sum over tokens divided by `num_items_in_batch`, so it is not
         # divided again by the number of accumulated batches.

@@ -7,6 +7,7 @@ import torch
 
 from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.inject import attach
+from qlora_kit.block.compiled import why_not_compiled
 from qlora_kit.block.install import FusedBlocks, FusedLayer
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.train.data.collate import PackedCollator, PadCollator
@@ -84,6 +85,18 @@ def test_losses_are_those_of_the_models_own_code(tmp_path, family, packed, monke
     assert fused.eval_loss == pytest.approx(own.eval_loss, rel=1e-5)
     moved = sum((a - b).norm() for a, b in zip(fused.adapter, own.adapter, strict=True))
     assert moved < 1e-3 * sum(a.norm() for a in own.adapter)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_compiled_layers_train_alike(tmp_path, packed):
+    """torch.compile runs the layers of a family that cannot be fused."""
+    reason = why_not_compiled(tiny_models.build("gpt2"))
+    if reason is not None:
+        pytest.skip(reason)
+    compiled = train(tmp_path / "compiled", "gpt2", "compiled", packed=packed, steps=2)
+    own = train(tmp_path / "own", "gpt2", "eager", packed=packed, steps=2)
+    assert compiled.losses == pytest.approx(own.losses, rel=1e-5)
 
 
 def test_documents_matter(tmp_path):
