@@ -164,9 +164,8 @@ def backward(
         The gradients.
     """
     assert kept.x is not None
-    groups = {"all": d.groups, "mlp": d.groups[2:]}.get(recompute, ())
-    for group in groups:
-        group.hold(dy)
+    if recompute != "elementwise":
+        d.gate_up.hold(dy)  # the largest weights: one decoding for both directions
     if recompute == "all":
         x, kept = kept.x, Kept()
         _attention(d, x, call, kept)
@@ -176,10 +175,9 @@ def backward(
         _mlp(d, kept.h, kept, result=d.after_mlp is not None)
         kept.act = None  # the activation comes again, over its gradient
     of_mlp, dh = _mlp_backward(d, dy, kept, owned)
+    d.gate_up.release()
     dx = dy.new_empty((dy.shape[0], dy.shape[1] + spare))[:, : dy.shape[1]] if need_dx else None
     of_attention = _attention_backward(d, dh, kept, call, dx)
-    for group in groups:
-        group.release()
     return Gradients(dx, [*of_attention, *of_mlp])
 
 
