@@ -278,7 +278,8 @@ def fuse_blocks(
     reason = why_not_fused(model)
     if reason is not None:
         raise ConfigError(
-            f"this model's layers cannot run as one step: {reason}. Use train.step=eager."
+            f"this model's layers cannot run as one step: {reason}. Use train.step=compiled or "
+            "eager."
         )
     return FusedBlocks(layers, parse_policy(activations, len(layers)), deterministic)
 

@@ -61,13 +61,13 @@ def plan(row_bytes: int, processor_bytes: int, blocks: int = 0) -> Plan:
 
     Example:
         >>> plan(2 * 32_000, 233_472), plan(2 * 128_256, 233_472)
-        (Plan(blocks=2, threads=512, shared=114688), Plan(blocks=2, threads=512, shared=114688))
+        (Plan(blocks=2, threads=512, shared=114688), Plan(blocks=1, threads=1024, shared=231424))
     """
     own = _RESERVED_BYTES + _OWN_SHARED_BYTES
     halves, whole = (
         (processor_bytes // each - own) // PIECE_BYTES * PIECE_BYTES for each in (2, 1)
     )
-    blocks = blocks or 2  # on an H100 ahead of 1 even for 128,256 values, of which half fit
+    blocks = blocks or (2 if row_bytes <= halves else 1)
     wanted = max(1, row_bytes // (PIECE_BYTES * _PIECES_EACH))
     threads = min(_MOST_THREADS // blocks, max(64, 1 << (wanted - 1).bit_length()))
     return Plan(blocks, threads, whole if blocks == 1 else halves)
