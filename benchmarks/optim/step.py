@@ -12,8 +12,8 @@ them, clipping, the step, `zero_grad`. Variants take turns. Two times are taken 
   whatever makes the host wait in between;
 - `host_ms`: until the call returns, the GPU being idle.
 
-Bits are compared first: without clipping, ours are the library's own. Further rows: the cast of
-all masters to bfloat16 against one per tensor, and LoRA-FA's corrected gradient.
+Bits are compared first: without clipping, ours are the library's own. A further row:
+LoRA-FA's corrected gradient. (Rows `cast` of older records are of code that is gone.)
 """
 
 import argparse
@@ -33,7 +33,6 @@ from qlora_kit.adapters.lora import LoRALinear
 from qlora_kit.optim.adamw import FlatAdamW
 from qlora_kit.optim.base import FlatOptimizer
 from qlora_kit.optim.bnb_adamw import FlatBnbAdamW
-from qlora_kit.optim.cast import CastCopy
 from qlora_kit.optim.corrected import CorrectedGradient
 
 LINEARS = (
@@ -203,11 +202,8 @@ def nothing() -> None:
     """Before a variant that needs no preparation."""
 
 
-def other_work(sizes: list[tuple[int, int]], layers: int, rank: int) -> dict[str, Any]:
-    """Casting all masters, and the corrected gradient."""
-    params, plain = parameters(sizes), parameters(sizes)
-    FlatAdamW(params, **OPTIONS)
-    copy = CastCopy(params, torch.bfloat16)
+def other_work(layers: int, rank: int) -> dict[str, Any]:
+    """The corrected gradient."""
     modules = [
         LoRALinear(
             nn.Linear(k, n, bias=False, device="meta").requires_grad_(False),
@@ -224,8 +220,6 @@ def other_work(sizes: list[tuple[int, int]], layers: int, rank: int) -> dict[str
         module.lora_B.grad = torch.randn_like(module.lora_B)
     correction = CorrectedGradient(modules)
     return {
-        "ours, cast": (nothing, copy.refresh),
-        "per tensor, cast": (nothing, lambda: [p.detach().to(torch.bfloat16) for p in plain]),
         "ours, corrected gradient": (nothing, correction.apply),
     }
 
@@ -251,7 +245,7 @@ def main() -> None:
     found = compare(variants, ROUNDS if gpu else 2)
     variants.clear()
     with torch.no_grad():
-        extra = other_work(sizes, arguments.layers, arguments.rank)
+        extra = other_work(arguments.layers, arguments.rank)
         found |= compare(extra, ROUNDS if gpu else 2)
     values = sum(torch.Size(size).numel() for size in sizes)
     common = {

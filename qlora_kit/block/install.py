@@ -145,8 +145,8 @@ class FusedBlocks:
     def keep_decoded(self, layers: int, dtype: torch.dtype) -> None:
         """Decode the weights of some layers once and for all: memory for speed.
 
-        An 8B model's take 13 GiB in 16 bits, and save about 3% of a step that recomputes
-        nothing.
+        An 8B model's take 13 GiB in 16 bits, and the decoding
+        they save is 13 ms of a step of 490 (counted from one profile, without a record).
 
         Args:
             layers: how many, from the first on; the others decode in every step.

@@ -2,8 +2,9 @@
 
 Each layer's tensors leave on a side stream while the next layer computes, and come back while
 the layer after it is differentiated, so that copies hide behind arithmetic: on 8,192 tokens a
-layer of an 8B model computes for 5 ms forward and 15 ms in a backward pass that recomputes,
-and its input, 64 MiB, takes about 1.3 ms each way.
+layer of an 8B model computes for about 5 ms forward and 15 ms in a backward pass that recomputes,
+and its input, 64 MiB, should take 1.3 ms each way at the 54 GB/s that the record of
+`benchmarks/load` has for pinned memory.
 
 Host buffers are kept for the next step: pinning memory is slow. All copies share one stream,
 so a buffer that is handed out again is written only after its last copy has left. A tensor on

@@ -151,6 +151,8 @@ class StepGraphs:
 
     def _keep_sums(self, recorded: _Recorded) -> None:  # needs a GPU
         """Move sums out of the memory that the replay is about to write."""
+        if all(parameter.grad is None for parameter in self._parameters):
+            return  # the first batch of an update: most steps
         theirs = {
             g.data_ptr() for r in self._recorded.values() for g in r.gradients if g is not None
         }
