@@ -31,7 +31,7 @@ def measure(name: str, method: str, seq: int, cap_gib: float | None) -> dict[str
     from qlora_kit.adapters.config import METHODS
     from qlora_kit.adapters.inject import attach
     from qlora_kit.quant.config import QuantConfig
-    from qlora_kit.train.loss import causal_lm_loss
+    from qlora_kit.step.loss import causal_lm_loss
 
     total = torch.cuda.get_device_properties(0).total_memory
     if cap_gib is not None:

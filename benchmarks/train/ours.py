@@ -31,13 +31,13 @@ from qlora_kit.adapters.inject import AttachedAdapter, attach, load_adapter
 from qlora_kit.block.install import why_not_fused
 from qlora_kit.load.model import load
 from qlora_kit.optim.create import flat_optimizer
+from qlora_kit.step.graph import StepGraphs
+from qlora_kit.step.head_input import TARGET_POSITIONS, target_positions
+from qlora_kit.step.loss import causal_lm_loss, count_targets
+from qlora_kit.step.prepare import MASKLESS, fused_inputs, prepare_model
 from qlora_kit.train.arguments import training_arguments
 from qlora_kit.train.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from qlora_kit.train.data.collate import PadCollator
-from qlora_kit.train.graph import StepGraphs
-from qlora_kit.train.head_input import TARGET_POSITIONS, target_positions
-from qlora_kit.train.loss import causal_lm_loss, count_targets
-from qlora_kit.train.step import MASKLESS, fused_inputs, prepare_model
 from qlora_kit.train.trainer import Trainer
 
 _ROW = {"input_ids": [1, 2], "labels": [1, 2]}

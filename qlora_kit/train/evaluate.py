@@ -23,12 +23,12 @@ from transformers import PreTrainedModel
 
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.nn.loss_head import IGNORE
+from qlora_kit.step.head_input import HeadInput
 from qlora_kit.train.callbacks import Phases
 from qlora_kit.train.config import EvalConfig
 from qlora_kit.train.data.collate import make_collator
 from qlora_kit.train.data.tokenized import PromptAnswer, TokenizedSet
 from qlora_kit.train.generate import generate_answers
-from qlora_kit.train.head_input import HeadInput
 from qlora_kit.train.held_out import (
     LossTotals,
     classify_batch,

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from qlora_kit.nn.loss_head import IGNORE, LogitRule
+from qlora_kit.step.head_input import HeadInput, head_input, without_targets
 from qlora_kit.train.data.tokenized import TokenizedSet
-from qlora_kit.train.head_input import HeadInput, head_input, without_targets
 from qlora_kit.train.metrics import perplexity
 
 if TYPE_CHECKING:

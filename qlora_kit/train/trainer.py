@@ -2,7 +2,7 @@
 
 What is different from the parent, and why:
 
-- The loss is computed at the positions that count only (`loss.py`), normalised by
+- The loss is computed at the positions that count only (`step/loss.py`), normalised by
   the number of predicted tokens of all accumulated batches.
 - A checkpoint holds the adapter, the optimizer, the schedule and the random state,
   never the base. It appears whole or not at all, and resuming gives the same bits as
@@ -30,6 +30,9 @@ from qlora_kit.adapters.inject import AttachedAdapter
 from qlora_kit.core.atomic import atomic_directory
 from qlora_kit.core.errors import AdapterError
 from qlora_kit.core.units import GIB
+from qlora_kit.step.graph import StepGraphs
+from qlora_kit.step.loss import causal_lm_loss, count_targets
+from qlora_kit.step.prepare import FusedCollator, fused_inputs, prepare_model
 from qlora_kit.train.callbacks import GradientGuard, memory_bytes
 from qlora_kit.train.checkpoints import (
     STATE_FILE,
@@ -38,11 +41,8 @@ from qlora_kit.train.checkpoints import (
     repage_state,
     restore_adapter,
 )
-from qlora_kit.train.graph import StepGraphs
 from qlora_kit.train.held_out import loss_totals
-from qlora_kit.train.loss import causal_lm_loss, count_targets
 from qlora_kit.train.sampling import EpochSampler, SortedSampler
-from qlora_kit.train.step import FusedCollator, fused_inputs, prepare_model
 from qlora_kit.train.throughput import Throughput
 from qlora_kit.train.update import UpdatingTrainer
 
@@ -124,7 +124,7 @@ class Trainer(UpdatingTrainer):
             callbacks: more Transformers callbacks.
             group_by_length: batch rows of similar length together.
             base_model: folder or hub id written into saved adapters; None: what the model says.
-            step: how the model's layers run; see `step.STEPS`.
+            step: how the model's layers run; see `step/prepare.py`.
             activations: what fused layers keep for the backward, see `block/policy.py`; `auto`
                 is `recompute_all` with gradient checkpointing, else `recompute_elementwise`.
 

@@ -11,8 +11,8 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from qlora_kit.adapters.peft_format import read_adapter
 from qlora_kit.core.errors import AdapterError, NonFiniteError, SourceError
+from qlora_kit.step.loss import causal_lm_loss
 from qlora_kit.train.checkpoints import last_checkpoint, whole_checkpoints
-from qlora_kit.train.loss import causal_lm_loss
 from qlora_kit.train.trainer import Trainer
 from tests.train.helpers import adapted, make_trainer, rows, state
 

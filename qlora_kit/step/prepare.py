@@ -21,7 +21,7 @@ from qlora_kit.core.errors import ConfigError
 from qlora_kit.core.log import logger
 from qlora_kit.ops.attention.rule import Documents
 from qlora_kit.ops.attention.transformers_door import packed_inputs, register, unpadded_inputs
-from qlora_kit.train.head_input import TARGET_POSITIONS, target_positions
+from qlora_kit.step.head_input import TARGET_POSITIONS, target_positions
 
 Collate = Callable[[list[Any]], dict[str, Any]]
 

@@ -12,18 +12,18 @@ from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.inject import attach
 from qlora_kit.block.install import fuse_blocks
 from qlora_kit.nn.loss_head import IGNORE
-from qlora_kit.train import head_input as heads
-from qlora_kit.train.data.collate import PadCollator
-from qlora_kit.train.head_input import (
+from qlora_kit.step.head_input import (
     POSITIONS_MULTIPLE,
     TARGET_POSITIONS,
     head_input,
     label_mask,
     target_positions,
 )
+from qlora_kit.step.loss import causal_lm_loss, count_targets
+from qlora_kit.step.prepare import FusedCollator, fused_inputs
+from qlora_kit.train import head_input as heads
+from qlora_kit.train.data.collate import PadCollator
 from qlora_kit.train.held_out import language_model_losses, loss_totals
-from qlora_kit.train.loss import causal_lm_loss, count_targets
-from qlora_kit.train.step import FusedCollator, fused_inputs
 from tests import tiny_models
 
 WAITING = ("nonzero", "item", "_local_scalar_dense", "masked_select", "is_nonzero", "equal")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.core.log import log_once
 from qlora_kit.nn.loss_head import IGNORE
-from qlora_kit.train.head_input import head_input, without_targets
+from qlora_kit.step.head_input import head_input, without_targets
 
 
 def count_targets(labels: Tensor) -> Tensor:

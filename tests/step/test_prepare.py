@@ -10,8 +10,8 @@ from qlora_kit.adapters.inject import attach
 from qlora_kit.block.compiled import why_not_compiled
 from qlora_kit.block.install import FusedBlocks, FusedLayer
 from qlora_kit.core.errors import ConfigError
+from qlora_kit.step.prepare import FusedCollator, fused_inputs, prepare_model
 from qlora_kit.train.data.collate import PackedCollator, PadCollator
-from qlora_kit.train.step import FusedCollator, fused_inputs, prepare_model
 from qlora_kit.train.trainer import Trainer
 from tests import tiny_models
 from tests.train.helpers import arguments
