@@ -12,6 +12,7 @@ from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.inject import attach
 from qlora_kit.block.install import fuse_blocks
 from qlora_kit.nn.loss_head import IGNORE
+from qlora_kit.step import head_input as heads
 from qlora_kit.step.head_input import (
     POSITIONS_MULTIPLE,
     TARGET_POSITIONS,
@@ -21,7 +22,6 @@ from qlora_kit.step.head_input import (
 )
 from qlora_kit.step.loss import causal_lm_loss, count_targets
 from qlora_kit.step.prepare import FusedCollator, fused_inputs
-from qlora_kit.train import head_input as heads
 from qlora_kit.train.data.collate import PadCollator
 from qlora_kit.train.held_out import language_model_losses, loss_totals
 from tests import tiny_models
