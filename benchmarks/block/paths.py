@@ -24,11 +24,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness.random_model import SHAPES, random_model
 from benchmarks.harness.record import write_record
-from benchmarks.harness.timing import device
 from qlora_kit.adapters.config import METHODS
 from qlora_kit.adapters.inject import attach
+from qlora_kit.bench.random_model import SHAPES, random_model
+from qlora_kit.bench.timing import device
 from qlora_kit.block.compiled import POLICIES as COMPILED_POLICIES
 from qlora_kit.block.compiled import compile_layers, why_not_compiled
 from qlora_kit.block.install import fuse_blocks

@@ -1,42 +1,22 @@
-"""The one shape of a benchmark record, and where it is written.
-
-A record says what was run, on what, and what came out; the README's claims point
-at the newest one of each benchmark:
+"""Where this repository keeps its records: the README's claims point at the newest ones.
 
     benchmarks/results/<bench>/<machine>-<yyyymmdd>-<commit>.json
-    {"bench", "commit", "dirty", "command", "gpu", "driver", "env", "peaks", "rows"}
+
+What is in them: `qlora_kit/bench/record.py`.
 """
 
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 
-import torch
+from qlora_kit.bench.record import make_record
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-
-_PACKAGES = (
-    "torch",
-    "transformers",
-    "bitsandbytes",
-    "peft",
-    "accelerate",
-    "datasets",
-    "safetensors",
-    "triton",
-    "liger-kernel",
-    "unsloth",
-    "unsloth_zoo",
-    "trl",
-    "cuda-core",
-)
 
 
 def _run(*command: str) -> str:
@@ -53,25 +33,6 @@ def _short(word: str) -> str:
     if not path.is_absolute():
         return word
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter, those installed."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def machine() -> dict[str, str | None]:
-    """Name of the GPU and its driver; of the processor where there is no GPU."""
-    if torch.cuda.is_available():
-        driver = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        return {"gpu": torch.cuda.get_device_name(0), "driver": driver.splitlines()[0]}
-    return {"gpu": None, "driver": None}
 
 
 def write_record(
@@ -94,19 +55,15 @@ def write_record(
         The file.
     """
     commit = os.environ.get("QLORA_KIT_COMMIT") or _run("git", "rev-parse", "--short", "HEAD")
-    where = machine()
-    gpu = where["gpu"] or f"cpu-{os.cpu_count()}x"
-    record = {
-        "bench": bench,
-        "commit": commit,
-        "dirty": bool(_run("git", "status", "--porcelain", "--untracked-files=no")),
-        "command": shlex.join(_short(word) for word in sys.argv),
-        **where,
-        "cpu": f"{platform.machine()}, {os.cpu_count()} cores",
-        "env": versions(),
-        "peaks": peaks or {},
-        "rows": rows,
-    }
+    record = make_record(
+        bench,
+        rows,
+        commit=commit,
+        dirty=bool(_run("git", "status", "--porcelain", "--untracked-files=no")),
+        command=shlex.join(_short(word) for word in sys.argv),
+        peaks=peaks,
+    )
+    gpu: str = record["gpu"] or f"cpu-{os.cpu_count()}x"
     name = gpu.lower().replace("nvidia ", "").replace(" ", "-")
     file = (folder or RESULTS) / bench / f"{name}-{time.strftime('%Y%m%d')}-{commit}.json"
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.harness.subject import Stage
+from qlora_kit.bench.subject import Stage
 from qlora_kit.core.memory import PeakMemory
 
 GIB = 2**30

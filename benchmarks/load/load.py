@@ -31,10 +31,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness.checkpoint import MODELS, checkpoint_bytes, write_checkpoint
-from benchmarks.harness.process import run_process
-from benchmarks.harness.record import write_record
+from benchmarks.harness.record import ROOT, write_record
 from benchmarks.load.rates import rates
+from qlora_kit.bench.process import run_process
+from qlora_kit.bench.random_checkpoint import MODELS, checkpoint_bytes, write_checkpoint
 
 RUNS = 3
 CHILD_SECONDS = 120.0
@@ -145,6 +145,7 @@ def run(case: Case, folder: Path, device: str, seconds: float, scratch: Path) ->
     outcome = run_process(
         [sys.executable, "-m", "benchmarks.load.child", str(job)],
         limit_seconds=seconds,
+        folder=ROOT,
         environment={"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
         show=False,
     )

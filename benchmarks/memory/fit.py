@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness.random_model import SHAPES, random_model
 from benchmarks.harness.record import write_record
+from qlora_kit.bench.random_model import SHAPES, random_model
 
 RANK = 16
 WARMUP, STEPS = 2, 5

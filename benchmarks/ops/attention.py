@@ -4,7 +4,7 @@
 
 q, k and v are views of one projection's buffer, rotating over more memory than the L2 cache
 holds; each kernel runs through the explicit pair, all beside each other as
-benchmarks/harness/timing.py describes. A shape is BxTxHqxHkxD, with `:n` for n documents in
+qlora_kit/bench/timing.py describes. A shape is BxTxHqxHkxD, with `:n` for n documents in
 it, of unequal lengths, or `:n=` of equal ones. Flops count the half that causality leaves, and
 in the backward five products where the forward has two. `deterministic` is flash again, with
 the switch on that makes its backward repeat. Before it is timed, each kernel's result is
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.record import write_record
-from benchmarks.harness.timing import Call as Timed
-from benchmarks.harness.timing import Captured, device, peaks, spread
+from qlora_kit.bench.timing import Call as Timed
+from qlora_kit.bench.timing import Captured, device, peaks, spread
 from qlora_kit.ops.attention.choose import BACKENDS, choose, force_attention, order
 from qlora_kit.ops.attention.pair import attention_backward, attention_forward
 from qlora_kit.ops.attention.rule import AttentionRule, Call, Documents

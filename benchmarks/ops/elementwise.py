@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.record import write_record
-from benchmarks.harness.timing import Call, device, peaks
 from benchmarks.ops.nf4_dequantize import DTYPE, L2_BYTES, measure
+from qlora_kit.bench.timing import Call, device, peaks
 from qlora_kit.ops.gated_activation import reference as gated_reference
 from qlora_kit.ops.gated_activation.op import gated_activation, gated_activation_backward
 from qlora_kit.ops.rms_norm import cuda as norm_cuda

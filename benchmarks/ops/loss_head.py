@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.harness.record import write_record
-from benchmarks.harness.timing import Call, device, peaks, spread
 from benchmarks.ops.nf4_dequantize import DTYPE, measure
+from qlora_kit.bench.timing import Call, device, peaks, spread
 from qlora_kit.nn.linear import NF4Linear
 from qlora_kit.nn.loss_head import chunk_tokens_for, head_loss
 from qlora_kit.ops.backend import force_backend

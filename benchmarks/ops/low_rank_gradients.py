@@ -6,7 +6,7 @@
 A case is tokens, the columns of linears that share an input, and the ranks of each. dY
 and dY·B, X and X·Aᵀ stand beside each other in one buffer, as in the training step;
 buffers rotate over more memory than the L2 cache holds, all variants beside each other as
-benchmarks/harness/timing.py describes. `tbs` counts dY once, whatever a variant reads.
+qlora_kit/bench/timing.py describes. `tbs` counts dY once, whatever a variant reads.
 
     two products   dY·B in place, then dYᵀ·XA of each linear: `torch.mm`, float32 sums
     one pass       as the op would choose its block, wherever `FEWEST_VALUES` puts the limit
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.record import write_record
-from benchmarks.harness.timing import Call, Captured, device, peaks, spread
+from qlora_kit.bench.timing import Call, Captured, device, peaks, spread
 from qlora_kit.ops.low_rank_gradients import cuda, reference
 from qlora_kit.ops.low_rank_gradients.op import low_rank_gradients
 

@@ -3,7 +3,7 @@
     python -m benchmarks.ops.nf4_dequantize [--shapes 4096x4096 ...] [--out FOLDER]
 
 On a GPU: our kernels, bitsandbytes and a copy of as many bytes, half read and half
-written, beside each other as benchmarks/harness/timing.py describes. Weights and
+written, beside each other as qlora_kit/bench/timing.py describes. Weights and
 results rotate over more memory than the L2 cache holds, results too: a buffer that is
 written again and again would never leave the cache. `of_copy` is the copy's time over
 the variant's: the part of the bandwidth it reaches. Bits are the tests' business.
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness.record import write_record
-from benchmarks.harness.timing import Call, Captured, device, peaks, spread
+from qlora_kit.bench.timing import Call, Captured, device, peaks, spread
 from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize
 from qlora_kit.quant.weight import NF4Weight
 

@@ -5,7 +5,7 @@
     python -m benchmarks.ops.nf4_linear --strategies    # each strategy by itself, for the table
 
 Every variant runs over a set of weights larger than the L2 cache, so that no weight is
-read from it; how calls are timed is in benchmarks/harness/timing.py. Ours carries LoRA
+read from it; how calls are timed is in qlora_kit/bench/timing.py. Ours carries LoRA
 of rank 16; `dense` (cuBLAS) and `bitsandbytes` carry none; `peft` is bitsandbytes with
 LoRA computed as PEFT does it. Three passes: `forward`; `backward_dx`, the gradient of x
 alone; `backward`, all gradients. In the last, dense still computes dX alone.
@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.record import write_record
-from benchmarks.harness.timing import (
+from benchmarks.ops.nf4_linear_targets import judge, strategy_table, summary
+from qlora_kit.bench.timing import (
     FEWEST_ROUNDS,
     MOST_ROUNDS,
     Call,
@@ -35,7 +36,6 @@ from benchmarks.harness.timing import (
     peaks,
     spread,
 )
-from benchmarks.ops.nf4_linear_targets import judge, strategy_table, summary
 from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize
 from qlora_kit.ops.nf4_linear import cuda
 from qlora_kit.ops.nf4_linear.op import nf4_linear

@@ -13,8 +13,8 @@ import statistics
 import torch
 
 from benchmarks.harness.record import write_record
-from benchmarks.harness.timing import Call, peaks
 from benchmarks.ops.nf4_dequantize import DTYPE, L2_BYTES, measure, parser, show
+from qlora_kit.bench.timing import Call, peaks
 from qlora_kit.ops.nf4_quantize.op import nf4_quantize, nf4_quantize_absmax
 from qlora_kit.quant.double_quant import dynamic_map
 from qlora_kit.quant.nf4 import quantize_nf4

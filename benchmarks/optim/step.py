@@ -27,9 +27,9 @@ import torch
 from torch import nn
 
 from benchmarks.harness.record import write_record
-from benchmarks.harness.timing import device, peaks, spread
 from qlora_kit.adapters.config import LoRAFA
 from qlora_kit.adapters.lora import LoRALinear
+from qlora_kit.bench.timing import device, peaks, spread
 from qlora_kit.optim.adamw import FlatAdamW
 from qlora_kit.optim.base import FlatOptimizer
 from qlora_kit.optim.bnb_adamw import FlatBnbAdamW

@@ -7,137 +7,40 @@
 All libraries train the same checkpoint (random weights of a real shape, NF4 as
 bitsandbytes stores it) on the same tokens, r 16 on all seven linears, no dropout, 8-bit
 AdamW, bf16, labels = inputs, each in processes of its own under the same memory cap.
-Cases and targets are in cases.py, how a step is timed in harness/steps.py. Rows are kept
+Cases and targets are in cases.py, how a step is timed in qlora_kit/bench/steps.py. Rows are kept
 as they come, so a run that is cut short still writes a record of what it has.
 """
 
 import argparse
-import importlib
-import json
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.harness.checkpoint import MODELS, Storage, checkpoint_bytes, roomy_folder
-from benchmarks.harness.flops import mfu, step_flops
-from benchmarks.harness.process import Outcome, run_process
 from benchmarks.harness.record import write_record
-from benchmarks.harness.subject import Job, Point
 from benchmarks.train.cases import CAP_GIB, CASES, IMPLS, UNSLOTH_VARIANTS, Options, plan
-from benchmarks.train.child import BUILDERS, command, first_fields
 from benchmarks.train.table import report
-
-Row = dict[str, Any]
-CHILD = "benchmarks.train.child"
-
-
-def read_rows(file: Path) -> list[Row]:
-    """Rows of a file of JSON lines; none if it is not there."""
-    if not file.exists():
-        return []
-    return [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
+from qlora_kit.bench.flops import mfu, step_flops
+from qlora_kit.bench.random_checkpoint import MODELS
+from qlora_kit.bench.session import Session, StepFailedError
 
 
-class Session:
-    """One run of the benchmark: its time, its checkpoint, its rows."""
-
-    def __init__(self, arguments: argparse.Namespace, scratch: Path) -> None:
-        """Start the clock.
-
-        Args:
-            arguments: of the command line.
-            scratch: a folder for jobs and what libraries leave behind.
-        """
-        self.arguments, self.scratch = arguments, scratch
-        self.began = time.monotonic()
-        self.rows: list[Row] = []
-        self.peaks: dict[str, float] = {}
-
-    def seconds_left(self) -> float:
-        """Of the whole run."""
-        return float(self.arguments.total_seconds - (time.monotonic() - self.began))
-
-    def start(self, words: Sequence[str], environment: dict[str, str] | None = None) -> Outcome:
-        """Run a fresh process."""
-        limit = min(self.arguments.limit_seconds, self.seconds_left())
-        return run_process(words, limit_seconds=limit, environment=environment, folder=self.scratch)
-
-    def measure_peaks(self) -> None:
-        """The card's rates, which MFU is a share of."""
-        outcome = self.start([sys.executable, "-m", "benchmarks.harness.timing"])
-        if outcome.reason:
-            sys.exit("measuring the card's rates failed: " + "\n".join(outcome.tail))
-        self.peaks = json.loads(outcome.tail[-1])
-        print("peaks: " + ", ".join(f"{k} {v:.3g}" for k, v in self.peaks.items()), flush=True)
-
-    def checkpoint(self, model: str) -> Path:
-        """Make a model's checkpoint, unless a whole one is there."""
-        storage: Storage = self.arguments.storage
-        base = self.arguments.work or roomy_folder(checkpoint_bytes(model, storage))
-        folder = Path(base).resolve() / f"{model}-{storage}"
-        if (folder / "config.json").exists():
-            print(f"checkpoint: {folder}", flush=True)
-            return folder
-        print(f"checkpoint: making {folder}", flush=True)
-        words = [sys.executable, "-m", "benchmarks.harness.checkpoint", model, str(folder)]
-        words += ["--storage", storage, "--dtype", self.arguments.dtype]
-        outcome = self.start(words)
-        if outcome.reason:
-            shutil.rmtree(folder, ignore_errors=True)
-            sys.exit(f"no checkpoint of {model}: {outcome.reason}\n" + "\n".join(outcome.tail))
-        return folder
-
-    def run(self, job: Job) -> None:
-        """Run a job; a point that ends the process is a row, and the next ones start anew."""
-        environment = importlib.import_module(BUILDERS[job.build.impl]).environment(job.build)
-        left = job.points
-        while left:
-            if self.seconds_left() < 10:
-                self._give_up(job, left, "no time left in this run")
-                return
-            file = self.scratch / f"rows-{len(self.rows)}.jsonl"
-            file.unlink(missing_ok=True)
-            now = replace(job, points=left, rows_file=str(file))
-            described = self.scratch / "job.json"
-            described.write_text(now.to_json(), encoding="utf-8")
-            build = job.build
-            print(f"{build.impl} {build.variant} {build.model} {build.method}", flush=True)
-            outcome = self.start(command(CHILD, build, described), environment)
-            found = read_rows(file)
-            self.rows += found
-            left = left[len(found) :]
-            if not left:
-                return
-            reason = outcome.reason or "ended without a row"
-            print(f"   failed: {reason}", *outcome.tail[-15:], sep="\n     ", flush=True)
-            self._give_up(job, left[:1], reason)
-            if not any("s  point" in line for line in outcome.stages):  # nothing was built
-                self._give_up(job, left[1:], reason)
-                return
-            left = left[1:]
-
-    def _give_up(self, job: Job, points: Sequence[Point], reason: str) -> None:
-        self.rows += [first_fields(job.build, point) | {"error": reason} for point in points]
-
-    def finish(self) -> int:
-        """Add MFU, print the table, write the record; 1 if a row failed."""
-        peak = self.peaks.get("bf16_tflops")
-        for row in self.rows:
-            flops = step_flops(MODELS[row["model"]], row["seq"], row["rank"], row["method"])
-            row["gflops_per_token"] = flops.total / 1e9
-            speed = row.get("tokens_per_s")
-            row["mfu"] = mfu(speed, flops.total, peak) if speed and peak else None
-            row["predicted_gib"] = None
-        print("\n" + report(self.rows), flush=True)
-        print(write_record("train", self.rows, peaks=self.peaks, folder=self.arguments.out))
-        return 1 if any(row.get("error") for row in self.rows) else 0
+def finish(session: Session, out: Path | None) -> int:
+    """Add MFU, print the table, write the record; 1 if a row failed."""
+    peak = session.peaks.get("bf16_tflops")
+    for row in session.rows:
+        flops = step_flops(MODELS[row["model"]], row["seq"], row["rank"], row["method"])
+        row["gflops_per_token"] = flops.total / 1e9
+        speed = row.get("tokens_per_s")
+        row["mfu"] = mfu(speed, flops.total, peak) if speed and peak else None
+        row["predicted_gib"] = None
+    print("\n" + report(session.rows), flush=True)
+    print(write_record("train", session.rows, peaks=session.peaks, folder=out))
+    return 1 if any(row.get("error") for row in session.rows) else 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -205,15 +108,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available() and arguments.model != "tiny":
         sys.exit("there is no GPU here: only --model tiny makes sense without one")
     with tempfile.TemporaryDirectory(prefix="qlora-kit-train-") as scratch:
-        session = Session(arguments, Path(scratch))
-        session.measure_peaks()
-        for model in dict.fromkeys(job.build.model for job in jobs):
-            folder = session.checkpoint(model)
-            for job in (job for job in jobs if job.build.model == model):
-                session.run(replace(job, build=replace(job.build, checkpoint=str(folder))))
-            if not arguments.keep:
-                shutil.rmtree(folder)
-        return session.finish()
+        session = Session(
+            Path(scratch),
+            limit_seconds=arguments.limit_seconds,
+            total_seconds=arguments.total_seconds,
+        )
+        try:
+            session.measure_peaks()
+            for model in dict.fromkeys(job.build.model for job in jobs):
+                folder = session.checkpoint(
+                    model, storage=arguments.storage, dtype=arguments.dtype, work=arguments.work
+                )
+                for job in (job for job in jobs if job.build.model == model):
+                    session.run(replace(job, build=replace(job.build, checkpoint=str(folder))))
+                if not arguments.keep:
+                    shutil.rmtree(folder)
+        except StepFailedError as error:
+            sys.exit(str(error))
+        return finish(session, arguments.out)
 
 
 if __name__ == "__main__":

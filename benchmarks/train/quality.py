@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.harness.checkpoint import write_checkpoint
-from benchmarks.harness.process import run_process
 from benchmarks.harness.record import ROOT, write_record
-from benchmarks.harness.subject import Build
 from benchmarks.train.cases import IMPLS
-from benchmarks.train.child import BUILDERS, command
+from qlora_kit.bench.child import BUILDERS, command
+from qlora_kit.bench.process import run_process
+from qlora_kit.bench.random_checkpoint import write_checkpoint
+from qlora_kit.bench.subject import Build
 from qlora_kit.checkpoint.source import open_source
 from qlora_kit.load.tokenizer import load_tokenizer
 from qlora_kit.train.config import DataConfig

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from benchmarks.harness.subject import Batch, Build, NotPossible, Stage
-from benchmarks.train.child import BUILDERS
+from qlora_kit.bench.child import BUILDERS
+from qlora_kit.bench.subject import Batch, Build, NotPossible, Point, Stage
 
 _EVERY = 50
 
@@ -50,7 +50,7 @@ def train(work: dict[str, Any], stage: Stage) -> dict[str, Any]:
     batches = read_batches(work["batches"], build.device)
     losses: list[torch.Tensor] = []
     policy = work["policy"] if build.impl == "qlora_kit" else ""
-    with subject.prepare(policy) as step:
+    with subject.prepare(Point(batch=1, seq=1, policy=policy)) as step:
         began = time.perf_counter()
         for index, batch in enumerate(batches):
             loss = subject.step(batch)

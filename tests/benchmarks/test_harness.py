@@ -9,9 +9,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness.flops import linear_shapes, mfu, step_flops
-from benchmarks.harness.process import run_process
-from benchmarks.harness.profile import (
+from qlora_kit.bench.flops import linear_shapes, mfu, step_flops
+from qlora_kit.bench.process import run_process
+from qlora_kit.bench.profile import (
     CATEGORIES,
     KernelRun,
     break_down,
@@ -20,9 +20,9 @@ from benchmarks.harness.profile import (
     classify,
     kernel_runs,
 )
-from benchmarks.harness.random_model import SHAPES
-from benchmarks.harness.steps import CHECK_POSITIONS, StepClock, is_out_of_memory, make_batches
-from benchmarks.harness.subject import Build, Job, Point, Stage
+from qlora_kit.bench.random_model import SHAPES
+from qlora_kit.bench.steps import CHECK_POSITIONS, StepClock, is_out_of_memory, make_batches
+from qlora_kit.bench.subject import Build, Job, Point, Stage
 from tests import tiny_models
 
 # FLOPs
@@ -246,30 +246,31 @@ def test_jobs_travel_as_json():
     assert json.loads(job.to_json())["steps"] == 6
 
 
-def test_a_process_that_fails_says_why():
+def test_a_process_that_fails_says_why(tmp_path):
     code = "import sys; print('working'); sys.exit('the reason')"
-    outcome = run_process([sys.executable, "-c", code], limit_seconds=30)
+    outcome = run_process([sys.executable, "-c", code], limit_seconds=30, folder=tmp_path)
     assert outcome.code == 1
     assert not outcome.timed_out
     assert outcome.reason == "the reason"
 
 
-def test_a_process_is_ended_at_its_limit(capsys):
+def test_a_process_is_ended_at_its_limit(capsys, tmp_path):
     code = "import time; print('· here'); time.sleep(60)"
-    outcome = run_process([sys.executable, "-c", code], limit_seconds=2)
+    outcome = run_process([sys.executable, "-c", code], limit_seconds=2, folder=tmp_path)
     assert outcome.timed_out
     assert outcome.seconds < 20
     assert "stopped after" in outcome.reason
     assert "here" in capsys.readouterr().out  # stages are shown as they come
 
 
-def test_a_killed_process_is_named():
+def test_a_killed_process_is_named(tmp_path):
     code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    assert "SIGKILL" in run_process([sys.executable, "-c", code], limit_seconds=30).reason
+    outcome = run_process([sys.executable, "-c", code], limit_seconds=30, folder=tmp_path)
+    assert "SIGKILL" in outcome.reason
 
 
 def test_a_process_finds_this_repository_and_its_environment(tmp_path):
-    code = "import benchmarks.harness.subject, os; print(os.environ['X'], os.getcwd())"
+    code = "import benchmarks.train.cases, os; print(os.environ['X'], os.getcwd())"
     outcome = run_process(
         [sys.executable, "-c", code],
         limit_seconds=60,

@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 
-from benchmarks.harness.subject import Stage
 from benchmarks.load import child
 from benchmarks.load.load import breakdown, cases, line, make, run, summary
 from benchmarks.load.rates import rates
+from qlora_kit.bench.subject import Stage
 from qlora_kit.load import hf_quantizer
 
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.harness.checkpoint import MODELS, checkpoint_bytes, write_checkpoint
-from benchmarks.harness.steps import RECORDED_AFTER
-from benchmarks.harness.subject import Build, Job, Point, Stage, Subject
 from benchmarks.train import __main__ as command
 from benchmarks.train import plot, table
 from benchmarks.train.cases import CASES, IMPLS, Options, plan, scaled
-from benchmarks.train.child import first_fields, run_job, run_point
+from qlora_kit.bench.child import first_fields, run_job, run_point
+from qlora_kit.bench.random_checkpoint import MODELS, checkpoint_bytes, write_checkpoint
+from qlora_kit.bench.session import read_rows
+from qlora_kit.bench.steps import RECORDED_AFTER
+from qlora_kit.bench.subject import Build, Job, Point, Stage, Subject
 from qlora_kit.block.install import FusedBlocks
 
 FIELDS = {
@@ -41,7 +42,7 @@ def rows_of(tmp_path, build, *policies, **changes):
     points = tuple(Point(batch=2, seq=24, policy=p, cases=("full",)) for p in policies)
     job = Job(build=build, points=points, warmup=1, steps=2, rows_file=str(file), **changes)
     run_job(job, Stage())
-    return command.read_rows(file)
+    return read_rows(file)
 
 
 # The plan

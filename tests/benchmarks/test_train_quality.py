@@ -7,10 +7,10 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from benchmarks.harness.checkpoint import write_checkpoint
-from benchmarks.harness.subject import Build, Stage
 from benchmarks.train import plot_quality, quality
 from benchmarks.train.quality_child import read_batches, train
+from qlora_kit.bench.random_checkpoint import write_checkpoint
+from qlora_kit.bench.subject import Build, Stage
 
 STEPS = 6
 

@@ -11,7 +11,7 @@ backward per token, and Llama-3.1-8B needs 4 × 7.5 G per token before attention
     LoRA, per linear                        6 r (in + out); LoRA-FA has no dA: 2 r · in less
 
 Embeddings, norms and other elementwise work count as nothing. The peak is the rate of
-bf16 products that this very card sustained (`harness/timing.peaks`), not a data sheet's.
+bf16 products that this very card sustained (`timing.peaks`), not a data sheet's.
 """
 
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ def step_flops(config: PreTrainedConfig, seq: int, rank: int, method: str) -> St
         The parts.
 
     Example:
-        >>> from benchmarks.harness.random_model import SHAPES
+        >>> from qlora_kit.bench.random_model import SHAPES
         >>> flops = step_flops(SHAPES["Llama-3.1-8B"], 2048, 16, "lora")
         >>> round((flops.linears + flops.head) / 4e9, 2)
         7.5

@@ -40,15 +40,18 @@ class Build:
     """What a process builds once."""
 
     impl: str
-    """`qlora_kit`, `peft`, `peft_liger` or `unsloth`."""
+    """`qlora_kit`, `full`, `peft`, `peft_liger` or `unsloth`."""
     variant: str = ""
-    """Switches of the library, joined by `+`: see its module in benchmarks/peers."""
+    """Switches of the library, joined by `+`: see its module in bench/peers."""
     model: str
     """Name of the shape, for the record."""
     checkpoint: str
-    """Folder with the weights and a tokenizer, or what `qlora_kit.load` takes."""
+    """Folder with the weights and a tokenizer, or what `qlora_kit.load` takes; empty for random
+    weights made where they run, which ours can do without."""
     method: str = "lora"
-    """`lora` or `lora_fa`; peers know the first only."""
+    """`lora` or `lora_fa`, of which peers know the first only, or `full`."""
+    bits: int = 4
+    """Of the frozen linears: 4 for NF4, 16 for `dtype`. A checkpoint may say otherwise."""
     rank: int = 16
     """Of every adapted linear."""
     checkpointing: bool = True
@@ -62,7 +65,8 @@ class Build:
     adapter: str | None = None
     """Folder of an adapter in PEFT's format to start from; None for a new one."""
     masters: str = "library"
-    """Adapter weights: `library` for the peer's fastest choice, or `float32`."""
+    """Trained weights: `library` for the peer's fastest choice (full fine-tuning: `dtype`), or
+    `float32`."""
     step: str = "auto"
     """Ours: `fused`, `eager`, or `auto` for fused where this version has it."""
     seed: int = 0
@@ -95,6 +99,10 @@ class Point:
     """Tokens per row."""
     policy: str
     """What becomes of activations; a peer's is `recompute_all`, `save` or its own word."""
+    head: str = "chunked"
+    """Full fine-tuning: the loss from `chunked` logits, or `stock`, as the model's own code."""
+    graph: bool = True
+    """Ours: small batches as a CUDA graph, as the Trainer runs them; it reserves memory."""
     cap_gib: float | None = None
     """GPU memory torch may take; None for all of it."""
     warmup: int | None = None
@@ -136,7 +144,7 @@ class Job:
         return Job(**values)
 
 
-def _always(policy: str) -> AbstractContextManager[str]:
+def _always(_point: Point) -> AbstractContextManager[str]:
     """A peer is built for its policy; there is nothing to switch."""
     return nullcontext("library")
 
@@ -151,8 +159,8 @@ class Subject:
     parameters: list[nn.Parameter]
     """Those that are trained."""
     optimizer: torch.optim.Optimizer
-    prepare: Callable[[str], AbstractContextManager[str]] = field(default=_always)
-    """Sets up a policy for as long as the context lasts; gives the name of the step."""
+    prepare: Callable[[Point], AbstractContextManager[str]] = field(default=_always)
+    """Sets up a point's policy for as long as the context lasts; gives the name of the step."""
     backward: Callable[[Batch], Tensor] | None = None
     """Loss, detached, after its gradients were added; where that is not `loss` and autograd."""
     facts: Callable[[], dict[str, object]] | None = None

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from benchmarks.harness.steps import RECORDED_AFTER, StepClock
-from benchmarks.harness.subject import (
+from qlora_kit.adapters.config import METHODS
+from qlora_kit.adapters.inject import AttachedAdapter, attach, load_adapter
+from qlora_kit.bench.steps import RECORDED_AFTER, StepClock
+from qlora_kit.bench.subject import (
     MAX_GRAD_NORM,
     Batch,
     Build,
@@ -26,8 +28,6 @@ from benchmarks.harness.subject import (
     Stage,
     Subject,
 )
-from qlora_kit.adapters.config import METHODS
-from qlora_kit.adapters.inject import AttachedAdapter, attach, load_adapter
 from qlora_kit.block.install import why_not_fused
 from qlora_kit.load.model import load
 from qlora_kit.optim.create import flat_optimizer
@@ -100,21 +100,24 @@ class _Run:
     ) -> None:
         self.model, self.parameters = model, parameters
         self.arguments, self.step = arguments, step
+        self.fused = False
         self.graphs: StepGraphs | None = None
         self.known: dict[int, tuple[Tensor, Tensor]] = {}
         self.replayed = 0
 
     @contextmanager
-    def prepare(self, policy: str) -> Iterator[str]:
-        """Sets up a policy; gives `fused` or `eager`."""
-        with policy_context(self.model, self.arguments, policy, self.step) as step:
-            fused = step == "fused"
-            self.graphs = StepGraphs(self._graph_loss, self.parameters) if fused else None
+    def prepare(self, point: Point) -> Iterator[str]:
+        """Sets up a point's policy; gives `fused` or `eager`."""
+        with policy_context(self.model, self.arguments, point.policy, self.step) as step:
+            recording = step == "fused" and point.graph
+            self.fused = step == "fused"
+            self.graphs = StepGraphs(self._graph_loss, self.parameters) if recording else None
             self.replayed = 0
             try:
                 yield step
             finally:
                 self.graphs = None  # gives the memory of recorded steps back
+                self.fused = False
 
     def facts(self) -> dict[str, object]:
         """Whether steps were replayed from a CUDA graph."""
@@ -138,7 +141,7 @@ class _Run:
 
     def _inputs(self, batch: Batch) -> Batch:
         inputs: Batch = {**batch, "use_cache": False}
-        if self.graphs is None:
+        if not self.fused:
             return inputs
         # Rows are padded on the right, if at all: what the Trainer's collator finds out, on the
         # CPU and before the step, as it finds out which positions have a target.

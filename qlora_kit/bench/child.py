@@ -1,6 +1,6 @@
 """The fresh process of one build: makes it, measures its points, writes a row for each.
 
-    python -m benchmarks.train.child JOB.json
+    python -m qlora_kit.bench.child JOB.json
 
 Every row is written as soon as it is there; `python -m benchmarks.train` starts this and
 sets the environment that a library needs. Out of memory is a result: the row says so and
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness.steps import (
+from qlora_kit.bench.steps import (
     GIB,
     RECORDED_AFTER,
     Measured,
@@ -28,7 +28,7 @@ from benchmarks.harness.steps import (
     start_counting,
     timed_steps,
 )
-from benchmarks.harness.subject import (
+from qlora_kit.bench.subject import (
     Batch,
     Build,
     Job,
@@ -41,10 +41,10 @@ from benchmarks.harness.subject import (
 from qlora_kit.core.memory import PeakMemory
 
 BUILDERS = {
-    "qlora_kit": "benchmarks.train.ours",
-    "peft": "benchmarks.peers.peft_bnb",
-    "peft_liger": "benchmarks.peers.peft_bnb",
-    "unsloth": "benchmarks.peers.unsloth_fast",
+    "qlora_kit": "qlora_kit.bench.ours",
+    "peft": "qlora_kit.bench.peers.peft_bnb",
+    "peft_liger": "qlora_kit.bench.peers.peft_bnb",
+    "unsloth": "qlora_kit.bench.peers.unsloth_fast",
 }
 """Library to the module that has its `build` and `environment`."""
 
@@ -121,7 +121,7 @@ def in_trainer(
     device = job.build.device
 
     def bare() -> float:
-        with subject.prepare(point.policy):
+        with subject.prepare(point):
             times, _ = timed_steps(subject, batches[1:], RECORDED_AFTER, job.steps, device)
             return statistics.median(times)
 
@@ -157,7 +157,7 @@ def run_point(
     start_counting(point.cap_gib if device == "cuda" else None)
     try:
         batches = make_batches(vocab, point.batch, point.seq, job.build.seed, device)
-        with subject.prepare(point.policy) as step:
+        with subject.prepare(point) as step:
             row["step"] = step
             measured = measure(
                 subject,

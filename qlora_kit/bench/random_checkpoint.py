@@ -1,6 +1,6 @@
 """Checkpoints of real shapes with random weights, which every library can load.
 
-    python -m benchmarks.harness.checkpoint Llama-3.1-8B /dev/shm/llama --storage nf4
+    python -m qlora_kit.bench.random_checkpoint Llama-3.1-8B /dev/shm/llama --storage nf4
 
 Weights are made where the GPU is and written by several threads at once, so that 8B
 takes seconds. `nf4` is bitsandbytes' 4-bit layout, which all of them read, so that
@@ -31,8 +31,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from benchmarks.harness.random_model import SHAPES
-from benchmarks.harness.subject import Stage
+from qlora_kit.bench.random_model import SHAPES
+from qlora_kit.bench.subject import Stage
 from qlora_kit.checkpoint.tensor_file import TensorInfo
 from qlora_kit.checkpoint.writer import ShardWriter
 from qlora_kit.export.live import quantization_config

@@ -8,6 +8,7 @@ before: what is compared runs in processes of its own. Lines that start with the
 import os
 import queue
 import signal
+import site
 import subprocess
 import threading
 import time
@@ -16,8 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.harness.record import ROOT
-from benchmarks.harness.subject import STAGE_MARK
+import qlora_kit
+from qlora_kit.bench.subject import STAGE_MARK
 
 _KEPT_LINES = 40
 _GRACE_SECONDS = 5.0
@@ -51,21 +52,39 @@ class Outcome:
         return last[-1].strip()[:300] if last else f"exit status {self.code}"
 
 
+def import_path() -> str:
+    """`PYTHONPATH` for a process that has to find the modules this one runs.
+
+    Returns:
+        This process's own, with the folder that holds the package in front where an interpreter
+        would not look by itself: in a checkout, of which the benchmarks can then be imported too.
+
+    Example:
+        >>> isinstance(import_path(), str)
+        True
+    """
+    home = str(Path(qlora_kit.__file__).resolve().parents[1])
+    known = [*site.getsitepackages(), site.getusersitepackages()]
+    installed = any(Path(folder).resolve() == Path(home) for folder in known)
+    folders = ("" if installed else home, os.environ.get("PYTHONPATH", ""))
+    return os.pathsep.join(filter(None, folders))
+
+
 def run_process(
     command: Sequence[str],
     *,
     limit_seconds: float,
+    folder: Path,
     environment: dict[str, str] | None = None,
-    folder: Path = ROOT,
     show: bool = True,
 ) -> Outcome:
-    """Run a command and wait for it; this repository's modules can be imported.
+    """Run a command and wait for it; what this process can import can be imported there.
 
     Args:
         command: program and arguments.
         limit_seconds: then the process and its children are ended.
-        environment: variables added to this process's.
         folder: where it runs; libraries leave their caches there.
+        environment: variables added to this process's.
         show: print its stage lines as they come.
 
     Returns:
@@ -78,7 +97,7 @@ def run_process(
         env={
             **os.environ,
             "PYTHONUNBUFFERED": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+            "PYTHONPATH": import_path(),
             **(environment or {}),
         },
         stdout=subprocess.PIPE,

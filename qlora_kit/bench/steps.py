@@ -19,8 +19,8 @@ from itertools import pairwise
 
 import torch
 
-from benchmarks.harness.profile import Breakdown, profile_steps
-from benchmarks.harness.subject import Batch, Stage, Subject
+from qlora_kit.bench.profile import Breakdown, profile_steps
+from qlora_kit.bench.subject import Batch, Stage, Subject
 
 GIB = 2**30
 CHECK_POSITIONS = 64

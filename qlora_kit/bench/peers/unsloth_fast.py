@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness.subject import (
+from qlora_kit.bench.subject import (
     Batch,
     Build,
     NotPossible,

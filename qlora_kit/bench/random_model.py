@@ -98,5 +98,5 @@ def _fill(module: nn.Module, device: str) -> None:
             data.fill_(1.0 if name == "weight" else 0.0)
         setattr(module, name, nn.Parameter(data, requires_grad=False))
     if isinstance(module, NF4Linear):
-        module.weight_nested_absmax.data.view(torch.float32).fill_(0.01)
-        module.weight_offset.data.view(torch.float32).fill_(0.05)
+        for name, value in {"weight_nested_absmax": 0.01, "weight_offset": 0.05}.items():
+            module.get_parameter(name).data.view(torch.float32).fill_(value)
