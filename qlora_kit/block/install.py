@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qlora_kit.block.description import Description, why_not
 from qlora_kit.block.layer import Call, forward
-from qlora_kit.block.offload import HostStore
+from qlora_kit.block.offload import host_store
 from qlora_kit.block.operands import Operands
 from qlora_kit.block.policy import parse_policy
 from qlora_kit.block.runner import Runner, Step
@@ -29,6 +29,7 @@ from qlora_kit.core.errors import ConfigError
 from qlora_kit.core.log import log_once
 from qlora_kit.ops.attention.pair import Documents
 from qlora_kit.ops.attention.transformers_door import is_marker
+from qlora_kit.ops.autocast import autocast_dtype
 
 
 class FusedLayer:
@@ -111,7 +112,7 @@ class FusedBlocks:
         self.layers = layers
         self.policies = policies
         self.handed: Tensor | None = None
-        self.host = HostStore()
+        self.host = host_store(next(layers[0].parameters()).device)
         self.deterministic = deterministic
         self._classes: dict[type, type] = {}
         self._decoded: tuple[int, torch.dtype] | None = None
@@ -170,7 +171,7 @@ class FusedBlocks:
         Returns:
             False sends the call to the layer's own code; the reason is logged once.
         """
-        if torch.is_autocast_enabled(layer._runner.description.before_attention.weight.device.type):
+        if autocast_dtype(layer._runner.description.before_attention.weight.device) is not None:
             return False
         runner = _runner(layer)
         if not runner.is_current(layer):

@@ -16,6 +16,7 @@ with a host that never runs ahead.
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,8 +48,8 @@ class Ticket:
     items: list[Tensor | _Away | None]
     before: "Ticket | None"
     """That of the layer before, in the same forward pass."""
-    arrived: torch.cuda.Event | None = None
-    """When all of it is back; None until its return was started."""
+    arrived: Any = None
+    """The event when all of it is back; None until its return was started."""
 
 
 class HostStore:
@@ -66,7 +67,7 @@ class HostStore:
         self._stream: torch.cuda.Stream | None = None
         self._free: dict[tuple[int, torch.dtype], list[Tensor]] = {}
         self._last: Ticket | None = None
-        self._leaving: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
+        self._leaving: deque[tuple[Any, list[Tensor]]] = deque()
 
     def put(self, index: int, tensors: Sequence[Tensor | None]) -> Ticket:
         """Send a layer's tensors away.
@@ -83,7 +84,7 @@ class HostStore:
         large = {
             place: tensor
             for place, tensor in enumerate(tensors)
-            if tensor is not None and tensor.is_cuda and tensor.nbytes >= SMALLEST_BYTES
+            if tensor is not None and self._takes(tensor) and tensor.nbytes >= SMALLEST_BYTES
         }
         if large:
             for place, away in zip(large, self._send(list(large.values())), strict=True):
@@ -104,11 +105,18 @@ class HostStore:
         self._start(ticket)
         found = [item.back if isinstance(item, _Away) else item for item in ticket.items]
         if ticket.arrived is not None:
-            torch.cuda.current_stream().wait_event(ticket.arrived)
+            self._wait(ticket.arrived)
         if ticket.before is not None:
             self._start(ticket.before)
         ticket.items.clear()
         return found
+
+    def _takes(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies where there is something to be sent away from."""
+        return tensor.is_cuda
+
+    def _wait(self, event: Any) -> None:  # needs a GPU
+        torch.cuda.current_stream().wait_event(event)
 
     def _send(self, tensors: list[Tensor]) -> list[_Away]:  # needs a GPU
         main = torch.cuda.current_stream(tensors[0].device)
@@ -136,7 +144,7 @@ class HostStore:
         """Let the computing stream wait until no more than so many layers are on their way."""
         while len(self._leaving) > most:
             left, _tensors = self._leaving.popleft()
-            torch.cuda.current_stream().wait_event(left)
+            self._wait(left)
 
     def _start(self, ticket: Ticket) -> None:
         """Begin the copies back, unless they have begun."""
@@ -144,7 +152,7 @@ class HostStore:
         if away and ticket.arrived is None:
             ticket.arrived = self._bring(away)
 
-    def _bring(self, away: list[_Away]) -> torch.cuda.Event:  # needs a GPU
+    def _bring(self, away: list[_Away]) -> Any:  # needs a GPU
         device = torch.device("cuda", torch.cuda.current_device())
         for item in away:
             item.back = torch.empty(item.shape, dtype=item.host.dtype, device=device)
@@ -157,3 +165,66 @@ class HostStore:
                 item.back.view(-1).copy_(item.host, non_blocking=True)
                 self._free[item.host.numel(), item.host.dtype].append(item.host)
             return side.record_event()
+
+
+class OutlinedStore(HostStore):
+    """A store for the meta device: copies nothing, and keeps tensors alive as long as they were.
+
+    Attributes:
+        host_bytes: pinned memory that the buffers would take.
+        moved_bytes: what would have gone to the host and back.
+
+    Example:
+        >>> store = OutlinedStore()
+        >>> ticket = store.put(0, [torch.empty(1024, 1024, device="meta")])
+        >>> store.host_bytes == 4 << 20, store.take(ticket)[0].shape
+        (True, torch.Size([1024, 1024]))
+    """
+
+    def __init__(self) -> None:
+        """Start empty."""
+        super().__init__()
+        self.host_bytes = self.moved_bytes = 0
+
+    def _takes(self, tensor: Tensor) -> bool:
+        return tensor.is_meta
+
+    def _wait(self, event: Any) -> None:
+        """No stream, nothing to wait for."""
+
+    def _send(self, tensors: list[Tensor]) -> list[_Away]:
+        sent = []
+        for tensor in tensors:
+            free = self._free.setdefault((tensor.numel(), tensor.dtype), [])
+            if free:
+                free.pop()
+            else:
+                self.host_bytes += tensor.nbytes
+            self.moved_bytes += tensor.nbytes
+            sent.append(_Away(torch.empty(0, dtype=tensor.dtype), tensor.shape))
+        self._leaving.append((None, tensors))
+        self._wait_for_leaving(_LAYERS_LEAVING)
+        return sent
+
+    def _bring(self, away: list[_Away]) -> Any:
+        for item in away:
+            item.back = torch.empty(item.shape, dtype=item.host.dtype, device="meta")
+            self._free[item.shape.numel(), item.host.dtype].append(item.host)
+            self.moved_bytes += item.back.nbytes
+        return "arrived"
+
+
+def host_store(device: torch.device) -> HostStore:
+    """The store for layers on a device.
+
+    Args:
+        device: where the layers are.
+
+    Returns:
+        An empty store.
+
+    Example:
+        >>> type(host_store(torch.device("meta"))).__name__
+        'OutlinedStore'
+    """
+    return OutlinedStore() if device.type == "meta" else HostStore()

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from qlora_kit.core.errors import NonFiniteError, ShapeError
 from qlora_kit.nn.linear import bytes_to_weight, register_bytes, weight_to_bytes
+from qlora_kit.ops.autocast import autocast_dtype
 from qlora_kit.ops.nf4_linear.op import nf4_linear
 from qlora_kit.ops.nf4_quantize.op import nf4_quantize, nf4_quantize_absmax
 from qlora_kit.quant.config import QuantConfig
@@ -318,8 +319,8 @@ class NF4Experts(nn.Module):
             (T, H) in the dtype of hidden_states.
         """
         x = hidden_states
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if (dtype := autocast_dtype(x.device)) is not None:
+            x = x.to(dtype)
         gate_up, down = (_cheap_to_select(self.nf4_weight(name)) for name in PROJECTIONS)
         slots = top_k_index.T  # by slot first: the eager loop's order of summation
         out = torch.zeros_like(hidden_states)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.core.errors import ShapeError
+from qlora_kit.ops.autocast import autocast_dtype
 from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize
 from qlora_kit.ops.nf4_linear.op import nf4_linear
 from qlora_kit.ops.nf4_quantize.op import quantize_weight
@@ -287,8 +288,8 @@ class NF4Linear(nn.Module):
         Returns:
             (..., N) in the dtype of x.
         """
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if (dtype := autocast_dtype(x.device)) is not None:
+            x = x.to(dtype)
         return nf4_linear(x, self.nf4_weight, self.bias, lora_a=lora_a, lora_b=lora_b, scale=scale)
 
     def extra_repr(self) -> str:

@@ -34,6 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from qlora_kit.core.errors import ShapeError
 from qlora_kit.nn.linear import NF4Linear
+from qlora_kit.ops.autocast import autocast, autocast_dtype
 from qlora_kit.ops.cross_entropy.op import cross_entropy, cross_entropy_
 from qlora_kit.ops.cross_entropy.reference import logits_of
 from qlora_kit.ops.layout import arithmetic_dtype
@@ -267,17 +268,17 @@ class _LinearChunks:
 
     def __init__(self, head: nn.Module, hidden: Tensor, sums: _Sums, options: _Options) -> None:
         """Prepare the weight, and room for a chunk of logits."""
-        device = hidden.device.type
-        autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
-        self.dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+        wanted = None if hidden.dtype == torch.float64 else autocast_dtype(hidden.device)
+        cast = wanted is not None
+        self.dtype = wanted or hidden.dtype
         self.weight: Tensor
         self.bias: Tensor | None = head.bias  # type: ignore[assignment]
         if isinstance(head, NF4Linear):
             self.weight = head.dequantize(self.dtype)
         else:  # without autocast, a dtype other than that of the states is an error, as ever
             assert isinstance(head, nn.Linear)
-            self.weight = head.weight.to(self.dtype) if autocast else head.weight
-        if self.bias is not None and (autocast or isinstance(head, NF4Linear)):
+            self.weight = head.weight.to(self.dtype) if cast else head.weight
+        if self.bias is not None and (cast or isinstance(head, NF4Linear)):
             self.bias = self.bias.to(self.dtype)
         self.sums, self.options = sums, options
         v, rows = self.weight.shape[0], min(options.chunk, hidden.shape[0])
@@ -288,7 +289,7 @@ class _LinearChunks:
         self, chunk: Tensor, targets: Tensor, losses: Tensor, d_chunk: Tensor | None
     ) -> None:
         """Write the losses (C,) of a chunk (C, H), and its gradient (C, H)."""
-        with torch.autocast(chunk.device.type, enabled=False):
+        with autocast(chunk.device, None):
             self._apply(chunk, targets, losses, d_chunk)
 
     def _apply(

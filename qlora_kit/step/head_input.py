@@ -19,6 +19,7 @@ read off the labels, and the host waits once.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
@@ -32,6 +33,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.core.log import log_once
 from qlora_kit.nn.loss_head import IGNORE, HeadLoss, LogitRule, head_loss, is_plain_linear
+from qlora_kit.ops.autocast import autocast, autocast_dtype
 
 PROBE_RANGE = 64.0
 """Known numbers span plus and minus this: wider than logits, so that any cap shows."""
@@ -100,9 +102,8 @@ class HeadInput:
         with torch.no_grad(), self._autocast():
             return self.rule.apply(self.head(self.states[which]))
 
-    def _autocast(self) -> torch.autocast:
-        kind = self.states.device.type
-        return torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None)
+    def _autocast(self) -> AbstractContextManager[object]:
+        return autocast(self.states.device, self.autocast)
 
 
 def label_mask(labels: Tensor) -> Tensor:
@@ -195,6 +196,8 @@ def head_input(
     allowed = allowed_rules(model)
     known = _known.setdefault(model, {})
     labels, positions = inputs["labels"], inputs.get(TARGET_POSITIONS)
+    if labels.is_meta:  # no number to ask: a step is traced for what it takes
+        known.setdefault(allowed, allowed[0])
     if positions is None:
         positions = label_mask(labels).flatten().nonzero().squeeze(1)
     way = _way(head, allowed, known)
@@ -345,8 +348,7 @@ class _HeadTap:
             return None
         hidden, *rest = inputs
         self.states = _Take.apply(hidden.flatten(0, 1), self.positions.to(hidden.device))
-        if torch.is_autocast_enabled(hidden.device.type):
-            self.autocast = torch.get_autocast_dtype(hidden.device.type)
+        self.autocast = autocast_dtype(hidden.device)
         seen = self.states.unsqueeze(0) if self.way == "logits" else hidden[:1, : self.shown]
         return (seen, *rest)
 

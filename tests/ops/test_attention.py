@@ -263,7 +263,7 @@ def test_the_choice():
     assert choose(replace(plain, documents=True, deterministic=True)) == "cpu"
     assert choose(replace(plain, window=True)) == "chunked"
     assert choose(replace(plain, softcap=True)) == "chunked"
-    assert choose(replace(plain, device=torch.device("meta"))) == "chunked"
+    assert choose(replace(plain, device=torch.device("meta"))) == "outline"
     assert set(order(torch.device("cpu"))) < set(BACKENDS)
 
 

@@ -19,7 +19,7 @@ import torch
 
 from qlora_kit.core.errors import BackendError
 from qlora_kit.core.log import log_once
-from qlora_kit.ops.attention import chunked, cpu, cudnn, flash
+from qlora_kit.ops.attention import chunked, cpu, cudnn, flash, outline
 from qlora_kit.ops.attention.rule import Call
 
 BACKENDS: dict[str, ModuleType] = {
@@ -27,6 +27,7 @@ BACKENDS: dict[str, ModuleType] = {
     "flash": flash,
     "cpu": cpu,
     "chunked": chunked,
+    "outline": outline,
 }
 """Each has `refuses`, `forward` and `backward`."""
 
@@ -116,6 +117,8 @@ def order(device: torch.device) -> tuple[str, ...]:
     """
     if device.type == "cpu":
         return ("cpu", "chunked")
+    if device.type == "meta":
+        return ("outline",)
     if device.type != "cuda":
         return ("chunked",)
     return _order_on_gpu(device)

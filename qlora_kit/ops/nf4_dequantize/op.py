@@ -82,7 +82,7 @@ def nf4_dequantize(
 def nf4_dequantize_into(weight: NF4Weight, out: Tensor, columns: Tensor | None = None) -> None:
     """Decode an (N, K) weight into memory that is there already.
 
-    No op of torch's, so nothing that traces sees it: for the inside of one.
+    No op of torch's but on the meta device: for the inside of one, and cheap to call.
 
     Args:
         weight: (N, K). Not modified.
@@ -98,6 +98,9 @@ def nf4_dequantize_into(weight: NF4Weight, out: Tensor, columns: Tensor | None =
         >>> scratch[0, 0].item()
         1.0
     """
+    if out.is_meta:  # seen by what traces a step on the meta device, and by nothing else
+        torch.ops.qlora_kit.nf4_dequantize_into.default(weight.packed, columns, out)
+        return
     resolve(OP, weight.packed).dequantize(weight, out.dtype, columns=columns, out=out)
 
 
@@ -121,6 +124,15 @@ def _check(
             f"nf4_dequantize needs columns of shape ({stop - start}, r) in {dtype} on {device}, "
             f"got {tuple(columns.shape)} in {columns.dtype} on {columns.device}."
         )
+
+
+_LIBRARY = torch.library.Library("qlora_kit", "FRAGMENT")
+_LIBRARY.define("nf4_dequantize_into(Tensor packed, Tensor? columns, Tensor(a!) out) -> ()")
+
+
+@torch.library.register_fake("qlora_kit::nf4_dequantize_into")
+def _(packed: Tensor, columns: Tensor | None, out: Tensor) -> None:
+    return None
 
 
 @torch.library.custom_op("qlora_kit::nf4_dequantize", mutates_args=())
