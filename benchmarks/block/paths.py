@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from benchmarks.harness.record import write_record
 from qlora_kit.adapters.config import METHODS
 from qlora_kit.adapters.inject import attach
-from qlora_kit.bench.random_model import SHAPES, random_model
+from qlora_kit.bench.random_model import random_model
+from qlora_kit.bench.shapes import SHAPES
 from qlora_kit.bench.timing import device
 from qlora_kit.block.compiled import POLICIES as COMPILED_POLICIES
 from qlora_kit.block.compiled import compile_layers, why_not_compiled

@@ -34,7 +34,8 @@ import torch
 from benchmarks.harness.record import ROOT, write_record
 from benchmarks.load.rates import rates
 from qlora_kit.bench.process import run_process
-from qlora_kit.bench.random_checkpoint import MODELS, checkpoint_bytes, write_checkpoint
+from qlora_kit.bench.random_checkpoint import checkpoint_bytes, write_checkpoint
+from qlora_kit.bench.shapes import MODELS
 
 RUNS = 3
 CHILD_SECONDS = 120.0

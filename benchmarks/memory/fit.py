@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness.record import write_record
-from qlora_kit.bench.random_model import SHAPES, random_model
+from qlora_kit.bench.random_model import random_model
+from qlora_kit.bench.shapes import SHAPES
 
 RANK = 16
 WARMUP, STEPS = 2, 5

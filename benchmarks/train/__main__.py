@@ -25,8 +25,8 @@ from benchmarks.harness.record import write_record
 from benchmarks.train.cases import CAP_GIB, CASES, IMPLS, UNSLOTH_VARIANTS, Options, plan
 from benchmarks.train.table import report
 from qlora_kit.bench.flops import mfu, step_flops
-from qlora_kit.bench.random_checkpoint import MODELS
 from qlora_kit.bench.session import Session, StepFailedError
+from qlora_kit.bench.shapes import MODELS
 
 
 def finish(session: Session, out: Path | None) -> int:

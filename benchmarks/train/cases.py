@@ -8,7 +8,7 @@ case runs under 44 GiB, what a 48 GB card with error correction has for torch.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from qlora_kit.bench.random_checkpoint import MODELS
+from qlora_kit.bench.shapes import MODELS
 from qlora_kit.bench.subject import Build, Job, Point
 from qlora_kit.block.policy import POLICIES
 

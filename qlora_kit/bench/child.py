@@ -2,8 +2,8 @@
 
     python -m qlora_kit.bench.child JOB.json
 
-Every row is written as soon as it is there; `python -m benchmarks.train` starts this and
-sets the environment that a library needs. Out of memory is a result: the row says so and
+Every row is written as soon as it is there; `session.py` starts this and sets the environment
+that a library needs. Out of memory is a result: the row says so and
 the next point follows. Any other error ends the process.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from qlora_kit.bench.components import components, resident_bytes
 from qlora_kit.bench.steps import (
     GIB,
     RECORDED_AFTER,
@@ -42,6 +43,7 @@ from qlora_kit.core.memory import PeakMemory
 
 BUILDERS = {
     "qlora_kit": "qlora_kit.bench.ours",
+    "full": "qlora_kit.bench.full",
     "peft": "qlora_kit.bench.peers.peft_bnb",
     "peft_liger": "qlora_kit.bench.peers.peft_bnb",
     "unsloth": "qlora_kit.bench.peers.unsloth_fast",
@@ -79,6 +81,9 @@ def first_fields(build: Build, point: Point) -> dict[str, object]:
         "method": build.method,
         "rank": build.rank,
         "policy": point.policy,
+        "bits": build.bits,
+        "masters": build.masters,
+        "head": point.head,
         "optimizer": build.optimizer,
         "cap_gib": point.cap_gib,
         "cases": list(point.cases),
@@ -86,10 +91,26 @@ def first_fields(build: Build, point: Point) -> dict[str, object]:
     }
 
 
-def vocab_size(checkpoint: str) -> int:
-    """Of the model in a folder; read without transformers, which may not be imported yet."""
-    config = json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8"))
-    return int(config["vocab_size"])
+def vocab_size(build: Build) -> int:
+    """Of a build's model.
+
+    Args:
+        build: of a checkpoint, whose file is read without transformers (which Unsloth wants to
+            be imported before), or of random weights.
+
+    Returns:
+        The number of tokens.
+
+    Example:
+        >>> vocab_size(Build(impl="full", model="tiny", checkpoint=""))
+        512
+    """
+    file = Path(build.checkpoint) / "config.json"
+    if build.checkpoint and file.exists():
+        return int(json.loads(file.read_text(encoding="utf-8"))["vocab_size"])
+    from qlora_kit.bench.shapes import config_of
+
+    return int(config_of(build.checkpoint or build.model).vocab_size)
 
 
 def answers(point: Point, measured: Measured) -> dict[str, object]:
@@ -105,11 +126,19 @@ def answers(point: Point, measured: Measured) -> dict[str, object]:
         "first_step_s": measured.first_step_s,
         "check_loss": measured.check_loss,
         "last_loss": measured.last_loss,
+        "losses": list(measured.losses),
     }
     if measured.breakdown is not None:
         row["profile_ms"] = measured.breakdown.category_ms
         row["profile_kernels"] = measured.breakdown.kernels
     return row
+
+
+def by_component(subject: Subject, device: str) -> dict[str, object]:
+    """The peak since `start_counting`, by component, as records name it."""
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+    found = components(resident_bytes(subject, device), peak)
+    return {"components_gib": {name: count / GIB for name, count in found.items()}}
 
 
 def in_trainer(
@@ -170,7 +199,7 @@ def run_point(
                 vocab_size=vocab,
             )
             row |= {} if subject.facts is None else subject.facts()
-        row |= answers(point, measured) | gpu_memory()
+        row |= answers(point, measured) | gpu_memory() | by_component(subject, device)
         if job.trainer:
             row |= in_trainer(subject, batches, job, point, step, stage)
     except NotPossible as reason:
@@ -179,6 +208,7 @@ def run_point(
         if not is_out_of_memory(error):
             raise
         row |= {"oom": True} | gpu_memory()
+        subject.optimizer.state.clear()  # an update that was cut short leaves half of it
         stage("out of memory", str(error).splitlines()[0][:200])
     subject.optimizer.zero_grad(set_to_none=True)
     gc.collect()
@@ -215,7 +245,7 @@ def run_job(job: Job, stage: Stage) -> None:
             if job.build.device == "cuda"
             else None,
         }
-        vocab = vocab_size(job.build.checkpoint)
+        vocab = vocab_size(job.build)
         for point in job.points:
             stage("point", f"{point.batch} x {point.seq}, {point.policy}")
             row = run_point(subject, job, point, stage, vocab=vocab)

@@ -5,7 +5,7 @@ so that MFU compares recomputing and saving by the same yardstick. A frozen base
 weight gradient, so a linear of P parameters costs 2P in the forward and 2P in the
 backward per token, and Llama-3.1-8B needs 4 × 7.5 G per token before attention. Counted:
 
-    linears of the layers and the head      4 P
+    linears of the layers and the head      4 P; trained as well (full fine-tuning): 6 P
     attention, causal: scores and values    2 · 2 · heads · head_dim · (T + 1) / 2,
                                             and twice that in the backward
     LoRA, per linear                        6 r (in + out); LoRA-FA has no dA: 2 r · in less
@@ -54,25 +54,26 @@ def step_flops(config: PreTrainedConfig, seq: int, rank: int, method: str) -> St
         config: of a dense Llama-like model.
         seq: tokens per row.
         rank: of the adapter on every linear; 0 for none.
-        method: `lora`, or `lora_fa` whose A is frozen.
+        method: `lora`, `lora_fa` whose A is frozen, or `full` without an adapter.
 
     Returns:
         The parts.
 
     Example:
-        >>> from qlora_kit.bench.random_model import SHAPES
+        >>> from qlora_kit.bench.shapes import SHAPES
         >>> flops = step_flops(SHAPES["Llama-3.1-8B"], 2048, 16, "lora")
         >>> round((flops.linears + flops.head) / 4e9, 2)
         7.5
     """
-    layers = config.num_hidden_layers
+    layers, per_weight = config.num_hidden_layers, 6.0 if method == "full" else 4.0
+    rank = 0 if method == "full" else rank
     shapes = linear_shapes(config)
     width = shapes[0][0]
     inputs = 0 if method == "lora_fa" else 2 * rank * sum(k for _, k in shapes)
     adapter = 4 * rank * sum(n + k for n, k in shapes) + 2 * rank * sum(n for n, _ in shapes)
     return StepFlops(
-        linears=4.0 * layers * sum(n * k for n, k in shapes),
-        head=4.0 * config.vocab_size * config.hidden_size,
+        linears=per_weight * layers * sum(n * k for n, k in shapes),
+        head=per_weight * config.vocab_size * config.hidden_size,
         attention=3.0 * layers * 2 * width * (seq + 1),
         adapter=float(layers * (adapter + inputs)),
     )

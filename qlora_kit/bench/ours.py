@@ -18,23 +18,25 @@ from transformers.trainer_utils import SaveStrategy
 
 from qlora_kit.adapters.config import METHODS
 from qlora_kit.adapters.inject import AttachedAdapter, attach, load_adapter
+from qlora_kit.bench.layers import policy_context
+from qlora_kit.bench.random_model import random_model
+from qlora_kit.bench.shapes import config_of
 from qlora_kit.bench.steps import RECORDED_AFTER, StepClock
 from qlora_kit.bench.subject import (
     MAX_GRAD_NORM,
     Batch,
     Build,
-    NotPossible,
     Point,
     Stage,
     Subject,
 )
-from qlora_kit.block.install import why_not_fused
 from qlora_kit.load.model import load
 from qlora_kit.optim.create import flat_optimizer
+from qlora_kit.quant.config import QuantConfig
 from qlora_kit.step.graph import StepGraphs
 from qlora_kit.step.head_input import TARGET_POSITIONS, target_positions
 from qlora_kit.step.loss import causal_lm_loss, count_targets
-from qlora_kit.step.prepare import MASKLESS, fused_inputs, prepare_model
+from qlora_kit.step.prepare import MASKLESS, fused_inputs
 from qlora_kit.train.arguments import training_arguments
 from qlora_kit.train.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from qlora_kit.train.data.collate import PadCollator
@@ -46,46 +48,6 @@ _ROW = {"input_ids": [1, 2], "labels": [1, 2]}
 def environment(_build: Build) -> dict[str, str]:
     """Variables that have to be set before the process starts."""
     return {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-@contextmanager
-def policy_context(
-    model: PreTrainedModel, arguments: TrainingArguments, policy: str, step: str
-) -> Iterator[str]:
-    """Run the model's layers under an activation policy while the context lasts.
-
-    Args:
-        model: with an adapter.
-        arguments: of the Trainer, which prepares its models in the same way.
-        policy: see `qlora_kit.block.policy`; the eager step knows `save` and `recompute_all`.
-        step: `fused`, `eager`, or `auto` for fused where the model's layers can be.
-
-    Yields:
-        `fused` or `eager`.
-
-    Raises:
-        NotPossible: the layers cannot be fused, or the eager step has no such policy.
-    """
-    reason = "eager was asked for" if step == "eager" else why_not_fused(model)
-    if reason is None:
-        fused = prepare_model(model, arguments, "fused", policy)
-        assert fused is not None
-        try:
-            yield "fused"
-        finally:
-            fused.remove()
-    elif step == "fused":
-        raise NotPossible(f"the layers cannot be fused: {reason}")
-    elif policy == "recompute_all":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        try:
-            yield "eager"
-        finally:
-            model.gradient_checkpointing_disable()
-    elif policy == "save":
-        yield "eager"
-    else:
-        raise NotPossible(f"the eager step has no policy {policy}")
 
 
 class _Run:
@@ -155,7 +117,7 @@ class _Run:
 
 
 def build(build: Build, stage: Stage) -> Subject:
-    """Load the base in 4 bits and put an adapter on every linear.
+    """Load or make the base and put an adapter on every linear.
 
     Args:
         build: what to build.
@@ -165,7 +127,7 @@ def build(build: Build, stage: Stage) -> Subject:
         The subject; its policy is set by `prepare`.
     """
     stage("imports")
-    model, _ = load(build.checkpoint, dtype=build.dtype, device=build.device, attn="sdpa")
+    model = _base(build)
     stage("loaded")
     model.train()
     if build.adapter is not None:
@@ -200,6 +162,15 @@ def build(build: Build, stage: Stage) -> Subject:
     )
 
 
+def _base(build: Build) -> PreTrainedModel:
+    """The frozen model, from a checkpoint or of random weights."""
+    if build.checkpoint:
+        return load(build.checkpoint, dtype=build.dtype, device=build.device, attn="sdpa")[0]
+    quant = QuantConfig() if build.bits == 4 else None
+    config = config_of(build.model)
+    return random_model(config, quant, device=build.device, dtype=build.torch_dtype)
+
+
 def make_trainer(
     model: PreTrainedModel,
     adapter: AttachedAdapter,
@@ -231,7 +202,7 @@ def make_trainer(
         The Trainer.
     """
     config = RunConfig(
-        model=ModelConfig(path=build.checkpoint),
+        model=ModelConfig(path=build.checkpoint or build.model),
         data=DataConfig(train="random tokens"),
         train=TrainConfig(
             max_steps=steps,

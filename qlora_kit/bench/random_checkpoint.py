@@ -25,13 +25,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
-from qlora_kit.bench.random_model import SHAPES
+from qlora_kit.bench.shapes import MODELS
 from qlora_kit.bench.subject import Stage
 from qlora_kit.checkpoint.tensor_file import TensorInfo
 from qlora_kit.checkpoint.writer import ShardWriter
@@ -45,23 +44,6 @@ from qlora_kit.quant.weight import NF4Weight
 Storage = Literal["nf4", "bf16"]
 SHARD_BYTES = 2_000_000_000
 WRITERS = 8
-
-TINY = LlamaConfig(
-    vocab_size=512,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
-"""For tests, on a CPU."""
-
-MODELS: dict[str, PreTrainedConfig] = {"tiny": TINY, **SHAPES}
-"""Name to configuration."""
 
 _SENTENCES = (
     "A frozen base in four bits, and a few million trained numbers beside it.",

@@ -9,53 +9,13 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
-    Qwen3Config,
 )
 
 from qlora_kit.nn.linear import NF4Linear
 from qlora_kit.nn.swap import quantizable, swap
 from qlora_kit.quant.config import QuantConfig
-
-
-def _llama(hidden: int, ffn: int, layers: int, heads: int, *, tied: bool) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=128256,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=8,
-        head_dim=hidden // heads,
-        max_position_embeddings=131072,
-        tie_word_embeddings=tied,
-    )
-
-
-def _qwen3(hidden: int, ffn: int, layers: int, heads: int) -> Qwen3Config:
-    return Qwen3Config(
-        vocab_size=151936,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40960,
-    )
-
-
-SHAPES: dict[str, PretrainedConfig] = {
-    "Llama-3.2-1B": _llama(2048, 8192, 16, 32, tied=True),
-    "Llama-3.2-3B": _llama(3072, 8192, 28, 24, tied=True),
-    "Llama-3.1-8B": _llama(4096, 14336, 32, 32, tied=False),
-    "Qwen3-14B": _qwen3(5120, 17408, 40, 40),
-    "Qwen3-32B": _qwen3(5120, 25600, 64, 64),
-    "Llama-3.3-70B": _llama(8192, 28672, 80, 64, tied=False),
-}
-"""Public configurations, by the name of the model they belong to."""
 
 
 def random_model(

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from qlora_kit.bench.profile import Breakdown, profile_steps
 from qlora_kit.bench.subject import Batch, Stage, Subject
@@ -42,10 +43,15 @@ class Measured:
     """The first step, compiling included."""
     check_loss: float
     """Mean loss of the few labels of the first step, before anything was learned."""
-    last_loss: float
-    """Of the last timed step."""
+    losses: tuple[float, ...]
+    """Of the steps on full labels, warm-up included."""
     breakdown: Breakdown | None
     """Where a step's time goes, if asked for."""
+
+    @property
+    def last_loss(self) -> float:
+        """Of the last timed step."""
+        return self.losses[-1]
 
     @property
     def median_ms(self) -> float:
@@ -137,18 +143,17 @@ def _turns(batches: Sequence[Batch]) -> Iterator[Batch]:
 
 def timed_steps(
     subject: Subject, batches: Sequence[Batch], warmup: int, steps: int, device: str
-) -> tuple[list[float], float]:
-    """Milliseconds of `steps` steps after `warmup` ones, and the last loss."""
+) -> tuple[list[float], list[float]]:
+    """Milliseconds of `steps` steps after `warmup` ones, and the losses of all of them."""
     clock, turns = StepClock(device), _turns(batches)
-    loss = None
+    losses: list[Tensor] = []
     for index in range(warmup + steps):
         if index == warmup:
             clock.mark()
-        loss = subject.step(next(turns))
+        losses.append(subject.step(next(turns)))
         if index >= warmup:
             clock.mark()
-    assert loss is not None
-    return clock.step_ms(), float(loss)
+    return clock.step_ms(), [float(loss) for loss in losses]
 
 
 def measure(
@@ -184,8 +189,8 @@ def measure(
         torch.cuda.synchronize()
     first = time.perf_counter() - began
     stage("first step", f"{first:.1f} s, loss {check_loss:.4f}")
-    milliseconds, last_loss = timed_steps(subject, rest, warmup, steps, device)
-    stage("timed steps", f"{statistics.median(milliseconds):.1f} ms, loss {last_loss:.4f}")
+    milliseconds, losses = timed_steps(subject, rest, warmup, steps, device)
+    stage("timed steps", f"{statistics.median(milliseconds):.1f} ms, loss {losses[-1]:.4f}")
     breakdown = None
     if profile_rank is not None:
         turns = _turns(rest)
@@ -202,7 +207,7 @@ def measure(
         step_ms=tuple(milliseconds),
         first_step_s=first,
         check_loss=check_loss,
-        last_loss=last_loss,
+        losses=tuple(losses),
         breakdown=breakdown,
     )
 

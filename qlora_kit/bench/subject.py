@@ -59,7 +59,7 @@ class Build:
     longest: int = 2048
     """Tokens per row of the longest point."""
     optimizer: str = "adamw_8bit"
-    """A Transformers name: `adamw_8bit`, `paged_adamw_8bit` or `adamw_torch`."""
+    """A Transformers name: `adamw_8bit`, `paged_adamw_8bit`, `adamw_torch`, `adamw_torch_fused`."""
     learning_rate: float = 1e-4
     """Constant."""
     adapter: str | None = None
@@ -220,18 +220,19 @@ class Stage:
 
 
 def make_optimizer(name: str, parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
-    """An optimizer for a peer, by its Transformers name.
+    """An optimizer that steps one tensor at a time, by its Transformers name.
 
     Args:
-        name: `adamw_torch`, `adamw_8bit` or `paged_adamw_8bit`.
+        name: `adamw_torch`, `adamw_torch_fused`, `adamw_8bit` or `paged_adamw_8bit`.
         parameters: to train.
         rate: learning rate.
 
     Returns:
-        The optimizer, without weight decay; the last two come from bitsandbytes.
+        The optimizer, without weight decay; 8-bit ones come from bitsandbytes.
     """
-    if name == "adamw_torch":
-        return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    if name in ("adamw_torch", "adamw_torch_fused"):
+        fused = True if name.endswith("fused") else None
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=fused)
     import bitsandbytes
 
     classes = {

@@ -20,7 +20,7 @@ from qlora_kit.bench.profile import (
     classify,
     kernel_runs,
 )
-from qlora_kit.bench.random_model import SHAPES
+from qlora_kit.bench.shapes import SHAPES
 from qlora_kit.bench.steps import CHECK_POSITIONS, StepClock, is_out_of_memory, make_batches
 from qlora_kit.bench.subject import Build, Job, Point, Stage
 from tests import tiny_models

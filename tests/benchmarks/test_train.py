@@ -11,8 +11,9 @@ from benchmarks.train import __main__ as command
 from benchmarks.train import plot, table
 from benchmarks.train.cases import CASES, IMPLS, Options, plan, scaled
 from qlora_kit.bench.child import first_fields, run_job, run_point
-from qlora_kit.bench.random_checkpoint import MODELS, checkpoint_bytes, write_checkpoint
+from qlora_kit.bench.random_checkpoint import checkpoint_bytes, write_checkpoint
 from qlora_kit.bench.session import read_rows
+from qlora_kit.bench.shapes import MODELS
 from qlora_kit.bench.steps import RECORDED_AFTER
 from qlora_kit.bench.subject import Build, Job, Point, Stage, Subject
 from qlora_kit.block.install import FusedBlocks

@@ -1,0 +1,75 @@
+"""How a model's layers run while a point is measured: fused, or by their own code.
+
+What `prepare_model` does for the Trainer it does here, so a benchmark times what users train
+with; a full fine-tuning, whose weights fused layers cannot train, has the model's own code.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import PreTrainedModel, TrainingArguments
+
+from qlora_kit.bench.subject import NotPossible
+from qlora_kit.block.install import why_not_fused
+from qlora_kit.step.prepare import prepare_model
+
+
+@contextmanager
+def own_layers(model: PreTrainedModel, policy: str) -> Iterator[None]:
+    """Run a model's own code under one of the policies it knows.
+
+    Args:
+        model: in training mode.
+        policy: `save`, or `recompute_all` for non-reentrant checkpointing of every layer.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        NotPossible: it has no such policy.
+    """
+    if policy == "save":
+        yield
+        return
+    if policy != "recompute_all":
+        raise NotPossible(f"the eager step has no policy {policy}")
+    # Transformers renames "gradient" to "activation" checkpointing within version 5.
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        getattr(model, f"{name}_checkpointing_disable")()
+
+
+@contextmanager
+def policy_context(
+    model: PreTrainedModel, arguments: TrainingArguments, policy: str, step: str
+) -> Iterator[str]:
+    """Run the model's layers under an activation policy while the context lasts.
+
+    Args:
+        model: with an adapter.
+        arguments: of the Trainer, which prepares its models in the same way.
+        policy: see `qlora_kit.block.policy`; the eager step knows `save` and `recompute_all`.
+        step: `fused`, `eager`, or `auto` for fused where the model's layers can be.
+
+    Yields:
+        `fused` or `eager`.
+
+    Raises:
+        NotPossible: the layers cannot be fused, or the eager step has no such policy.
+    """
+    reason = "eager was asked for" if step == "eager" else why_not_fused(model)
+    if reason is None:
+        fused = prepare_model(model, arguments, "fused", policy)
+        assert fused is not None
+        try:
+            yield "fused"
+        finally:
+            fused.remove()
+    elif step == "fused":
+        raise NotPossible(f"the layers cannot be fused: {reason}")
+    else:
+        with own_layers(model, policy):
+            yield "eager"
