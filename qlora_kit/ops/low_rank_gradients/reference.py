@@ -86,6 +86,8 @@ def token_sum(left: Tensor, right: Tensor) -> Tensor:
         >>> token_sum(torch.ones(3, 1), torch.ones(3, 2)).tolist()
         [[3.0, 3.0]]
     """
+    if left.is_meta:  # as on a GPU: no wide copies
+        return (left.T @ right).to(arithmetic_dtype(left))
     if not left.is_cuda or left.element_size() != 2:
         dtype = arithmetic_dtype(left)
         return left.to(dtype).T @ right.to(dtype)

@@ -1,0 +1,203 @@
+"""What one op of a traced step costs: its kind, its arithmetic, its traffic, its workspace.
+
+Traffic counts every tensor once, read or written, as a kernel that does its job in one pass
+moves it. A workspace is memory that a kernel takes for the time of its run, beside inputs
+and results: ours by their code, cuDNN's and FlashAttention's by what was measured.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._pytree import tree_leaves
+
+from qlora_kit.ops.low_rank_gradients.cuda import FEWEST_VALUES, SHAPES, kernel_rank
+from qlora_kit.plan.gpus import Gpu
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one call."""
+
+    kind: str
+    """`product`, `attention`, `decode` or `elementwise`; `nothing` for views and allocations."""
+    seconds: float = 0.0
+    """On the GPU, by itself."""
+    workspace: int = 0
+    """Bytes, while it runs."""
+
+
+NOTHING = Cost("nothing")
+
+_PRODUCTS = {
+    torch.ops.aten.mm,
+    torch.ops.aten.addmm,
+    torch.ops.aten.bmm,
+    torch.ops.aten.baddbmm,
+}
+_ADDING = {torch.ops.aten.addmm, torch.ops.aten.baddbmm}
+_ALLOCATIONS = {
+    torch.ops.aten.empty,
+    torch.ops.aten.empty_like,
+    torch.ops.aten.empty_strided,
+    torch.ops.aten.new_empty,
+    torch.ops.aten.new_empty_strided,
+    torch.ops.aten.detach,
+    torch.ops.aten._unsafe_view,
+}
+_LAUNCH_S = 2.0e-6
+"""Between two kernels of a full queue, and their start and end."""
+
+
+def cost_of(op: OpOverload, inputs: Any, result: Any, gpu: Gpu) -> Cost:
+    """Cost of one call.
+
+    Args:
+        op: that was called.
+        inputs: its arguments, in any structure.
+        result: what it returned.
+        gpu: it would run on.
+
+    Returns:
+        The cost; views and allocations cost nothing.
+
+    Example:
+        >>> from qlora_kit.plan.gpus import find_gpu
+        >>> x = torch.empty(8192, 8192, dtype=torch.bfloat16, device="meta")
+        >>> cost_of(torch.ops.aten.mm.default, (x, x), x, find_gpu("h100")).kind
+        'product'
+    """
+    packet = op.overloadpacket
+    special = _SPECIAL.get(op.name())
+    if special is not None:
+        return special(inputs, gpu)
+    if packet in _ALLOCATIONS or op.is_view:
+        return NOTHING
+    tensors = [t for t in tree_leaves((inputs, result)) if isinstance(t, Tensor)]
+    moved = sum({id(t): _bytes(t) for t in tensors}.values())
+    if packet in _PRODUCTS:
+        return _product(_product_flops(packet, inputs), moved, tensors[0].dtype, gpu)
+    return Cost("elementwise", moved / gpu.bandwidth + _LAUNCH_S)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _product(flops: int, moved: int, dtype: torch.dtype, gpu: Gpu) -> Cost:
+    rate = gpu.matrix_flops / (16 if dtype == torch.float32 else 1)  # TF32 is off
+    return Cost("product", max(flops / rate, moved / gpu.bandwidth) + _LAUNCH_S)
+
+
+def _product_flops(packet: Any, inputs: Any) -> int:
+    """Twice the multiply-adds."""
+    args = _arguments(inputs)
+    left, right = args[1:3] if packet in _ADDING else args[:2]
+    return 2 * prod(left.shape) * int(right.shape[-1])
+
+
+def _arguments(inputs: Any) -> Sequence[Any]:
+    args, _ = inputs
+    return args
+
+
+def _attention_flops(q: Tensor, window: int | None, starts: Tensor | None, longest: int) -> float:
+    """Of one product of queries and keys, what causality leaves of it."""
+    b, t, heads, dim = q.shape
+    rows = t if starts is None else min(t, longest)
+    reach = rows if window is None else min(rows, window)
+    return 2.0 * b * t * heads * dim * (reach - reach * reach / (2 * rows))
+
+
+def _attention_forward(inputs: Any, gpu: Gpu) -> Cost:
+    q, _k, _v, _scale, window, _softcap, _same, starts, longest = _arguments(inputs)
+    rows = q.shape[1] if starts is None else min(q.shape[1], longest)
+    flops = 2 * _attention_flops(q, window, starts, longest)
+    return Cost("attention", flops / gpu.forward.rate(rows) + _LAUNCH_S)
+
+
+def _attention_backward(inputs: Any, gpu: Gpu) -> Cost:
+    dout, q, k, _v, _o, _l, _scale, window, _softcap, same, starts, longest = _arguments(inputs)
+    rows = q.shape[1] if starts is None else min(q.shape[1], longest)
+    flops = 5 * _attention_flops(q, window, starts, longest)
+    cudnn = gpu.uses_cudnn_attention and window is None and starts is None and not same
+    b, t, heads, dim = q.shape
+    if cudnn:  # the gradient of q in float32, and one sum per query
+        workspace = b * t * heads * (dim + 1) * 4
+    else:  # FlashAttention 2: likewise, rows rounded up, and dK, dV per query head
+        t, dim = -(-t // 128) * 128, -(-dim // 32) * 32
+        workspace = b * t * heads * (dim + 1) * 4
+        if k.shape[2] != heads:
+            workspace += 2 * b * t * heads * dim * dout.element_size()
+    return Cost("attention", flops / gpu.backward.rate(rows) + _LAUNCH_S, workspace)
+
+
+def _decode(inputs: Any, gpu: Gpu) -> Cost:
+    """One launch: codes and scales in, the matrix out."""
+    packed, _columns, out = _arguments(inputs)
+    return Cost("decode", (_bytes(packed) * 1.03 + _bytes(out)) / gpu.bandwidth + _LAUNCH_S)
+
+
+def _whole_decode(inputs: Any, gpu: Gpu) -> Cost:
+    packed, *_rest = _arguments(inputs)
+    return Cost("decode", packed.numel() * 5.03 / gpu.bandwidth + _LAUNCH_S)
+
+
+def _linear(inputs: Any, gpu: Gpu) -> Cost:
+    """`nf4_linear`: decoded into a temporary, multiplied, LoRA as more of the contraction."""
+    x, packed, _absmax, _nested, _offset, (n, k), _block, _bias, a, *_ = _arguments(inputs)
+    rank = 0 if a is None else -(-a.shape[0] // 8) * 8
+    return _linear_pass(x, packed, n, k, rank, gpu, beside=x.shape[0] * (k + rank) if rank else 0)
+
+
+def _linear_backward(inputs: Any, gpu: Gpu) -> Cost:
+    dy, _x, packed, _absmax, _nested, _offset, (n, k), _block, a, *rest = _arguments(inputs)
+    need_dx = rest[-4]
+    rank = 0 if a is None else -(-a.shape[0] // 8) * 8
+    if not need_dx:
+        return _product(4 * dy.shape[0] * rank * (n + k), _bytes(dy), dy.dtype, gpu)
+    beside = dy.shape[0] * (n + rank) if rank else 0
+    return _linear_pass(dy, packed, n, k, 2 * rank, gpu, beside=beside)
+
+
+def _linear_pass(
+    rows: Tensor, packed: Tensor, n: int, k: int, rank: int, gpu: Gpu, *, beside: int
+) -> Cost:
+    size = rows.element_size()
+    m = rows.shape[0]
+    decoded = (n + rank) * (k + rank) * size
+    product = _product(2 * m * (n * k + rank * (n + k)), decoded, rows.dtype, gpu).seconds
+    decode = (_bytes(packed) + decoded) / gpu.bandwidth
+    copies = 2 * beside * size / gpu.bandwidth
+    return Cost("product", product + decode + copies + 3 * _LAUNCH_S, decoded + beside * size)
+
+
+def _low_rank_gradients(inputs: Any, gpu: Gpu) -> Cost:
+    """One pass over dY, and partial sums in float32, as `ops/low_rank_gradients/cuda.py` has them."""
+    dy, b, xa, column_ends, rank_ends, out = _arguments(inputs)
+    rank = kernel_rank(column_ends, rank_ends)
+    (m, n), size = dy.shape, _bytes(dy) + 2 * _bytes(out) + _bytes(xa) + _bytes(b)
+    seconds = size / gpu.bandwidth + 2 * _LAUNCH_S
+    if dy.numel() < FEWEST_VALUES.get(rank, dy.numel() + 1):
+        return Cost("elementwise", seconds)
+    wide = SHAPES[rank][0].columns * SHAPES[rank][0].warps
+    strips = -(-n // wide)
+    return Cost("elementwise", seconds, 4 * rank * (strips * m + (strips + _BLOCKS) * wide))
+
+
+_BLOCKS = 132
+"""Blocks that one pass over dY is divided among: a large GPU's processors."""
+
+_SPECIAL: dict[str, Callable[[Any, Gpu], Cost]] = {
+    "qlora_kit::attention": _attention_forward,
+    "qlora_kit::attention_backward": _attention_backward,
+    "qlora_kit::nf4_dequantize_into": _decode,
+    "qlora_kit::nf4_dequantize": _whole_decode,
+    "qlora_kit::nf4_linear": _linear,
+    "qlora_kit::low_rank_gradients": _low_rank_gradients,
+    "qlora_kit::nf4_linear_backward": _linear_backward,
+}

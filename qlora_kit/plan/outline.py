@@ -1,0 +1,143 @@
+"""A model without memory: built from its configuration, quantized, adapted, ready for a step.
+
+Everything is done by the code that does it to real models, on the meta device, so the
+outline has the modules, parameters and layers of the run, and no weight.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from qlora_kit.adapters.attached import AttachedAdapter
+from qlora_kit.adapters.inject import attach
+from qlora_kit.block.install import FusedBlocks, fuse_blocks, why_not_fused
+from qlora_kit.core.errors import ConfigError
+from qlora_kit.nn.swap import nf4_modules, quantizable, swap
+from qlora_kit.ops.attention.transformers_door import register
+from qlora_kit.plan.setup import FULL, Setup
+
+
+@dataclass(slots=True)
+class Outline:
+    """A model on the meta device."""
+
+    model: PreTrainedModel
+    adapter: AttachedAdapter | None
+    """None where everything is trained."""
+    blocks: FusedBlocks | None
+    """None where the model runs its own code."""
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """Parameters that get a gradient."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+
+def outline(config: PreTrainedConfig, setup: Setup) -> Outline:
+    """Build a model without memory.
+
+    Args:
+        config: of a causal language model.
+        setup: of the run.
+
+    Returns:
+        The model, in training mode, its layers prepared.
+
+    Raises:
+        ConfigError: the configuration is of no causal language model, or the policy does not
+            fit the model's layers.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1}
+        >>> config = LlamaConfig(vocab_size=32, num_hidden_layers=1, **sizes)
+        >>> len(outline(config, Setup(rank=8)).trained)
+        14
+    """
+    dtype = getattr(torch, setup.dtype)
+    master = torch.float32 if setup.method == FULL and setup.mixed else dtype
+    model = _empty(config, master)
+    if setup.bits == 4:
+        names = quantizable(model, setup.quant)
+        swap(model, dict.fromkeys(names, setup.quant), dtype=dtype)
+    adapter = None
+    if setup.adapter is not None:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        adapter = attach(model, setup.adapter, seed=0)
+    model.train()
+    model.set_attn_implementation(register())
+    blocks = None
+    if setup.step == "fused" and why_not_fused(model) is None:
+        blocks = fuse_blocks(model, setup.activations)
+    elif setup.activations in ("recompute_all", "offload"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if adapter is not None:
+            model.enable_input_require_grads()
+    return Outline(model, adapter, blocks)
+
+
+def _empty(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except ValueError as error:
+        kind = type(config).__name__
+        raise ConfigError(f"a plan needs a causal language model; {kind} is none.") from error
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+@lru_cache(maxsize=1)
+def _kinds() -> dict[str, str]:
+    """Endings of an NF4 weight's parameters to the component they belong to."""
+    return {"absmax": "scales", "nested_absmax": "scales", "offset": "scales"}
+
+
+def components(made: Outline) -> dict[str, int]:
+    """Bytes that are there before the first step, by name.
+
+    Args:
+        made: an outline.
+
+    Returns:
+        `weights`, `scales`, `embeddings`, `head`, `norms`, `adapters`; zeros are left out.
+        Memory that two modules share counts once, for the first: a tied head is part of the
+        embeddings.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1}
+        >>> config = LlamaConfig(vocab_size=32, num_hidden_layers=1, **sizes)
+        >>> components(outline(config, Setup(rank=8)))["embeddings"]
+        4096
+    """
+    from qlora_kit.plan.trace import counted_bytes
+
+    model = made.model
+    trained = {id(p) for p in made.trained} if made.adapter is not None else set()
+    quantized = {module for _, module in nf4_modules(model)}
+    ends = {id(model.get_input_embeddings()): "embeddings"}
+    ends |= {id(model.get_output_embeddings()): "head"}
+    found: dict[str, int] = {}
+    seen: set[int] = set()
+    for module in model.modules():
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in own:
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            if id(tensor) in trained:
+                kind = "adapters"
+            elif module in quantized:
+                kind = "scales" if name.endswith(tuple(_kinds())) else "weights"
+                kind = "norms" if name == "bias" else kind
+            elif id(module) in ends:
+                kind = ends[id(module)]
+            else:
+                kind = "weights" if tensor.dim() > 1 else "norms"
+            found[kind] = found.get(kind, 0) + counted_bytes(tensor.numel() * tensor.element_size())
+    return found

@@ -1,0 +1,253 @@
+"""Peak memory and time of one training step, predicted from a model's configuration.
+
+The step that `train` runs is run on the meta device, by the same code, under a trace. What
+is there before it (weights, adapters, optimizer state) is counted from the outline's
+parameters; what the step allocates, from the trace at the moment of its peak.
+
+Time is the sum of what the ops cost by themselves. It is not less than the host needs to
+launch them, nor than the bytes that go to the host and back.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedConfig
+
+from qlora_kit.block.offload import OutlinedStore
+from qlora_kit.ops.attention.transformers_door import unpadded_inputs
+from qlora_kit.plan.gpus import Gpu
+from qlora_kit.plan.outline import Outline, components, outline
+from qlora_kit.plan.setup import FULL, Setup
+from qlora_kit.plan.state import optimizer_bytes, update_seconds
+from qlora_kit.plan.trace import Block, Trace, counted_bytes
+from qlora_kit.step.graph import MOST_TOKENS
+from qlora_kit.step.head_input import TARGET_POSITIONS, head_input
+
+LIBRARIES = 32 << 20
+"""Bytes of cuBLAS's workspace on Hopper, which torch allocates."""
+LIBRARIES_BEFORE = 8 << 20
+"""On GPUs before Hopper."""
+CONTEXT = 520 << 20
+"""Bytes of the CUDA context and kernels' code, outside of what torch counts."""
+HOST_LAUNCH_S = 2.6e-5
+"""Python's time per op of a fused layer."""
+_OPERANDS = "adapters"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What a step takes."""
+
+    setup: Setup
+    gpu: str
+    components: dict[str, int]
+    """Bytes at the moment of the peak, by name; their sum is the peak."""
+    host: dict[str, int]
+    """Bytes of pinned host memory, by name."""
+    seconds: dict[str, float]
+    """On the GPU, by kind of work."""
+    step_s: float
+    """A whole update."""
+    limited_by: str
+    """`compute`, `host` (launching kernels) or `link` (copies to host memory)."""
+    fused: bool
+    """Whether layers run as one step each."""
+    trained: int
+    """Parameters."""
+    outside: int = CONTEXT
+    """Bytes that torch does not count."""
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def peak_bytes(self) -> int:
+        """What `torch.cuda.max_memory_allocated` will say."""
+        return sum(self.components.values())
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What torch will have taken from the driver, fragments included: an estimate."""
+        moving = sum(self.components.get(name, 0) for name in _MOVING)
+        return self.peak_bytes + int(FRAGMENTS * moving)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of all forward passes of an update, per second."""
+        return self.setup.tokens * self.setup.accumulation / self.step_s
+
+
+FRAGMENTS = 0.06
+"""Share of what comes and goes in a step that the allocator holds besides."""
+_MOVING = ("saved activations", "working set", "decoded weights", "loss", "kernel workspace")
+
+
+def predict(config: PreTrainedConfig, setup: Setup, gpu: Gpu) -> Prediction:
+    """Predict memory and time of a training step.
+
+    Args:
+        config: of a causal language model.
+        setup: of the run.
+        gpu: it would run on.
+
+    Returns:
+        The prediction.
+
+    Raises:
+        ConfigError: the configuration or the policy does not fit.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> from qlora_kit.plan.gpus import find_gpu
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1}
+        >>> config = LlamaConfig(vocab_size=32, num_hidden_layers=1, **sizes)
+        >>> predict(config, Setup(rank=8, seq=128), find_gpu("h100")).trained
+        6528
+    """
+    made = outline(config, setup)
+    trace = run_step(made, setup, gpu)
+    found = components(made)
+    trained = made.trained
+    state, on_host = optimizer_bytes(trained, setup.optimizer)
+    found["optimizer"] = state
+    found["libraries"] = LIBRARIES if gpu.capability[0] == 9 else LIBRARIES_BEFORE
+    moment, blocks, workspace = trace.peak()
+    gradients = {id(b) for p in trained if p.grad is not None and (b := trace.block_of(p.grad))}
+    update = _update_bytes(trained)
+    rest = sum(b.size for b in trace.blocks if b.died is None and id(b) not in gradients)
+    if update + rest > moment:  # the optimizer's step is the peak
+        found["gradients"] = update
+        found["working set"] = rest
+    else:
+        _sort(found, blocks, gradients)
+        if workspace:
+            found["kernel workspace"] = workspace
+    store = made.blocks.host if made.blocks is not None else None
+    host = {"checkpoints": store.host_bytes} if isinstance(store, OutlinedStore) else {}
+    if on_host:
+        host["optimizer"] = on_host
+    return _timed(made, setup, gpu, trace, found, host)
+
+
+def _timed(
+    made: Outline,
+    setup: Setup,
+    gpu: Gpu,
+    trace: Trace,
+    found: dict[str, int],
+    host: dict[str, int],
+) -> Prediction:
+    """The prediction, with its time."""
+    seconds = {kind: s * setup.accumulation for kind, s in trace.seconds.items()}
+    seconds["optimizer"] = update_seconds(made.trained, setup.optimizer, gpu)
+    compute = sum(seconds.values())
+    graph = made.blocks is not None and setup.tokens <= MOST_TOKENS
+    launching = 0.0 if graph else trace.launches * HOST_LAUNCH_S * setup.accumulation
+    store = made.blocks.host if made.blocks is not None else None
+    moved = store.moved_bytes if isinstance(store, OutlinedStore) else 0
+    copying = moved / gpu.link * setup.accumulation
+    limits: dict[str, float] = {"compute": compute, "host": launching, "link": copying}
+    limit = max(limits, key=lambda name: limits[name])
+    return Prediction(
+        setup=setup,
+        gpu=gpu.name,
+        components={name: size for name, size in found.items() if size},
+        host={name: size for name, size in host.items() if size},
+        seconds=seconds,
+        step_s=limits[limit],
+        limited_by=limit,
+        fused=made.blocks is not None,
+        trained=sum(p.numel() for p in made.trained),
+    )
+
+
+def run_step(made: Outline, setup: Setup, gpu: Gpu) -> Trace:
+    """Run forward and backward under a trace; gradients stay on the parameters.
+
+    Args:
+        made: an outline.
+        setup: batch and sequence.
+        gpu: it would run on.
+
+    Returns:
+        The trace.
+    """
+    model = made.model
+    owned = [*model.parameters(), *model.buffers()]
+    shape = (setup.batch, setup.seq)
+    trace = Trace(gpu, owned)
+    targets = max(1, int(setup.tokens * setup.target_share))
+    with _Autocast(setup), trace, trace.during("inputs"):
+        ids = torch.empty(shape, dtype=torch.int64, device="meta")
+        labels = torch.empty(shape, dtype=torch.int64, device="meta")
+        positions = torch.empty(targets, dtype=torch.int64, device="meta")
+        items = torch.empty((), device="meta")
+        inputs: dict[str, Any] = {"input_ids": ids, "labels": labels, "use_cache": False}
+        inputs |= {TARGET_POSITIONS: positions, **unpadded_inputs()}
+        with trace.during("forward"):
+            selected = head_input(model, inputs)
+        assert selected is not None, "every causal model has a head that can be reached"
+        with trace.during("loss"):
+            loss = selected.losses().total / items
+            del selected
+        with trace.during("backward"):
+            loss.backward()
+            del loss
+    return trace
+
+
+def _sort(found: dict[str, int], blocks: list[Block], gradients: set[int]) -> None:
+    """Add the blocks alive at the peak to their components."""
+    names = {"forward": "saved activations", "loss": "loss", "inputs": "working set"}
+    last_forward = max((b.born for b in blocks if b.phase == "forward"), default=0)
+    in_forward = all(b.phase in ("inputs", "forward") for b in blocks)
+    for block in blocks:
+        name = names.get(block.phase, "working set")
+        if id(block) in gradients:
+            name = "gradients"
+        elif block.died is None:
+            name = _OPERANDS
+        elif block.decoded:
+            name = "decoded weights"
+        elif in_forward and block.died is not None and block.died - last_forward < _SOON:
+            name = "working set"
+        found[name] = found.get(name, 0) + block.size
+
+
+_SOON = 64
+"""Changes within which a forward pass drops what it does not keep."""
+
+
+def _update_bytes(trained: list[nn.Parameter]) -> int:
+    """Gradients when the optimizer steps: as they came, and in one buffer."""
+    size = sum(counted_bytes(p.numel() * p.element_size()) for p in trained)
+    return 2 * size
+
+
+class _Autocast(TorchFunctionMode):
+    """Autocast for the meta device: linear layers get their operands in 16 bits.
+
+    Weights are cast once, and the copies live until the forward pass ends, as torch's do.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__()
+        wanted = setup.method == FULL and setup.mixed and setup.dtype != "float32"
+        self.dtype = getattr(torch, setup.dtype) if wanted else None
+        self.copies: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.dtype is not None and func in (nn.functional.linear, torch.matmul):
+            args = tuple(self._cast(a) if isinstance(a, Tensor) else a for a in args)
+        return func(*args, **(kwargs or {}))
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        assert self.dtype is not None
+        if tensor.dtype != torch.float32:
+            return tensor
+        if not isinstance(tensor, nn.Parameter):
+            return tensor.to(self.dtype)
+        if id(tensor) not in self.copies:
+            self.copies[id(tensor)] = tensor.to(self.dtype)
+        return self.copies[id(tensor)]

@@ -1,0 +1,92 @@
+"""What is planned: everything about a run that its memory and speed depend on."""
+
+from dataclasses import dataclass, field, replace
+
+from qlora_kit.adapters.config import LoRA, make_adapter_config
+from qlora_kit.core.errors import ConfigError
+from qlora_kit.quant.config import QuantConfig
+
+FULL = "full"
+"""Method of training every weight, for comparison."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """One run on one GPU.
+
+    Example:
+        >>> Setup(rank=8).adapter.rank, Setup(method="full", bits=16).adapter
+        (8, None)
+    """
+
+    method: str = "lora"
+    """`lora`, `rslora`, `lora_fa`, or `full`: every weight, for comparison."""
+    bits: int = 4
+    """4: the base in NF4; 16: as it is."""
+    rank: int = 16
+    """Of the adapter, unless `shape` says more."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """Likewise, which linears it is on."""
+    shape: LoRA | None = None
+    """All of the adapter's settings; None for `rank` and `targets` alone."""
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    """How the base is stored in 4 bits."""
+    batch: int = 1
+    """Rows of a forward pass."""
+    seq: int = 2048
+    """Tokens of a row."""
+    activations: str = "recompute_elementwise"
+    """What layers keep for the backward; see `block/policy.py`."""
+    optimizer: str = "adamw_8bit"
+    """A Transformers name."""
+    step: str = "fused"
+    """`fused`, or `eager` for the model's own code; `fused` where a model's layers cannot be
+    is planned as `eager`."""
+    dtype: str = "bfloat16"
+    """The model computes in."""
+    mixed: bool = True
+    """With `full`: float32 masters under autocast, as is usual; False: all in 16 bits."""
+    accumulation: int = 1
+    """Forward passes per update."""
+    target_share: float = 1.0
+    """Share of the tokens that are predicted."""
+
+    @property
+    def tokens(self) -> int:
+        """Of a forward pass."""
+        return self.batch * self.seq
+
+    @property
+    def adapter(self) -> LoRA | None:
+        """What is put on the model; None with `full`."""
+        if self.method == FULL:
+            return None
+        fields = self.shape or LoRA(rank=self.rank, targets=self.targets)
+        return make_adapter_config(self.method, fields)
+
+    def __post_init__(self) -> None:
+        """Refuse what no run can be.
+
+        Raises:
+            ConfigError: a number is not positive, or 4-bit weights would be trained.
+        """
+        if self.batch < 1 or self.seq < 1:
+            raise ConfigError(f"a plan needs batch and seq above 0, got {self.batch}, {self.seq}.")
+        if self.method == FULL and self.bits == 4:
+            raise ConfigError("full fine-tuning trains 16-bit weights; set bits to 16.")
+
+    def with_tokens(self, *, batch: int | None = None, seq: int | None = None) -> "Setup":
+        """The same run with other sizes.
+
+        Args:
+            batch: rows, or None for the same.
+            seq: tokens of a row, or None for the same.
+
+        Returns:
+            A new setup.
+
+        Example:
+            >>> Setup(batch=2).with_tokens(seq=512).tokens
+            1024
+        """
+        return replace(self, batch=batch or self.batch, seq=seq or self.seq)

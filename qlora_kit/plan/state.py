@@ -1,0 +1,73 @@
+"""What an optimizer keeps and moves, by its Transformers name."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from qlora_kit.core.errors import ConfigError
+from qlora_kit.optim.bnb_adamw import SMALLEST_8BIT
+from qlora_kit.optim.create import FLAT_NAMES
+from qlora_kit.optim.flat import offsets_of
+from qlora_kit.plan.gpus import Gpu
+from qlora_kit.plan.trace import counted_bytes
+
+BLOCK = 256
+"""Elements that share a scale in 8-bit states."""
+
+
+def optimizer_bytes(parameters: Sequence[nn.Parameter], name: str) -> tuple[int, int]:
+    """Bytes of AdamW's state.
+
+    Args:
+        parameters: trained.
+        name: of `FLAT_NAMES`.
+
+    Returns:
+        gpu: bytes on the GPU.
+        host: bytes that can leave it; a paged state counts here and, while there is room, not
+        against torch's memory at all.
+
+    Raises:
+        ConfigError: the state of this optimizer is not known.
+
+    Example:
+        >>> import torch
+        >>> weight = nn.Parameter(torch.empty(4096, 16, device="meta"))
+        >>> optimizer_bytes([weight], "adamw_torch")[0] // weight.numel()
+        8
+    """
+    if name not in FLAT_NAMES:
+        raise ConfigError(f"the state of {name!r} is not known; known: {', '.join(FLAT_NAMES)}.")
+    eight = name in ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
+    small = [p.numel() for p in parameters if not eight or p.numel() < SMALLEST_8BIT]
+    large = [p.numel() for p in parameters if eight and p.numel() >= SMALLEST_8BIT]
+    total = 0
+    if small:
+        total += 2 * counted_bytes(4 * offsets_of(small)[-1])
+    if large:
+        elements = offsets_of(large)[-1]
+        total += 2 * (counted_bytes(elements) + counted_bytes(4 * -(-elements // BLOCK)))
+    return (0, total) if name.startswith("paged") else (total, 0)
+
+
+def update_seconds(parameters: Sequence[nn.Parameter], name: str, gpu: Gpu) -> float:
+    """Time of clipping and the optimizer's step.
+
+    Args:
+        parameters: trained.
+        name: of the optimizer.
+        gpu: it runs on.
+
+    Returns:
+        Seconds: gradients gathered, read for the norm, and read again with values and state.
+
+    Example:
+        >>> import torch
+        >>> from qlora_kit.plan.gpus import find_gpu
+        >>> weight = nn.Parameter(torch.empty(4096, 1 << 14, device="meta"))
+        >>> update_seconds([weight], "adamw_torch", find_gpu("h100")) < 1e-2
+        True
+    """
+    values = sum(p.numel() * p.element_size() for p in parameters)
+    gpu_bytes, host_bytes = optimizer_bytes(parameters, name)
+    return (6 * values + 2 * (gpu_bytes + host_bytes)) / gpu.bandwidth + 4e-4
