@@ -96,21 +96,32 @@ class FusedBlocks:
 
     Attributes:
         policies: one word per layer.
+        tile: tokens at a time, 0 for `auto`, None for all; counts from the next forward pass on.
+        spare: columns of memory that every layer leaves beside the gradient of its input, for
+            the ranks of those before.
         host: where tensors wait under the policies that offload.
         handed: the gradient that the last layer's backward gave to the one before, which
-            may write into the columns of memory beside it.
+            may write beside it and, with tiles, over it.
     """
 
-    def __init__(self, layers: list[nn.Module], policies: tuple[str, ...], deterministic: bool):
+    def __init__(
+        self,
+        layers: list[nn.Module],
+        policies: tuple[str, ...],
+        deterministic: bool,
+        tile: int | None = None,
+    ) -> None:
         """Exchange the classes.
 
         Args:
             layers: the model's, in order.
             policies: one word each.
             deterministic: gradients must have the same bits twice.
+            tile: tokens at a time; see `tiles.tiles_of`.
         """
         self.layers = layers
         self.policies = policies
+        self.tile = tile
         self.handed: Tensor | None = None
         self.host = host_store(next(layers[0].parameters()).device)
         self.deterministic = deterministic
@@ -121,7 +132,7 @@ class FusedBlocks:
             runner = Runner(self, layer, index, policy)
             layer.__class__ = self._fused_class(type(layer))
             layer._runner = runner  # type: ignore[assignment]
-        self._operands = Operands([group for d in self._descriptions() for group in d.groups])
+        self._collect()
 
     def remove(self) -> None:
         """Give the layers their own classes back."""
@@ -180,18 +191,10 @@ class FusedBlocks:
             self._describe_again()
         return runner.may_run(layer)
 
-    def spare_before(self, runner: Runner) -> int:
-        """Columns that the layer before wants beside its gradient: its `down` group's ranks."""
-        if runner.index == 0:
-            return 0
-        return _runner(self.layers[runner.index - 1]).description.down.r
-
     def handed_out(self, dy: Tensor) -> bool:
-        """Whether a gradient is the very memory that the layer behind has made for it."""
+        """Whether a gradient is the very tensor that the layer behind has made, and no sum."""
         handed, self.handed = self.handed, None
-        if handed is None or handed.data_ptr() != dy.data_ptr():
-            return False
-        return handed.shape == dy.shape and handed.stride() == dy.stride()
+        return handed is dy
 
     def run(self, runner: Runner, x: Tensor, call: Call) -> Tensor:
         """Run one layer.
@@ -209,7 +212,7 @@ class FusedBlocks:
         self._latest = runner.index
         description = runner.description
         if not torch.is_grad_enabled():
-            y = forward(description, x.reshape(-1, x.shape[-1]), call, "nothing")[0]
+            y = forward(description, x.reshape(-1, x.shape[-1]), call, "nothing", self.tile)[0]
             return y.view(x.shape)
         parameters = [p for group in description.groups for p in group.parameters]
         stepped: Tensor = Step.apply(x, runner, call, *parameters)
@@ -220,10 +223,16 @@ class FusedBlocks:
         for layer in self.layers:
             if why_not(layer) is None:
                 _runner(layer).describe(layer)
-        self._operands = Operands([group for d in self._descriptions() for group in d.groups])
+        self._collect()
         self._latest = len(self.layers)
         if self._decoded is not None:
             self.keep_decoded(*self._decoded)
+
+    def _collect(self) -> None:
+        """What follows from all layers' descriptions."""
+        descriptions = self._descriptions()
+        self._operands = Operands([group for d in descriptions for group in d.groups])
+        self.spare = max(max(d.o.r, d.down.r) for d in descriptions)
 
     def _descriptions(self) -> list[Description]:
         return [_runner(layer).description for layer in self.layers]
@@ -258,7 +267,11 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def fuse_blocks(
-    model: nn.Module, activations: str = "recompute_elementwise", *, deterministic: bool = False
+    model: nn.Module,
+    activations: str = "recompute_elementwise",
+    *,
+    deterministic: bool = False,
+    tile: int | None = None,
 ) -> FusedBlocks:
     """Let a model's decoder layers run as one step of autograd each.
 
@@ -267,6 +280,9 @@ def fuse_blocks(
             classes of its layers.
         activations: what layers keep for the backward pass; see `policy.parse_policy`.
         deterministic: gradients must have the same bits twice.
+        tile: tokens that norms, projections and feed-forward treat at a time; see `tiles.py`.
+            With more tiles than one, layers write gradients of hidden states over each other:
+            hooks must copy those that they keep, and `torch.autograd.grad` has none to give.
 
     Returns:
         A handle to change the policy or to undo it.
@@ -282,7 +298,7 @@ def fuse_blocks(
             f"this model's layers cannot run as one step: {reason}. Use train.step=compiled or "
             "eager."
         )
-    return FusedBlocks(layers, parse_policy(activations, len(layers)), deterministic)
+    return FusedBlocks(layers, parse_policy(activations, len(layers)), deterministic, tile)
 
 
 def why_not_fused(model: nn.Module) -> str | None:

@@ -4,17 +4,22 @@ Each layer's tensors leave on a side stream while the next layer computes, and c
 the layer after it is differentiated, so that copies hide behind arithmetic: on 8,192 tokens a
 layer of an 8B model computes for about 5 ms forward and 15 ms in a backward pass that recomputes,
 and its input, 64 MiB, should take 1.3 ms each way at the 54 GB/s that the record of
-`benchmarks/load` has for pinned memory.
+`benchmarks/load` has for pinned memory. Copies grow with the tokens, attention with their
+square: on 300,000 an input, 2.3 GiB, takes 45 ms each way and the layer's attention seconds. So
+large inputs wait for each other, and come back late, to lie on the GPU for a shorter time.
 
-Host buffers are kept for the next step: pinning memory is slow. All copies share one stream,
-so a buffer that is handed out again is written only after its last copy has left. A tensor on
-its way out stays referenced until the computing stream has waited for the copy, two layers
-later: so memory is given back in the order of that stream, and no more of it is in use than
-with a host that never runs ahead.
+Host memory is taken in blocks and divided into pages, which are kept for the next step: pinning
+is slow. A layer's tensors lie one behind the other in pages from anywhere, so batches of other
+lengths use the same ones, and no more than one page per layer is filled in part. (torch rounds
+a pinned tensor up to a power of two, 2.3 GiB to 4; a block is one.) All copies share one
+stream, so a page that is handed out again is written only after its last copy has left. A
+tensor on its way out stays referenced until the computing stream has waited for the copy: so
+memory is given back in the order of that stream, and no more of it is in use than with a host
+that never runs ahead.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,17 +29,29 @@ from torch import Tensor
 SMALLEST_BYTES = 2 << 20
 """Tensors below this stay where they are: they are many and weigh nothing."""
 
-_LAYERS_LEAVING = 2
-"""How many layers' tensors may be on their way out at a time."""
+PAGE_BYTES = 16 << 20
+"""What is handed out at a time."""
+
+BLOCK_BYTES = 256 << 20
+"""What is pinned at a time: a power of two."""
+
+LARGE_BYTES = 512 << 20
+"""A layer's tensors are large from here on: one layer's may be on their way out, else two."""
+
+_ALIGNMENT_BYTES = 512
 
 
 @dataclass(slots=True)
 class _Away:
     """One tensor on the host."""
 
-    host: Tensor
-    """Pinned, flat."""
     shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    begin: int
+    """Its first byte in the layer's pages."""
+    nbytes: int
+    """Those between its rows included."""
     back: Tensor | None = None
     """On the device again, once asked for."""
 
@@ -46,14 +63,31 @@ class Ticket:
     index: int
     """Of the layer."""
     items: list[Tensor | _Away | None]
+    pages: list[Tensor]
+    """Where the tensors on the host are."""
+    free: list[Tensor]
+    """Where their pages go when nobody needs them any more."""
     before: "Ticket | None"
     """That of the layer before, in the same forward pass."""
     arrived: Any = None
     """The event when all of it is back; None until its return was started."""
 
+    def give_back(self) -> None:
+        """Let others have the pages."""
+        self.free += self.pages
+        self.pages = []
+
+    def __del__(self) -> None:
+        """A pass whose backward never came."""
+        self.give_back()
+
 
 class HostStore:
     """Keeps tensors of a model's layers; see the module's text.
+
+    Attributes:
+        host_bytes: of pinned memory taken so far.
+        moved_bytes: that went to the host and back.
 
     Example:
         >>> store = HostStore()
@@ -64,8 +98,9 @@ class HostStore:
 
     def __init__(self) -> None:
         """Start empty."""
+        self.host_bytes = self.moved_bytes = 0
         self._stream: torch.cuda.Stream | None = None
-        self._free: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+        self._free: list[Tensor] = []
         self._last: Ticket | None = None
         self._leaving: deque[tuple[Any, list[Tensor]]] = deque()
 
@@ -74,29 +109,39 @@ class HostStore:
 
         Args:
             index: the layer's number; layers come in order.
-            tensors: contiguous where they are large; None passes. On a CPU they stay.
+            tensors: large ones dense, but for room between the rows of a matrix; None passes.
+                On a CPU they stay.
 
         Returns:
             What `take` wants.
         """
         before = self._last if self._last is not None and self._last.index == index - 1 else None
         items: list[Tensor | _Away | None] = list(tensors)
-        large = {
-            place: tensor
-            for place, tensor in enumerate(tensors)
-            if tensor is not None and self._takes(tensor) and tensor.nbytes >= SMALLEST_BYTES
-        }
-        if large:
-            for place, away in zip(large, self._send(list(large.values())), strict=True):
-                items[place] = away
-        self._last = Ticket(index, items, before)
+        going: list[tuple[_Away, Tensor]] = []
+        size = 0
+        for place, tensor in enumerate(tensors):
+            if tensor is None or not self._takes(tensor) or tensor.nbytes < SMALLEST_BYTES:
+                continue
+            flat = _dense(tensor)
+            away = _Away(tensor.shape, tensor.stride(), tensor.dtype, size, flat.nbytes)
+            going.append((away, flat))
+            items[place] = away
+            size += -(-flat.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        pages = [self._page() for _ in range(-(-size // PAGE_BYTES))]
+        if going:
+            self.moved_bytes += sum(away.nbytes for away, _ in going)
+            left = self._copy([pair for item in going for pair in _pairs(*item, pages)], out=True)
+            self._leaving.append((left, [flat for _, flat in going]))
+            self._wait_for_leaving(1 if size >= LARGE_BYTES else 2)
+        self._last = Ticket(index, items, pages, self._free, before)
         return self._last
 
-    def take(self, ticket: Ticket) -> list[Tensor | None]:
-        """Bring a layer's tensors back, and start on those of the layer before.
+    def take(self, ticket: Ticket, *, ahead: bool = True) -> list[Tensor | None]:
+        """Bring a layer's tensors back.
 
         Args:
             ticket: from `put`; used up.
+            ahead: start on those of the layer before, as `prefetch` does.
 
         Returns:
             The tensors, as they were put.
@@ -106,39 +151,41 @@ class HostStore:
         found = [item.back if isinstance(item, _Away) else item for item in ticket.items]
         if ticket.arrived is not None:
             self._wait(ticket.arrived)
-        if ticket.before is not None:
-            self._start(ticket.before)
         ticket.items.clear()
+        if ahead:
+            self.prefetch(ticket)
         return found
 
-    def _takes(self, tensor: Tensor) -> bool:
-        """Whether a tensor lies where there is something to be sent away from."""
-        return tensor.is_cuda
+    def prefetch(self, ticket: Ticket) -> None:
+        """Start to bring back what the layer before has put.
 
-    def _wait(self, event: Any) -> None:  # needs a GPU
-        torch.cuda.current_stream().wait_event(event)
+        Args:
+            ticket: of the layer behind.
+        """
+        if ticket.before is not None:
+            self._start(ticket.before)
+            ticket.before = None
 
-    def _send(self, tensors: list[Tensor]) -> list[_Away]:  # needs a GPU
-        main = torch.cuda.current_stream(tensors[0].device)
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(tensors[0].device)
-        side = self._stream
-        side.wait_stream(main)
-        sent = []
-        with torch.cuda.stream(side):
-            for tensor in tensors:
-                assert tensor.is_contiguous()
-                host = self._host(tensor.numel(), tensor.dtype)
-                host.copy_(tensor.view(-1), non_blocking=True)
-                sent.append(_Away(host, tensor.shape))
-            left = side.record_event()
-        self._leaving.append((left, tensors))
-        self._wait_for_leaving(_LAYERS_LEAVING)
-        return sent
+    def _start(self, ticket: Ticket) -> None:
+        """Begin the copies back, unless they have begun."""
+        away = [item for item in ticket.items if isinstance(item, _Away)]
+        if not away or ticket.arrived is not None:
+            return
+        going = []
+        for item in away:
+            flat = self._memory(item)
+            item.back = flat.as_strided(item.shape, item.stride)
+            going.append((item, flat))
+        self.moved_bytes += sum(item.nbytes for item in away)
+        pairs = [pair for item in going for pair in _pairs(*item, ticket.pages)]
+        ticket.arrived = self._copy(pairs, out=False)
+        ticket.give_back()
 
-    def _host(self, count: int, dtype: torch.dtype) -> Tensor:  # needs a GPU
-        free = self._free.setdefault((count, dtype), [])
-        return free.pop() if free else torch.empty(count, dtype=dtype, pin_memory=True)
+    def _page(self) -> Tensor:
+        if not self._free:
+            self.host_bytes += BLOCK_BYTES
+            self._free += self._block()
+        return self._free.pop()
 
     def _wait_for_leaving(self, most: int) -> None:
         """Let the computing stream wait until no more than so many layers are on their way."""
@@ -146,72 +193,60 @@ class HostStore:
             left, _tensors = self._leaving.popleft()
             self._wait(left)
 
-    def _start(self, ticket: Ticket) -> None:
-        """Begin the copies back, unless they have begun."""
-        away = [item for item in ticket.items if isinstance(item, _Away)]
-        if away and ticket.arrived is None:
-            ticket.arrived = self._bring(away)
+    def _takes(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies where there is something to be sent away from."""
+        return tensor.is_cuda
 
-    def _bring(self, away: list[_Away]) -> Any:  # needs a GPU
+    def _block(self) -> Sequence[Tensor]:  # needs a GPU
+        """More pages."""
+        return torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=True).split(PAGE_BYTES)
+
+    def _memory(self, item: _Away) -> Tensor:  # needs a GPU
         device = torch.device("cuda", torch.cuda.current_device())
-        for item in away:
-            item.back = torch.empty(item.shape, dtype=item.host.dtype, device=device)
-        assert self._stream is not None
-        side = self._stream
-        side.wait_stream(torch.cuda.current_stream(device))  # the memory may be in use until now
-        with torch.cuda.stream(side):
-            for item in away:
-                assert item.back is not None
-                item.back.view(-1).copy_(item.host, non_blocking=True)
-                self._free[item.host.numel(), item.host.dtype].append(item.host)
-            return side.record_event()
+        return torch.empty(item.nbytes // item.dtype.itemsize, dtype=item.dtype, device=device)
+
+    def _wait(self, event: Any) -> None:  # needs a GPU
+        torch.cuda.current_stream().wait_event(event)
+
+    def _copy(self, pairs: list[tuple[Tensor, Tensor]], *, out: bool) -> Any:  # needs a GPU
+        """Copy pieces between host and device on the side stream; the event when it is done."""
+        main = torch.cuda.current_stream()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(main.device)
+        self._stream.wait_stream(main)  # written, or in use, until now
+        with torch.cuda.stream(self._stream):
+            for host, device in pairs:
+                if out:
+                    host.copy_(device, non_blocking=True)
+                else:
+                    device.copy_(host, non_blocking=True)
+            return self._stream.record_event()
 
 
 class OutlinedStore(HostStore):
     """A store for the meta device: copies nothing, and keeps tensors alive as long as they were.
 
-    Attributes:
-        host_bytes: pinned memory that the buffers would take.
-        moved_bytes: what would have gone to the host and back.
-
     Example:
         >>> store = OutlinedStore()
         >>> ticket = store.put(0, [torch.empty(1024, 1024, device="meta")])
-        >>> store.host_bytes == 4 << 20, store.take(ticket)[0].shape
+        >>> store.host_bytes == BLOCK_BYTES, store.take(ticket)[0].shape
         (True, torch.Size([1024, 1024]))
     """
-
-    def __init__(self) -> None:
-        """Start empty."""
-        super().__init__()
-        self.host_bytes = self.moved_bytes = 0
 
     def _takes(self, tensor: Tensor) -> bool:
         return tensor.is_meta
 
+    def _block(self) -> Sequence[Tensor]:
+        return [torch.empty(0, dtype=torch.uint8)] * (BLOCK_BYTES // PAGE_BYTES)
+
+    def _memory(self, item: _Away) -> Tensor:
+        return torch.empty(item.nbytes // item.dtype.itemsize, dtype=item.dtype, device="meta")
+
     def _wait(self, event: Any) -> None:
         """No stream, nothing to wait for."""
 
-    def _send(self, tensors: list[Tensor]) -> list[_Away]:
-        sent = []
-        for tensor in tensors:
-            free = self._free.setdefault((tensor.numel(), tensor.dtype), [])
-            if free:
-                free.pop()
-            else:
-                self.host_bytes += tensor.nbytes
-            self.moved_bytes += tensor.nbytes
-            sent.append(_Away(torch.empty(0, dtype=tensor.dtype), tensor.shape))
-        self._leaving.append((None, tensors))
-        self._wait_for_leaving(_LAYERS_LEAVING)
-        return sent
-
-    def _bring(self, away: list[_Away]) -> Any:
-        for item in away:
-            item.back = torch.empty(item.shape, dtype=item.host.dtype, device="meta")
-            self._free[item.shape.numel(), item.host.dtype].append(item.host)
-            self.moved_bytes += item.back.nbytes
-        return "arrived"
+    def _copy(self, pairs: list[tuple[Tensor, Tensor]], *, out: bool) -> Any:
+        return "done"
 
 
 def host_store(device: torch.device) -> HostStore:
@@ -228,3 +263,25 @@ def host_store(device: torch.device) -> HostStore:
         'OutlinedStore'
     """
     return OutlinedStore() if device.type == "meta" else HostStore()
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """All memory of a tensor, (n,), that between the rows of a matrix included."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    rows, columns = tensor.shape
+    assert tensor.stride(1) == 1
+    assert tensor.stride(0) > columns
+    return tensor.as_strided((rows * tensor.stride(0),), (1,))
+
+
+def _pairs(away: _Away, flat: Tensor, pages: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pieces of a tensor's bytes, each with its place in the pages."""
+    if flat.is_meta:
+        return
+    data, done = flat.view(torch.uint8), 0
+    while done < away.nbytes:
+        page, offset = divmod(away.begin + done, PAGE_BYTES)
+        size = min(PAGE_BYTES - offset, away.nbytes - done)
+        yield pages[page][offset : offset + size], data[done : done + size]
+        done += size

@@ -13,12 +13,13 @@ their producers (norms, activations) write into directly.
 
 The weights are decoded into memory that the call gives back at its end, so that all layers
 share it: [W | B; A | .], (N + R, K + R) in the compute dtype, of which the forward reads the
-first N rows and the backward the first K columns. So one decoding can serve both (`hold`),
-and where memory is plenty, all steps (`keep`). Adapters' masters are rounded to that dtype
-once per forward pass of the model (`Operands`).
+first N rows and the backward the first K columns. So one decoding can serve both, and all
+tiles (`decoded`), and where memory is plenty, all steps (`keep`). Adapters' masters are rounded
+to that dtype once per forward pass of the model (`Operands`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.adapters.lora import LoRALinear
+from qlora_kit.block.sums import Sums
 from qlora_kit.nn.linear import NF4Linear
 from qlora_kit.ops.low_rank_gradients.op import low_rank_gradients
-from qlora_kit.ops.low_rank_gradients.reference import token_sum
 from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize_into
 
 _RANKS = 8
@@ -157,7 +158,12 @@ class Group:
         return like.new_empty((rows, self.n + self.r))
 
     def forward(
-        self, wide: Tensor, residual: Tensor | None = None, *, spare: bool = False
+        self,
+        wide: Tensor,
+        residual: Tensor | None = None,
+        *,
+        spare: bool = False,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Multiply.
 
@@ -165,6 +171,8 @@ class Group:
             wide: (M, k + r) with X in its first k columns; X·Aᵀ is written to the others.
             residual: (M, n) added to the result, or None.
             spare: leave room for dY·B beside the result, so that dY can be written over it.
+            out: (M, n) with any distance between rows, written; may be the residual itself.
+                New memory if None.
 
         Returns:
             (M, n) in the dtype of X.
@@ -172,14 +180,15 @@ class Group:
         self.fill_small(wide)
         held = self._decode(wide, self.n) if self.held is None else self.held
         weight = held[: self.n]
-        y = wide.new_empty((wide.shape[0], self.n + (self.r if spare else 0)))[:, : self.n]
+        if out is None:
+            out = wide.new_empty((wide.shape[0], self.n + (self.r if spare else 0)))[:, : self.n]
         bias = self._bias(wide)
         if residual is not None:
-            torch.addmm(residual, wide, weight.T, out=y)
-            return y if bias is None else y.add_(bias)
+            torch.addmm(residual, wide, weight.T, out=out)
+            return out if bias is None else out.add_(bias)
         if bias is not None:
-            return torch.addmm(bias, wide, weight.T, out=y)
-        return torch.mm(wide, weight.T, out=y)
+            return torch.addmm(bias, wide, weight.T, out=out)
+        return torch.mm(wide, weight.T, out=out)
 
     def fill_small(self, wide: Tensor) -> None:
         """Write X·Aᵀ beside X.
@@ -205,26 +214,43 @@ class Group:
 
         Returns:
             dx: (M, k).
-            d_b: (n, most ranks of a part) for `gradients`; None where there is no B to train,
-            or it is cheaper there.
+            d_b: what `small_products` returned.
         """
-        d_b = self._small_products(wide, small)
-        held = self._decode(wide, self.n + self.r) if self.held is None else self.held
-        return wide @ held[:, : self.k], d_b
+        d_b = self.small_products(wide, small)
+        return self.input_columns(wide, slice(0, self.k)), d_b
 
-    def hold(self, like: Tensor) -> None:
-        """Decode now, for a forward and the backward that follows it.
+    def input_columns(self, wide: Tensor, columns: slice) -> Tensor:
+        """Some columns of the gradient in X.
+
+        Args:
+            wide: (M, n + r), dY with dY·B beside it.
+            columns: of X.
+
+        Returns:
+            (M, columns) contiguous.
+        """
+        held = self._decode(wide, self.n + self.r) if self.held is None else self.held
+        return wide @ held[:, : self.k][:, columns]
+
+    @contextmanager
+    def decoded(self, like: Tensor, wanted: bool = True) -> Iterator[None]:
+        """Decode once for the products of a block, forward and backward.
 
         Args:
             like: of the dtype to decode to.
-        """
-        if self.held is None:
-            self.held = self._decode(like, self.n + self.r)
+            wanted: False changes nothing, for a block of one product.
 
-    def release(self) -> None:
-        """Give up what `hold` has made."""
-        if not self.kept:
-            self.held = None
+        Yields:
+            Nothing.
+        """
+        mine = wanted and self.held is None
+        if mine:
+            self.held = self._decode(like, self.n + self.r)
+        try:
+            yield
+        finally:
+            if mine:
+                self.held = None
 
     def keep(self, like: Tensor) -> None:
         """Decode once and for all; `Operands` puts A and B beside the weight from then on.
@@ -251,6 +277,25 @@ class Group:
             whole[self.n :, : self.k] = self.a
         return whole
 
+    def small_products(self, wide: Tensor, small: Tensor | None) -> Tensor | None:
+        """Write dY·B beside dY; and the gradient of every B, where one pass over dY has both.
+
+        Args:
+            wide: (M, n + r) with dY in its first n columns; dY·B is written to the others.
+            small: (M, r) X·Aᵀ, or None where `needs_small` is False.
+
+        Returns:
+            (n, most ranks of a part) float32 for `Sums`; None where there is no B to train, or
+            it is cheaper there.
+        """
+        if not self.r:
+            return None
+        dy, out = wide[:, : self.n], wide[:, self.n :]
+        if small is None or not self.b.is_contiguous():
+            torch.mm(dy, self.b, out=out)
+            return None
+        return low_rank_gradients(dy, self.b, small, parts=self._ends, out=out)[1]
+
     def gradients(
         self,
         wide: Tensor,
@@ -266,59 +311,23 @@ class Group:
             wide: (M, n + r), dY.
             x: (M, k), or None where `needs_input` is False.
             small: (M, r) X·Aᵀ, or None where `needs_small` is False.
-            d_b: what `input_gradient` returned beside, or None.
-            filled: whether `input_gradient` has written dY·B already.
+            d_b: what `small_products` returned, or None.
+            filled: whether `small_products` or `input_gradient` has written dY·B already.
 
         Returns:
             As `parameters`: dA and dB per adapted part, in the masters' dtype; None for
             a frozen one.
         """
         if not filled:
-            d_b = self._small_products(wide, small)
-        found: list[Tensor | None] = []
-        d_a = None
-        if self.needs_input:
-            assert x is not None
-            d_a = token_sum(wide[:, self.n :], x)
-        for part in self.parts:
-            lora = part.lora
-            if lora is None:
-                continue
-            rank = slice(part.ranks.start, part.ranks.start + lora.rank)
-            if d_a is not None and lora.lora_A.requires_grad:
-                found.append((d_a[rank] * lora.scale).to(lora.lora_A.dtype))
-            else:
-                found.append(None)
-            if lora.lora_B.requires_grad:
-                found.append(self._of_b(part, wide, small, d_b).to(lora.lora_B.dtype))
-            else:
-                found.append(None)
-        return found
-
-    def _of_b(self, part: Part, wide: Tensor, small: Tensor | None, d_b: Tensor | None) -> Tensor:
-        """Gradient of one part's B, (n, rank) float32."""
-        assert part.lora is not None
-        assert small is not None
-        rank = part.lora.rank
-        if d_b is not None:
-            return d_b[part.rows, :rank]
-        first = part.ranks.start
-        return token_sum(wide[:, part.rows], small[:, first : first + rank])
+            d_b = self.small_products(wide, small)
+        sums = Sums(self)
+        sums.add(wide, x, small, d_b)
+        return sums.gradients()
 
     @property
     def _ends(self) -> list[tuple[int, int]]:
         """Where each part's outputs and ranks end."""
         return [(part.rows.stop, part.ranks.stop) for part in self.parts]
-
-    def _small_products(self, wide: Tensor, small: Tensor | None) -> Tensor | None:
-        """Write dY·B beside dY; and the gradient of B, where one pass over dY has both."""
-        if not self.r:
-            return None
-        dy, out = wide[:, : self.n], wide[:, self.n :]
-        if small is None or not self.b.is_contiguous():
-            torch.mm(dy, self.b, out=out)
-            return None
-        return low_rank_gradients(dy, self.b, small, parts=self._ends, out=out)[1]
 
     def _bias(self, like: Tensor) -> Tensor | None:
         """The parts' biases one after the other, or None if none has one."""

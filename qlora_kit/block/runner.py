@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from qlora_kit.block.description import describe, drops_activations, linears
 from qlora_kit.block.layer import Call, Kept, backward, forward
-from qlora_kit.block.policy import recomputed, waits_on_host
+from qlora_kit.block.policy import waits_on_host
+from qlora_kit.block.tiles import tiles_of
 
 if TYPE_CHECKING:
     from qlora_kit.block.install import FusedBlocks
@@ -81,8 +82,8 @@ class Step(torch.autograd.Function):
         """Run the layer on x (B, T, H), and leave what its policy keeps."""
         rows = call.batch * call.length
         flat, fused = x.reshape(rows, -1), runner.fused
-        ctx.fused, ctx.spare = fused, fused.spare_before(runner)
-        y, kept = forward(runner.description, flat, call, runner.policy)
+        ctx.fused, ctx.tile = fused, fused.tile
+        y, kept = forward(runner.description, flat, call, runner.policy, fused.tile)
         ctx.description, ctx.policy, ctx.call = runner.description, runner.policy, call
         ctx.spent, ctx.away = False, None
         if waits_on_host(runner.policy):
@@ -101,19 +102,22 @@ class Step(torch.autograd.Function):
                 "goes. Run the forward pass again, or use the policy recompute_all."
             )
         ctx.spent = ctx.policy != "recompute_all"
-        away = ctx.away is not None
-        kept = Kept(*(ctx.fused.host.take(ctx.away) if away else ctx.saved_tensors))
+        rows = call.batch * call.length
+        host, away = ctx.fused.host, ctx.away
+        late = away is not None and tiles_of(ctx.description, rows, ctx.tile).several
+        kept = Kept.of(host.take(away, ahead=not late) if away else list(ctx.saved_tensors))
         owned = ctx.fused.handed_out(dy)
-        flat = dy.reshape(call.batch * call.length, -1)
+        flat = dy.reshape(rows, -1)
         result = backward(
             ctx.description,
             flat if owned else flat.contiguous(),
             kept,
             call,
             need_dx=ctx.needs_input_grad[0],
-            recompute=recomputed(ctx.policy),
+            tile=ctx.tile,
             owned=owned,
-            spare=ctx.spare,
+            spare=ctx.fused.spare,
+            no_longer_wide=(lambda: host.prefetch(away)) if late else None,
         )
         dx = None if result.dx is None else result.dx.view(dy.shape)
         ctx.fused.handed = dx
