@@ -16,15 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.train.cases import CASES, Case
+from qlora_kit.bench.record import Row
+from qlora_kit.bench.rows import peak_gib, shape_of, status
 
-Row = dict[str, Any]
 CHECK_TOLERANCE = 0.05
 """Nats between first losses over 64 labels: bf16 noise is a fifth of it, another model 0.2."""
-
-
-def question(row: Row) -> tuple[Any, ...]:
-    """What a first loss depends on: not on the library, the policy or the adapter."""
-    return row["model"], row["batch"], row["seq"]
 
 
 def mark_disagreements(rows: Sequence[Row]) -> None:
@@ -36,7 +32,7 @@ def mark_disagreements(rows: Sequence[Row]) -> None:
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if "check_loss" in row:
-            found.setdefault(question(row), []).append(row)
+            found.setdefault(shape_of(row), []).append(row)
     for same in found.values():
         # By library: many rows of one that is wrong must not outvote the others.
         by_impl: dict[str, list[float]] = {}
@@ -46,17 +42,6 @@ def mark_disagreements(rows: Sequence[Row]) -> None:
         for row in same:
             off = abs(row["check_loss"] - middle)
             row["loss_agrees"] = off <= CHECK_TOLERANCE if len(same) > 1 else None
-
-
-def status(row: Row) -> str:
-    """Why a row has no speed, or what is wrong with it; empty if nothing is."""
-    if row.get("oom"):
-        return "out of memory"
-    if row.get("skipped"):
-        return f"skipped: {row['skipped']}"
-    if row.get("error"):
-        return f"failed: {row['error']}"
-    return "LOSS DIFFERS" if row.get("loss_agrees") is False else ""
 
 
 def counted(rows: Iterable[Row], case: str, impl: str) -> list[Row]:
@@ -101,12 +86,6 @@ HEADER = (
 )
 
 
-def peak_gib(row: Row) -> float | None:
-    """What counts against a memory bound: allocated, or reserved where a graph holds memory."""
-    peak = row.get("peak_reserved_gib" if row.get("graph") else "peak_allocated_gib")
-    return None if peak is None else float(peak)
-
-
 def judge(case: Case, rows: Sequence[Row]) -> list[tuple[str, bool | None]]:
     """What a case asks for, in words, and whether the best of ours that fits gives it.
 
@@ -119,7 +98,7 @@ def judge(case: Case, rows: Sequence[Row]) -> list[tuple[str, bool | None]]:
     """
     target = case.target
     shape = (case.model, case.batch, case.seq)
-    rows = [row for row in rows if question(row) == shape]
+    rows = [row for row in rows if shape_of(row) == shape]
     if not rows:
         return []
     ours = counted(rows, case.name, "qlora_kit")

@@ -84,6 +84,7 @@ def first_fields(build: Build, point: Point) -> dict[str, object]:
         "bits": build.bits,
         "masters": build.masters,
         "head": point.head,
+        "graphs": point.graph,
         "optimizer": build.optimizer,
         "cap_gib": point.cap_gib,
         "cases": list(point.cases),

@@ -111,23 +111,27 @@ def run_process(
     tail: deque[str] = deque(maxlen=_KEPT_LINES)
     stages: list[str] = []
     timed_out = False
-    while True:
-        left = limit_seconds - (time.monotonic() - began)
-        if left <= 0:
-            timed_out = True
-            break
-        try:
-            line = lines.get(timeout=left)
-        except queue.Empty:
-            continue
-        if line is None:
-            break
-        if line.startswith(STAGE_MARK):
-            stages.append(line.rstrip())
-            if show:
-                print("   " + line.rstrip(), flush=True)
-        else:
-            tail.append(line.rstrip())
+    try:
+        while True:
+            left = limit_seconds - (time.monotonic() - began)
+            if left <= 0:
+                timed_out = True
+                break
+            try:
+                line = lines.get(timeout=left)
+            except queue.Empty:
+                continue
+            if line is None:
+                break
+            if line.startswith(STAGE_MARK):
+                stages.append(line.rstrip())
+                if show:
+                    print("   " + line.rstrip(), flush=True)
+            else:
+                tail.append(line.rstrip())
+    except KeyboardInterrupt:
+        _end(process)
+        raise
     if timed_out:
         _end(process)
     code = process.wait()

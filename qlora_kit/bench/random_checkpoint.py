@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qlora_kit.bench.shapes import MODELS
+from qlora_kit.bench.shapes import MODELS, config_of
 from qlora_kit.bench.subject import Stage
 from qlora_kit.checkpoint.tensor_file import TensorInfo
 from qlora_kit.checkpoint.writer import ShardWriter
@@ -155,7 +155,7 @@ def write_checkpoint(
     """Write a checkpoint of random weights.
 
     Args:
-        name: a key of `MODELS`.
+        name: as `config_of` takes it.
         folder: created; what it held is replaced.
         storage: `nf4` or `bf16` (which means `dtype`).
         device: where weights are made.
@@ -166,7 +166,7 @@ def write_checkpoint(
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    model = _meta_model(MODELS[name], dtype)
+    model = _meta_model(config_of(name), dtype)
     linears = set(quantizable(model, QuantConfig())) if storage == "nf4" else set()
     quantized = {f"{linear}.weight" for linear in linears}
     weights = RandomWeights(device, dtype)
@@ -213,13 +213,13 @@ def checkpoint_bytes(name: str, storage: Storage) -> int:
     """About how large a checkpoint will be.
 
     Args:
-        name: a key of `MODELS`.
+        name: as `config_of` takes it.
         storage: as for `write_checkpoint`.
 
     Returns:
         Bytes.
     """
-    model = _meta_model(MODELS[name], torch.bfloat16)
+    model = _meta_model(config_of(name), torch.bfloat16)
     names = quantizable(model, QuantConfig()) if storage == "nf4" else []
     small = sum(model.get_submodule(linear).weight.numel() for linear in names)
     large = sum(p.numel() for p in model.parameters()) - small
@@ -230,7 +230,7 @@ def main() -> None:
     """Write one checkpoint."""
     stage = Stage()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", choices=list(MODELS))
+    parser.add_argument("model", help=f"{', '.join(MODELS)}, a folder or a hub id")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--storage", choices=["nf4", "bf16"], default="nf4")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

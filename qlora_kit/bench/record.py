@@ -47,11 +47,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine() -> dict[str, str | None]:
-    """Name of the GPU and its driver; of the processor where there is no GPU."""
-    if torch.cuda.is_available():
-        return {"gpu": torch.cuda.get_device_name(0), "driver": _driver()}
-    return {"gpu": None, "driver": None}
+def machine() -> dict[str, Any]:
+    """Name and memory of the GPU, and its driver; None of each where there is no GPU."""
+    if not torch.cuda.is_available():
+        return {"gpu": None, "driver": None, "gpu_memory_bytes": None}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "driver": _driver(),
+        "gpu_memory_bytes": properties.total_memory,
+    }
 
 
 def _driver() -> str | None:  # needs a GPU

@@ -118,7 +118,7 @@ class Session:
         """Make a model's checkpoint of random weights, unless a whole one is there.
 
         Args:
-            model: a name `random_checkpoint.py` knows.
+            model: a name as `shapes.config_of` takes it.
             storage: `nf4` or `bf16`.
             dtype: name of the dtype of what is not quantized.
             work: folder for checkpoints; None for one with enough room.
@@ -130,7 +130,7 @@ class Session:
             StepFailedError: it could not be written.
         """
         base = work or roomy_folder(checkpoint_bytes(model, storage))
-        folder = Path(base).resolve() / f"{model}-{storage}"
+        folder = Path(base).resolve() / f"{Path(model).name}-{storage}"
         if (folder / "config.json").exists():
             print(f"checkpoint: {folder}", flush=True)
             return folder
@@ -163,9 +163,11 @@ class Session:
             described.write_text(now.to_json(), encoding="utf-8")
             build = job.build
             print(f"{build.impl} {build.variant} {build.model} {build.method}", flush=True)
-            outcome = self.start(command(CHILD, build, described), environment)
-            found = read_rows(file)
-            self._keep(found)
+            try:
+                outcome = self.start(command(CHILD, build, described), environment)
+            finally:  # an interrupted run, too, has what it measured
+                found = read_rows(file)
+                self._keep(found)
             left = left[len(found) :]
             if not left:
                 return

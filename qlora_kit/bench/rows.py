@@ -1,0 +1,95 @@
+"""Reading the rows of a record: what a row is about, what it needed, what went wrong."""
+
+from collections.abc import Iterable, Sequence
+
+from qlora_kit.bench.methods import method_of
+from qlora_kit.bench.record import Row
+
+Shape = tuple[str, int, int]
+"""Model, rows and tokens per row: what is compared with each other."""
+
+
+def shape_of(row: Row) -> Shape:
+    """Model, batch and sequence of a row."""
+    return row["model"], row["batch"], row["seq"]
+
+
+def shapes_of(rows: Iterable[Row]) -> list[Shape]:
+    """The shapes of a record, each once, in its order."""
+    return list(dict.fromkeys(shape_of(row) for row in rows))
+
+
+def identity(row: Row) -> tuple[object, ...]:
+    """What a row measured: equal for the same measurement in two records."""
+    head = row["head"] if row["impl"] == "full" else ""
+    keys = ("rank", "policy", "graphs", "cap_gib", "optimizer")
+    return (*shape_of(row), method_of(row), head, *(row.get(key) for key in keys))
+
+
+def status(row: Row) -> str:
+    """Why a row has no speed, or what is wrong with it; empty if nothing is.
+
+    Args:
+        row: of a record.
+
+    Returns:
+        A few words.
+
+    Example:
+        >>> status({"oom": True}), status({"tokens_per_s": 1.0})
+        ('out of memory', '')
+    """
+    if row.get("oom"):
+        return "out of memory"
+    if row.get("skipped"):
+        return f"skipped: {row['skipped']}"
+    if row.get("error"):
+        return f"failed: {row['error']}"
+    return "LOSS DIFFERS" if row.get("loss_agrees") is False else ""
+
+
+def measured(rows: Iterable[Row]) -> list[Row]:
+    """The rows that have a speed and no fault."""
+    return [row for row in rows if "tokens_per_s" in row and not status(row)]
+
+
+def peak_gib(row: Row) -> float | None:
+    """What a step needs: allocated at most, or reserved where a CUDA graph holds memory.
+
+    Args:
+        row: of a record.
+
+    Returns:
+        GiB; None without a GPU.
+
+    Example:
+        >>> peak_gib({"peak_allocated_gib": 2.0, "peak_reserved_gib": 3.0, "graph": True})
+        3.0
+    """
+    peak = row.get("peak_reserved_gib" if row.get("graph") else "peak_allocated_gib")
+    return None if peak is None else float(peak)
+
+
+def recomputes(row: Row) -> bool:
+    """Whether matrix products are computed again in the backward."""
+    policy = str(row["policy"])
+    return not all(part.split(":")[0] in _NO_PRODUCTS for part in policy.split(","))
+
+
+_NO_PRODUCTS = ("save", "recompute_elementwise")
+
+
+def leanest(rows: Sequence[Row]) -> Row | None:
+    """The row that needs least memory, of those that ran on a GPU."""
+    known = [row for row in measured(rows) if peak_gib(row) is not None]
+    return min(known, key=lambda row: peak_gib(row) or 0.0, default=None)
+
+
+def fastest(rows: Sequence[Row]) -> Row | None:
+    """The row with most tokens per second."""
+    return max(measured(rows), key=lambda row: float(row["tokens_per_s"]), default=None)
+
+
+def of_method(rows: Iterable[Row], *names: str) -> list[Row]:
+    """The rows of some methods."""
+    return [row for row in rows if method_of(row) in names]

@@ -1,0 +1,171 @@
+"""One run of `qlora-kit bench memory` or `bench speed`: from options to a record and reports.
+
+    FOLDER/rows.jsonl   one measurement a line, as they come
+    FOLDER/record.json  everything: see `record.py`
+    FOLDER/report.md, FOLDER/report.html
+
+The record is written before anything is predicted or drawn from it, so that neither can lose
+what was measured.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_kit.bench.flops import mfu, step_flops
+from qlora_kit.bench.grid import Options, merged
+from qlora_kit.bench.html import render_html
+from qlora_kit.bench.markdown import render_markdown
+from qlora_kit.bench.methods import PEERS
+from qlora_kit.bench.predicted import add_predictions
+from qlora_kit.bench.record import Row, make_record
+from qlora_kit.bench.session import Session
+from qlora_kit.bench.shapes import config_of
+from qlora_kit.bench.subject import Job, write_row
+from qlora_kit.core.atomic import atomic_write_text
+from qlora_kit.train.record import source_commit
+
+TINY_NOTE = (
+    "There is no GPU here: a tiny model ran on the CPU in float32. That tests the commands and "
+    "nothing else. Memory is the whole process's, libraries included; no figure here says "
+    "anything about a GPU."
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Seconds a run may take."""
+
+    process: float = 300.0
+    """One process."""
+    total: float = 3600.0
+    """All of them; what is left then is recorded as not measured."""
+
+
+def for_this_machine(options: Options) -> Options:
+    """What can be run here: without a GPU the tiny model, in float32.
+
+    Args:
+        options: what a user chose.
+
+    Returns:
+        Themselves, or the same methods and policies at a size that a CPU does in seconds.
+    """
+    if torch.cuda.is_available():
+        return options
+    return replace(
+        options,
+        models=("tiny",),
+        batches=(2,),
+        seqs=(64,),
+        graphs="off",
+        rank=min(options.rank, 8),
+        cap_gib=None,
+        device="cpu",
+        dtype="float32",
+    )
+
+
+def run_bench(
+    bench: str,
+    rounds: Sequence[Options],
+    folder: Path,
+    *,
+    command: str,
+    limits: Limits,
+    work: Path | None = None,
+) -> dict[str, Any]:
+    """Measure, and write the record and its reports.
+
+    Args:
+        bench: `memory` or `speed`.
+        rounds: what to measure, the most important first; same device and dtype.
+        folder: created; a record in it is replaced.
+        command: what the user typed, for the record.
+        limits: of time.
+        work: folder for the checkpoints that peers need; None for one with enough room.
+
+    Returns:
+        The record.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = folder / "rows.jsonl"
+    lines.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix="qlora-kit-bench-") as scratch:
+        session = Session(
+            Path(scratch),
+            limit_seconds=limits.process,
+            total_seconds=limits.total,
+            on_row=lambda row: write_row(lines, row),
+        )
+        session.measure_peaks()
+        jobs = merged(rounds)
+        try:
+            for model in dict.fromkeys(job.build.model for job in jobs):
+                mine = [job for job in jobs if job.build.model == model]
+                _run_model(session, model, mine, rounds[0].dtype, work)
+        except KeyboardInterrupt:
+            print("interrupted: recording what was measured", flush=True)
+    for row in session.rows:
+        _complete(row, session.peaks)
+    record = make_record(
+        bench,
+        session.rows,
+        commit=(commit := os.environ.get("QLORA_KIT_COMMIT") or source_commit()),
+        dirty=bool(commit and commit.endswith("-dirty")),
+        command=command,
+        peaks=session.peaks,
+    )
+    if rounds[0].device == "cpu":
+        record["note"] = TINY_NOTE
+    write_reports(record, folder)
+    add_predictions(record)
+    write_reports(record, folder)
+    return record
+
+
+def _run_model(
+    session: Session, model: str, jobs: Sequence[Job], dtype: str, work: Path | None
+) -> None:
+    """All jobs of a model; a checkpoint for everybody on 4 bits where peers are among them."""
+    if not any(job.build.impl in {m.impl for m in PEERS.values()} for job in jobs):
+        for job in jobs:
+            session.run(job)
+        return
+    place = session.checkpoint(model, storage="nf4", dtype=dtype, work=work)
+    for job in jobs:
+        stored = str(place) if job.build.bits == 4 else ""
+        session.run(replace(job, build=replace(job.build, checkpoint=stored)))
+    shutil.rmtree(place)
+
+
+def _complete(row: Row, peaks: dict[str, float]) -> None:
+    """Add the FLOPs of a token, and the share of the card's rate that they reach."""
+    config, peak = config_of(row["model"]), peaks.get("bf16_tflops")
+    row["gflops_per_token"] = row["mfu"] = None
+    dense = hasattr(config, "intermediate_size") and not hasattr(config, "num_experts")
+    if not dense or not hasattr(config, "num_key_value_heads"):
+        return
+    flops = step_flops(config, row["seq"], row["rank"], row["method"])
+    row["gflops_per_token"] = flops.total / 1e9
+    speed = row.get("tokens_per_s")
+    row["mfu"] = mfu(speed, flops.total, peak) if speed and peak else None
+
+
+def write_reports(record: dict[str, Any], folder: Path) -> None:
+    """Write a record and what is made from it.
+
+    Args:
+        record: of memory or speed.
+        folder: exists.
+    """
+    atomic_write_text(folder / "record.json", json.dumps(record, indent=1) + "\n")
+    atomic_write_text(folder / "report.md", render_markdown(record))
+    atomic_write_text(folder / "report.html", render_html(record))

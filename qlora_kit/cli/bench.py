@@ -1,0 +1,228 @@
+"""`qlora-kit bench`: memory and speed of fine-tuning on this machine, method by method."""
+
+import json
+import shlex
+import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.bench.methods import METHODS, PEERS
+from qlora_kit.cli.arguments import Parser, nearest
+from qlora_kit.core.errors import ConfigError, SourceError
+
+BENCHES = {
+    "memory": "peak memory by component, and how many times less than full fine-tuning",
+    "speed": "tokens/s of a training step, and how many times full fine-tuning's",
+}
+"""What can be measured."""
+
+_HELP = """\
+usage: qlora-kit bench WHAT [OPTIONS]
+       qlora-kit bench WHAT --help
+
+Measure on this machine, with random weights of real shapes: nothing is
+downloaded. Every measurement runs in a process of its own; running out of
+memory is a result. Writes rows.jsonl as rows come, then record.json,
+report.md and report.html.
+
+what:
+{benches}
+
+Without a GPU a tiny model runs on the CPU: a test of the commands only.
+"""
+
+_EXAMPLES = """\
+examples:
+  qlora-kit bench {what}
+  qlora-kit bench {what} --models Llama-3.1-8B --methods qlora --seqs 2048 8192
+  qlora-kit bench {what} --methods full qlora --peers
+  qlora-kit bench {what} --compare bench-old/record.json
+  qlora-kit bench {what} --from bench-old/record.json   # reports again, only
+"""
+_DESCRIPTION = """\
+Train a few steps of every method x model x batch x sequence x policy and
+record {records}.
+
+Full fine-tuning is measured with gradient checkpointing and without, with
+the model's own loss and with the chunked one; ratios are against the better.
+With --compare the exit code is 1 if anything became worse."""
+_RECORDS = {
+    "memory": "peak memory by component, with the prediction beside it",
+    "speed": "tokens per second, with memory beside it",
+}
+
+
+def _parser(what: str) -> Parser:
+    parser = Parser(
+        f"bench {what}",
+        "[OPTIONS]",
+        _DESCRIPTION.format(records=_RECORDS[what]),
+        _EXAMPLES.format(what=what),
+    )
+    measured = parser.add_argument_group("what is measured")
+    add = measured.add_argument
+    add("--models", nargs="+", default=["Llama-3.2-1B"], help="names, config folders, hub ids")
+    add("--methods", nargs="+", default=None, help=f"of {', '.join(METHODS)} (default: all)")
+    add("--peers", action="store_true", help=f"also {', '.join(PEERS)}, where installed")
+    add("--batches", nargs="+", type=int, default=[1], help="rows per step")
+    add("--seqs", nargs="+", type=int, default=[2048], help="tokens per row")
+    add("--policies", nargs="+", default=["recompute_all", "save"], help="what is kept, ours")
+    add("--optimizer", help="of adapters, a Transformers name")
+    add("--rank", type=int, default=16)
+    add("--graphs", default="off" if what == "memory" else "on", help="off, on or both")
+    add("--cap-gib", type=float, help="GPU memory torch may take")
+    how = parser.add_argument_group("how")
+    add = how.add_argument
+    add("--warmup", type=int, default=3, help="steps before the timed ones (default 3)")
+    steps = 3 if what == "memory" else 6
+    add("--steps", type=int, default=steps, help=f"timed steps (default {steps})")
+    add("--share", action="store_true", help="one process per model and method, not per point")
+    add("--limit-seconds", type=float, default=300, help="of one process (default 300)")
+    add("--total-seconds", type=float, default=3600, help="of the run (default 3600)")
+    add("--work", type=Path, help="folder for the checkpoints that peers read")
+    _add_results(parser)
+    return parser
+
+
+def _add_results(parser: Parser) -> None:
+    results = parser.add_argument_group("results")
+    add = results.add_argument
+    add("--out", type=Path, help="folder of the results (default bench-WHAT-TIME)")
+    add("--from", dest="record", type=Path, metavar="JSON", help="measure nothing, read this")
+    add("--compare", type=Path, metavar="JSON", help="exit with 1 if worse than this record")
+    add("--memory-threshold", type=float, default=2.0, help="percent more is worse (default 2)")
+    add("--speed-threshold", type=float, default=5.0, help="percent less is worse (default 5)")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Measure; see `qlora-kit bench --help`.
+
+    Args:
+        argv: the words after `qlora-kit bench`.
+
+    Returns:
+        0, or 1 where a comparison found something worse or a process failed.
+
+    Raises:
+        ConfigError: there is no such benchmark.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        benches = "\n".join(f"  {name:<8} {text}" for name, text in BENCHES.items())
+        print(_HELP.format(benches=benches), end="")
+        return 0 if argv else 2
+    what, *rest = argv
+    if what not in BENCHES:
+        raise ConfigError(
+            f"there is no benchmark {what!r}.{nearest(what, list(BENCHES))} "
+            f"Known: {', '.join(BENCHES)}."
+        )
+    return _RUNNERS[what](what, rest)
+
+
+def _run_training(what: str, words: Sequence[str]) -> int:
+    options = _parser(what).parse_args(words)
+    old = None if options.compare is None else read_record(options.compare, what)
+    folder = options.out or Path(time.strftime(f"bench-{what}-%Y%m%d-%H%M%S"))
+    if options.record is None:
+        record = _measure(what, options, folder, shlex.join(["qlora-kit", "bench", what, *words]))
+    else:
+        record = _again(read_record(options.record, what), folder)
+    _print(record, folder)
+    failed = any(row.get("error") for row in record["rows"])
+    return 1 if failed or (old is not None and _worse(old, record, options)) else 0
+
+
+def _measure(what: str, options: Namespace, folder: Path, command: str) -> dict[str, Any]:
+    from qlora_kit.bench.grid import Options
+    from qlora_kit.bench.run import Limits, for_this_machine, run_bench
+
+    methods = tuple(options.methods or METHODS)
+    wanted = Options(
+        models=tuple(options.models),
+        methods=methods + (tuple(PEERS) if options.peers else ()),
+        batches=tuple(options.batches),
+        seqs=tuple(options.seqs),
+        policies=tuple(options.policies),
+        graphs=options.graphs,
+        rank=options.rank,
+        optimizer=options.optimizer,
+        cap_gib=options.cap_gib,
+        warmup=options.warmup,
+        steps=options.steps,
+        fresh=not options.share,
+    )
+    return run_bench(
+        what,
+        [for_this_machine(wanted)],
+        folder,
+        command=command,
+        limits=Limits(process=options.limit_seconds, total=options.total_seconds),
+        work=options.work,
+    )
+
+
+def _again(record: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Predictions and reports of a record that was measured before."""
+    from qlora_kit.bench.predicted import add_predictions
+    from qlora_kit.bench.run import write_reports
+
+    folder.mkdir(parents=True, exist_ok=True)
+    add_predictions(record)
+    write_reports(record, folder)
+    return record
+
+
+def _print(record: dict[str, Any], folder: Path) -> None:
+    from qlora_kit.bench.markdown import render_markdown
+
+    print(f"\n{render_markdown(record)}\n{folder / 'report.html'}", flush=True)
+
+
+def _worse(old: dict[str, Any], record: dict[str, Any], options: Namespace) -> bool:
+    from qlora_kit.bench.compare import compare, report
+
+    memory, speed = options.memory_threshold, options.speed_threshold
+    changes = compare(old, record, memory=memory / 100, speed=speed / 100)
+    if not changes:
+        raise ConfigError(
+            f"{options.compare} has no measurement in common with this run: give the same "
+            "--models, --batches, --seqs and --policies."
+        )
+    limits = f"more than {memory:g}% more memory, or {speed:g}% slower"
+    print(report(old, record, changes, limits=limits))
+    return any(change.worse for change in changes)
+
+
+def read_record(file: Path, what: str) -> dict[str, Any]:
+    """Read a record that a benchmark wrote.
+
+    Args:
+        file: its `record.json`.
+        what: the benchmark it should be of; a name of `BENCHES`.
+
+    Returns:
+        The record.
+
+    Raises:
+        SourceError: the file cannot be read.
+        ConfigError: it is no record, or of something else.
+    """
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SourceError(f"cannot read {file}: {error.strerror}.") from error
+    except ValueError as error:
+        raise ConfigError(f"{file} is not JSON ({error}); a record.json was expected.") from error
+    bench = record.get("bench") if isinstance(record, dict) else None
+    if bench != what and {bench, what} != {"memory", "speed"}:
+        raise ConfigError(f"{file} is a record of {bench!r}, not of `bench {what}`.")
+    assert isinstance(record, dict)
+    return record
+
+
+_RUNNERS: dict[str, Callable[[str, Sequence[str]], int]] = {
+    "memory": _run_training,
+    "speed": _run_training,
+}
