@@ -14,12 +14,14 @@ the marker transformers makes masks for layers with windows and for attention th
 and those layers run their own code.
 """
 
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora_kit.block.description import Description, why_not
+from qlora_kit.block.final_norm import fuse_norm, restore_norm
 from qlora_kit.block.layer import Call, forward
 from qlora_kit.block.offload import host_store
 from qlora_kit.block.operands import Operands
@@ -110,6 +112,7 @@ class FusedBlocks:
         policies: tuple[str, ...],
         deterministic: bool,
         tile: int | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         """Exchange the classes.
 
@@ -118,6 +121,7 @@ class FusedBlocks:
             policies: one word each.
             deterministic: gradients must have the same bits twice.
             tile: tokens at a time; see `tiles.tiles_of`.
+            model: whose last norm is exchanged as well; None for the layers alone.
         """
         self.layers = layers
         self.policies = policies
@@ -133,9 +137,13 @@ class FusedBlocks:
             layer.__class__ = self._fused_class(type(layer))
             layer._runner = runner  # type: ignore[assignment]
         self._collect()
+        self._made: weakref.ref[Tensor] | None = None
+        self._norm = None if model is None else fuse_norm(model, layers, self)
 
     def remove(self) -> None:
         """Give the layers their own classes back."""
+        if self._norm is not None:
+            restore_norm(self._norm)
         for layer in self.layers:
             if isinstance(layer, FusedLayer):
                 layer.__class__ = type(layer).__bases__[1]
@@ -211,12 +219,20 @@ class FusedBlocks:
             self._operands.refresh(x.dtype)
         self._latest = runner.index
         description = runner.description
-        if not torch.is_grad_enabled():
-            y = forward(description, x.reshape(-1, x.shape[-1]), call, "nothing", self.tile)[0]
-            return y.view(x.shape)
-        parameters = [p for group in description.groups for p in group.parameters]
-        stepped: Tensor = Step.apply(x, runner, call, *parameters)
-        return stepped
+        y: Tensor
+        if torch.is_grad_enabled():
+            parameters = [p for group in description.groups for p in group.parameters]
+            y = Step.apply(x, runner, call, *parameters)
+        else:
+            flat = x.reshape(-1, x.shape[-1])
+            y = forward(description, flat, call, "nothing", self.tile)[0].view(x.shape)
+        if runner.index == len(self.layers) - 1:
+            self._made = weakref.ref(y)
+        return y
+
+    def made(self, hidden: Tensor) -> bool:
+        """Whether a tensor is what the last layer has given, as one step, and nobody changed."""
+        return self._made is not None and self._made() is hidden
 
     def _describe_again(self) -> None:
         """An adapter came or went."""
@@ -298,7 +314,7 @@ def fuse_blocks(
             f"this model's layers cannot run as one step: {reason}. Use train.step=compiled or "
             "eager."
         )
-    return FusedBlocks(layers, parse_policy(activations, len(layers)), deterministic, tile)
+    return FusedBlocks(layers, parse_policy(activations, len(layers)), deterministic, tile, model)
 
 
 def why_not_fused(model: nn.Module) -> str | None:
