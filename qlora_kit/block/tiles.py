@@ -15,6 +15,7 @@ free. A batch that fits into one tile runs as if there were none.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from qlora_kit.block.description import Description
 from qlora_kit.core.errors import ConfigError
@@ -83,31 +84,34 @@ class Tiles:
         )
 
 
-def tile_tokens(tile: str) -> int | None:
+Tile = Literal["auto"] | int | None
+"""As a configuration says it: `auto`, tokens of a tile, or None for all at once."""
+
+
+def tile_tokens(tile: Tile) -> int | None:
     """Read the configuration's word.
 
     Args:
-        tile: `auto`, `off`, or a number of tokens.
+        tile: `auto`, tokens of a tile, or None.
 
     Returns:
-        The number; 0 for `auto`, None for `off`.
+        What `tiles_of` takes: 0 for `auto`.
 
     Raises:
         ConfigError: it is none of these.
 
     Example:
-        >>> tile_tokens("4096"), tile_tokens("auto"), tile_tokens("off")
+        >>> tile_tokens(4096), tile_tokens("auto"), tile_tokens(None)
         (4096, 0, None)
     """
-    if tile == "auto":
-        return 0
-    if tile == "off":
-        return None
-    if not tile.isdecimal() or not int(tile):
+    if tile is None or tile == "auto":
+        return None if tile is None else 0
+    if not isinstance(tile, int) or tile < 1:
         raise ConfigError(
-            f"a tile is a number of tokens, such as 4096, or auto, or off; got {tile!r}."
+            f"a tile is a number of tokens above 0, such as 4096, or auto, or null for all tokens "
+            f"at once; got {tile!r}."
         )
-    return int(tile)
+    return tile
 
 
 def tiles_of(d: Description, rows: int, tile: int | None) -> Tiles:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from qlora_kit.block.compiled import CompiledLayers, compile_layers
 from qlora_kit.block.install import FusedBlocks, fuse_blocks, why_not_fused
+from qlora_kit.block.tiles import Tile, tile_tokens
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.core.log import logger
 from qlora_kit.ops.attention.rule import Documents
@@ -133,7 +134,11 @@ class FusedModel:
 
 
 def prepare_model(
-    model: PreTrainedModel, args: TrainingArguments, step: str, activations: str
+    model: PreTrainedModel,
+    args: TrainingArguments,
+    step: str,
+    activations: str,
+    tile: Tile = None,
 ) -> FusedModel | None:
     """Prepare a causal model's layers for training.
 
@@ -144,6 +149,7 @@ def prepare_model(
         step: one of `STEPS`.
         activations: what fused layers keep; see `block/policy.py`. `auto` is
             `recompute_all` with gradient checkpointing, else `recompute_elementwise`.
+        tile: tokens that fused layers treat at a time where each is alone; see `block/tiles.py`.
 
     Returns:
         The prepared model, or None for the model's own code.
@@ -170,7 +176,9 @@ def prepare_model(
     if step == "compiled":
         layers = compile_layers(model, activations)
     else:
-        layers = fuse_blocks(model, activations, deterministic=args.full_determinism)
+        layers = fuse_blocks(
+            model, activations, deterministic=args.full_determinism, tile=tile_tokens(tile)
+        )
     model.train(training)
     for name in CHECKPOINTING:
         if hasattr(args, name):

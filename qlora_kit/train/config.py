@@ -106,6 +106,8 @@ class TrainConfig:
     """How layers run: `fused` as one step each, by torch.compile, or by the model's own code."""
     activations: str = "auto"
     """What fused layers keep for the backward: save, recompute_elementwise, recompute_all, ..."""
+    tile: Literal["auto"] | int | None = "auto"
+    """Tokens that fused layers treat at a time, for long rows; null: all at once."""
     group_by_length: bool = True
     """Batch rows of similar length together, to waste less on padding."""
     seed: int = 0

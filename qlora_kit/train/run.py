@@ -310,6 +310,7 @@ class _Run:
             base_model=self._base_name(),
             step=config.train.step,
             activations=config.train.activations,
+            tile=config.train.tile,
         )
         try:
             output = trainer.train(resume_from_checkpoint=True if config.resume else None)

@@ -27,6 +27,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
 
 from qlora_kit.adapters.inject import AttachedAdapter
+from qlora_kit.block.tiles import Tile
 from qlora_kit.core.atomic import atomic_directory
 from qlora_kit.core.errors import AdapterError
 from qlora_kit.core.units import GIB
@@ -111,6 +112,7 @@ class Trainer(UpdatingTrainer):
         base_model: str | None = None,
         step: str = "auto",
         activations: str = "auto",
+        tile: Tile = "auto",
     ) -> None:
         """Prepare to train an adapter.
 
@@ -127,6 +129,7 @@ class Trainer(UpdatingTrainer):
             step: how the model's layers run; see `step/prepare.py`.
             activations: what fused layers keep for the backward, see `block/policy.py`; `auto`
                 is `recompute_all` with gradient checkpointing, else `recompute_elementwise`.
+            tile: tokens that fused layers treat at a time; see `block/tiles.py`.
 
         Raises:
             AdapterError: nothing in the adapter is trainable.
@@ -144,7 +147,7 @@ class Trainer(UpdatingTrainer):
         if args.n_gpu > 1:
             args._n_gpu = 1
         causal = "SequenceClassification" not in type(model).__name__
-        self.fused = prepare_model(model, args, step, activations) if causal else None
+        self.fused = prepare_model(model, args, step, activations, tile) if causal else None
         if self.fused is not None and data_collator is not None:
             data_collator = FusedCollator(data_collator)
         super().__init__(

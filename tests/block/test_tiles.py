@@ -191,17 +191,11 @@ def test_gradients_are_written_over_each_other(monkeypatch: pytest.MonkeyPatch) 
     assert len(set(places[1:])) == 1
 
 
-@pytest.mark.parametrize(("tile", "tokens"), [("auto", 0), ("off", None), ("1", 1), ("2048", 2048)])
-def test_the_configurations_word(tile: str, tokens: int | None) -> None:
-    """A number or one of two words."""
-    assert tile_tokens(tile) == tokens
-
-
-@pytest.mark.parametrize("tile", ["", "0", "-1", "1.5", "on", "None"])
-def test_other_words_are_refused(tile: str) -> None:
-    """With the ones that are known."""
-    with pytest.raises(ConfigError, match="4096, or auto, or off"):
-        tile_tokens(tile)
+@pytest.mark.parametrize("tile", ["", "off", "4096", 0, -1, 1.5])
+def test_other_words_are_refused(tile: object) -> None:
+    """With those that are known."""
+    with pytest.raises(ConfigError, match="4096, or auto, or null"):
+        tile_tokens(tile)  # type: ignore[arg-type]
 
 
 def test_auto_leaves_usual_batches_whole() -> None:
