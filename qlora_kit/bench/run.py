@@ -33,10 +33,10 @@ from qlora_kit.core.atomic import atomic_write_text
 from qlora_kit.train.record import source_commit
 
 TINY_NOTE = (
-    "There is no GPU here: a tiny model ran on the CPU in float32. That tests the commands and "
-    "nothing else. Memory is the whole process's, libraries included; no figure here says "
-    "anything about a GPU."
+    "There is no GPU here: a tiny model ran on the CPU in float32. That tests this program; no "
+    "figure below says anything about a GPU."
 )
+HOST_NOTE = "Memory is that of the whole process on the host, Python and libraries included."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,20 +115,32 @@ def run_bench(
             print("interrupted: recording what was measured", flush=True)
     for row in session.rows:
         _complete(row, session.peaks)
-    record = make_record(
-        bench,
-        session.rows,
-        commit=(commit := os.environ.get("QLORA_KIT_COMMIT") or source_commit()),
-        dirty=bool(commit and commit.endswith("-dirty")),
-        command=command,
-        peaks=session.peaks,
-    )
+    record = record_of(bench, session.rows, command, session.peaks)
     if rounds[0].device == "cpu":
-        record["note"] = TINY_NOTE
+        record["note"] = f"{TINY_NOTE} {HOST_NOTE}"
     write_reports(record, folder)
     add_predictions(record)
     write_reports(record, folder)
     return record
+
+
+def record_of(
+    bench: str, rows: list[Row], command: str, peaks: dict[str, float] | None = None
+) -> dict[str, Any]:
+    """A record of this version of the package.
+
+    Args:
+        bench: its name.
+        rows: one measurement each.
+        command: what the user typed.
+        peaks: rates of the card, if they were measured.
+
+    Returns:
+        The record. `QLORA_KIT_COMMIT` names the commit where there is no git.
+    """
+    commit = os.environ.get("QLORA_KIT_COMMIT") or source_commit()
+    dirty = bool(commit and commit.endswith("-dirty"))
+    return make_record(bench, rows, commit=commit, dirty=dirty, command=command, peaks=peaks)
 
 
 def _run_model(

@@ -7,7 +7,15 @@ made at random where they run (`random_model.py`), or only counted on the meta d
 
 from pathlib import Path
 
-from transformers import AutoConfig, GPT2Config, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import (
+    AutoConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+    Qwen3Config,
+)
 
 from qlora_kit.core.errors import ConfigError
 
@@ -39,6 +47,23 @@ def _qwen3(hidden: int, ffn: int, layers: int, heads: int) -> Qwen3Config:
     )
 
 
+def _gemma3(
+    hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, window: int
+) -> Gemma3TextConfig:
+    return Gemma3TextConfig(
+        vocab_size=262144,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=256,
+        sliding_window=window,
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+    )
+
+
 def _llama_1(hidden: int, ffn: int, layers: int, heads: int) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=32000,
@@ -55,6 +80,9 @@ SHAPES: dict[str, PretrainedConfig] = {
     "Llama-3.2-1B": _llama(2048, 8192, 16, 32, tied=True),
     "Llama-3.2-3B": _llama(3072, 8192, 28, 24, tied=True),
     "Llama-3.1-8B": _llama(4096, 14336, 32, 32, tied=False),
+    "Gemma-3-1B": _gemma3(1152, 6912, 26, 4, 1, 512),
+    "Gemma-3-4B": _gemma3(2560, 10240, 34, 8, 4, 1024),
+    "Qwen3-8B": _qwen3(4096, 12288, 36, 32),
     "Qwen3-14B": _qwen3(5120, 17408, 40, 40),
     "Qwen3-32B": _qwen3(5120, 25600, 64, 64),
     "Llama-3.3-70B": _llama(8192, 28672, 80, 64, tied=False),
@@ -87,17 +115,26 @@ LLAMA_1: dict[str, LlamaConfig] = {
 """The models of QLoRA's memory breakdown (arXiv:2302.13971, table 2)."""
 
 GPT_2_MEDIUM = GPT2Config(n_embd=1024, n_layer=24, n_head=16)
-"""The model of LoRA's table of latencies."""
+"""The model of LoRA's table of latencies, `GPT-2-medium`."""
 
-GPT_3 = GPT2Config(vocab_size=50257, n_positions=2048, n_embd=12288, n_layer=96, n_head=96)
-"""The model of LoRA's claim of checkpoints 10,000 times smaller (arXiv:2005.14165, table 2.1)."""
+GPT_3 = OPTConfig(
+    vocab_size=50257,
+    hidden_size=12288,
+    ffn_dim=49152,
+    num_hidden_layers=96,
+    num_attention_heads=96,
+    word_embed_proj_dim=12288,
+    max_position_embeddings=2048,
+)
+"""The model of LoRA's claim of checkpoints 10,000 times smaller, in the architecture that has its
+shapes (arXiv:2005.14165, table 2.1)."""
 
 
 def config_of(name: str) -> PretrainedConfig:
     """The configuration of a model.
 
     Args:
-        name: of `MODELS`, a folder with a `config.json`, or a hub id.
+        name: of `MODELS`, `GPT-2-medium`, a folder with a `config.json`, or a hub id.
 
     Returns:
         The configuration; no weights are looked at and no code is run.
@@ -111,6 +148,8 @@ def config_of(name: str) -> PretrainedConfig:
     """
     if name in MODELS:
         return MODELS[name]
+    if name == "GPT-2-medium":
+        return GPT_2_MEDIUM
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -33,14 +33,19 @@ def device() -> str:
 class Captured:
     """Variants captured one after the other, their memory shared."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, graphs: bool = True) -> None:
+        """Nothing is captured yet.
+
+        Args:
+            graphs: replay CUDA graphs; False to call variants as they are, launches included.
+        """
         self.replays: dict[str, Replay] = {}
         self.first: dict[str, object] = {}
         """What each variant's first call returned, uncaptured."""
         self._gpu = device() == "cuda"
-        self._stream = _stream() if self._gpu else None
+        self._stream = _stream() if self._gpu and graphs else None
         # Results are dropped as soon as they are written, so graphs may share their memory.
-        self._pool = torch.cuda.graph_pool_handle() if self._gpu else None
+        self._pool = torch.cuda.graph_pool_handle() if self._stream else None
 
     def add(self, name: str, call: Call, calls: int, copies: int) -> None:
         """Capture one variant.

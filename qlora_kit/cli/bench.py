@@ -13,8 +13,10 @@ from qlora_kit.cli.arguments import Parser, nearest
 from qlora_kit.core.errors import ConfigError, SourceError
 
 BENCHES = {
-    "memory": "peak memory by component, and how many times less than full fine-tuning",
-    "speed": "tokens/s of a training step, and how many times full fine-tuning's",
+    "memory": "peak memory by component, beside full fine-tuning's",
+    "speed": "tokens/s of a training step, beside full fine-tuning's",
+    "latency": "inference with LoRA, merged LoRA and bottleneck adapters",
+    "sizes": "checkpoints, and QLoRA's published memory, by arithmetic alone",
 }
 """What can be measured."""
 
@@ -23,8 +25,8 @@ usage: qlora-kit bench WHAT [OPTIONS]
        qlora-kit bench WHAT --help
 
 Measure on this machine, with random weights of real shapes: nothing is
-downloaded. Every measurement runs in a process of its own; running out of
-memory is a result. Writes rows.jsonl as rows come, then record.json,
+downloaded. Memory and speed: every measurement in a process of its own,
+out of memory is a result; rows.jsonl as rows come, then record.json,
 report.md and report.html.
 
 what:
@@ -222,7 +224,93 @@ def read_record(file: Path, what: str) -> dict[str, Any]:
     return record
 
 
+def _latency_parser() -> Parser:
+    parser = Parser(
+        "bench latency",
+        "[OPTIONS]",
+        "Time one forward pass and a generation of the base model, with LoRA beside its\n"
+        "linears, with LoRA merged, and with bottleneck adapters (Pfeiffer, Houlsby),\n"
+        "as in table 1 of LoRA's paper. Random weights in 16 bits.",
+    )
+    add = parser.add_argument
+    add("--models", nargs="+", default=["GPT-2-medium", "Llama-3.2-1B"], help="names of shapes")
+    add("--shapes", nargs="+", default=["32x512", "16x256", "1x128"], help="BATCHxSEQUENCE")
+    add("--new-tokens", type=int, default=16, help="of a generation; 0: none (default 16)")
+    add("--rank", type=int, default=16, help="of LoRA on all linears (default 16)")
+    add("--reduction", type=int, default=16, help="model's width over a bottleneck's")
+    add("--seconds", type=float, default=4.0, help="about, per line of the table (default 4)")
+    add("--out", type=Path, help="folder of the results (default bench-latency-TIME)")
+    return parser
+
+
+def _shape(text: str) -> tuple[int, int]:
+    batch, _, seq = text.partition("x")
+    if not (batch.isdigit() and seq.isdigit()):
+        raise ConfigError(f"a shape is BATCHxSEQUENCE, as in 16x256; got {text!r}.")
+    return int(batch), int(seq)
+
+
+def _run_latency(what: str, words: Sequence[str]) -> int:
+    options = _latency_parser().parse_args(words)
+    shapes = tuple(_shape(text) for text in options.shapes)
+    import torch
+
+    from qlora_kit.bench.latency import LatencyOptions, measure_latency, render_latency
+    from qlora_kit.bench.run import TINY_NOTE, record_of
+
+    gpu = torch.cuda.is_available()
+    rows = []
+    for model in options.models if gpu else ["tiny"]:
+        wanted = LatencyOptions(
+            model=model,
+            shapes=shapes if gpu else ((1, 16), (2, 32)),
+            new_tokens=options.new_tokens if gpu else min(options.new_tokens, 4),
+            rank=options.rank,
+            reduction=options.reduction,
+            seconds=options.seconds if gpu else 0.5,
+            device="cuda" if gpu else "cpu",
+            dtype="bfloat16" if gpu else "float32",
+        )
+        rows += measure_latency(wanted)
+    record = record_of(what, rows, shlex.join(["qlora-kit", "bench", what, *words]))
+    text = ("" if gpu else f"**{TINY_NOTE}**\n\n") + render_latency(rows)
+    _save(what, options.out, record, text)
+    return 0
+
+
+def _run_sizes(what: str, words: Sequence[str]) -> int:
+    parser = Parser(
+        "bench sizes",
+        "[OPTIONS]",
+        "Count, from configurations alone: checkpoints of models and adapters, and the\n"
+        "memory breakdown that QLoRA's paper gives for LLaMA 7B to 65B.",
+    )
+    parser.add_argument("--out", type=Path, help="file for the tables, in Markdown")
+    options = parser.parse_args(words)
+    from qlora_kit.bench.sizes import render_sizes
+    from qlora_kit.core.atomic import atomic_write_text
+
+    text = render_sizes()
+    print(text, end="")
+    if options.out is not None:
+        atomic_write_text(options.out, text)
+    return 0
+
+
+def _save(what: str, out: Path | None, record: dict[str, Any], text: str) -> None:
+    """Write a record and its Markdown, and print where."""
+    from qlora_kit.core.atomic import atomic_write_text
+
+    folder = out or Path(time.strftime(f"bench-{what}-%Y%m%d-%H%M%S"))
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(folder / "record.json", json.dumps(record, indent=1) + "\n")
+    atomic_write_text(folder / "report.md", text)
+    print(f"\n{text}\n{folder / 'report.md'}", flush=True)
+
+
 _RUNNERS: dict[str, Callable[[str, Sequence[str]], int]] = {
     "memory": _run_training,
     "speed": _run_training,
+    "latency": _run_latency,
+    "sizes": _run_sizes,
 }
