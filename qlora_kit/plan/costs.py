@@ -177,7 +177,7 @@ def _linear_pass(
 
 
 def _low_rank_gradients(inputs: Any, gpu: Gpu) -> Cost:
-    """One pass over dY, and partial sums in float32, as `ops/low_rank_gradients/cuda.py` has them."""
+    """One pass over dY; partial sums in float32, as `low_rank_gradients/cuda.py` has them."""
     dy, b, xa, column_ends, rank_ends, out = _arguments(inputs)
     rank = kernel_rank(column_ends, rank_ends)
     (m, n), size = dy.shape, _bytes(dy) + 2 * _bytes(out) + _bytes(xa) + _bytes(b)

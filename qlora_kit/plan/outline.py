@@ -4,6 +4,7 @@ Everything is done by the code that does it to real models, on the meta device, 
 outline has the modules, parameters and layers of the run, and no weight.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,6 +18,7 @@ from qlora_kit.block.install import FusedBlocks, fuse_blocks, why_not_fused
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.nn.swap import nf4_modules, quantizable, swap
 from qlora_kit.ops.attention.transformers_door import register
+from qlora_kit.plan.own_code import OwnCode
 from qlora_kit.plan.setup import FULL, Setup
 
 
@@ -29,6 +31,8 @@ class Outline:
     """None where everything is trained."""
     blocks: FusedBlocks | None
     """None where the model runs its own code."""
+    own_code: OwnCode
+    """What that code has to run under."""
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -70,14 +74,26 @@ def outline(config: PreTrainedConfig, setup: Setup) -> Outline:
         adapter = attach(model, setup.adapter, seed=0)
     model.train()
     model.set_attn_implementation(register())
-    blocks = None
+    blocks, own_code = None, OwnCode(setup)
     if setup.step == "fused" and why_not_fused(model) is None:
         blocks = fuse_blocks(model, setup.activations)
+        if setup.keep_decoded and setup.bits == 4:
+            blocks.keep_decoded(setup.keep_decoded, dtype)
     elif setup.activations in ("recompute_all", "offload"):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        if adapter is not None:
-            model.enable_input_require_grads()
-    return Outline(model, adapter, blocks)
+        checkpointing(model, own_code)
+    return Outline(model, adapter, blocks, own_code)
+
+
+def checkpointing(model: PreTrainedModel, own_code: OwnCode) -> None:
+    """Turn transformers' own recomputation on, by the name that this version has for it.
+
+    Args:
+        model: in training mode.
+        own_code: what is computed again has to run under.
+    """
+    options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), own_code)}
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_enable")(options)
 
 
 def _empty(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 from transformers import PreTrainedConfig
 
 from qlora_kit.block.offload import OutlinedStore
@@ -103,7 +102,7 @@ def predict(config: PreTrainedConfig, setup: Setup, gpu: Gpu) -> Prediction:
         >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1}
         >>> config = LlamaConfig(vocab_size=32, num_hidden_layers=1, **sizes)
         >>> predict(config, Setup(rank=8, seq=128), find_gpu("h100")).trained
-        6528
+        7168
     """
     made = outline(config, setup)
     trace = run_step(made, setup, gpu)
@@ -114,7 +113,7 @@ def predict(config: PreTrainedConfig, setup: Setup, gpu: Gpu) -> Prediction:
     found["libraries"] = LIBRARIES if gpu.capability[0] == 9 else LIBRARIES_BEFORE
     moment, blocks, workspace = trace.peak()
     gradients = {id(b) for p in trained if p.grad is not None and (b := trace.block_of(p.grad))}
-    update = _update_bytes(trained)
+    update = _update_bytes(trained, flat=setup.method != FULL)
     rest = sum(b.size for b in trace.blocks if b.died is None and id(b) not in gradients)
     if update + rest > moment:  # the optimizer's step is the peak
         found["gradients"] = update
@@ -178,19 +177,20 @@ def run_step(made: Outline, setup: Setup, gpu: Gpu) -> Trace:
     shape = (setup.batch, setup.seq)
     trace = Trace(gpu, owned)
     targets = max(1, int(setup.tokens * setup.target_share))
-    with _Autocast(setup), trace, trace.during("inputs"):
-        ids = torch.empty(shape, dtype=torch.int64, device="meta")
-        labels = torch.empty(shape, dtype=torch.int64, device="meta")
-        positions = torch.empty(targets, dtype=torch.int64, device="meta")
-        items = torch.empty((), device="meta")
-        inputs: dict[str, Any] = {"input_ids": ids, "labels": labels, "use_cache": False}
-        inputs |= {TARGET_POSITIONS: positions, **unpadded_inputs()}
-        with trace.during("forward"):
-            selected = head_input(model, inputs)
-        assert selected is not None, "every causal model has a head that can be reached"
-        with trace.during("loss"):
-            loss = selected.losses().total / items
-            del selected
+    with trace:
+        with made.own_code, trace.during("inputs"):
+            ids = torch.empty(shape, dtype=torch.int64, device="meta")
+            labels = torch.empty(shape, dtype=torch.int64, device="meta")
+            positions = torch.empty(targets, dtype=torch.int64, device="meta")
+            items = torch.empty((), device="meta")
+            inputs: dict[str, Any] = {"input_ids": ids, "labels": labels, "use_cache": False}
+            inputs |= {TARGET_POSITIONS: positions, **unpadded_inputs()}
+            with trace.during("forward"):
+                selected = head_input(model, inputs)
+            assert selected is not None, "every causal model has a head that can be reached"
+            with trace.during("loss"):
+                loss = selected.losses().total / items
+                del selected
         with trace.during("backward"):
             loss.backward()
             del loss
@@ -219,35 +219,7 @@ _SOON = 64
 """Changes within which a forward pass drops what it does not keep."""
 
 
-def _update_bytes(trained: list[nn.Parameter]) -> int:
-    """Gradients when the optimizer steps: as they came, and in one buffer."""
+def _update_bytes(trained: list[nn.Parameter], *, flat: bool) -> int:
+    """Gradients when the optimizer steps: as they came, and those of an adapter in one buffer."""
     size = sum(counted_bytes(p.numel() * p.element_size()) for p in trained)
-    return 2 * size
-
-
-class _Autocast(TorchFunctionMode):
-    """Autocast for the meta device: linear layers get their operands in 16 bits.
-
-    Weights are cast once, and the copies live until the forward pass ends, as torch's do.
-    """
-
-    def __init__(self, setup: Setup) -> None:
-        super().__init__()
-        wanted = setup.method == FULL and setup.mixed and setup.dtype != "float32"
-        self.dtype = getattr(torch, setup.dtype) if wanted else None
-        self.copies: dict[int, Tensor] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.dtype is not None and func in (nn.functional.linear, torch.matmul):
-            args = tuple(self._cast(a) if isinstance(a, Tensor) else a for a in args)
-        return func(*args, **(kwargs or {}))
-
-    def _cast(self, tensor: Tensor) -> Tensor:
-        assert self.dtype is not None
-        if tensor.dtype != torch.float32:
-            return tensor
-        if not isinstance(tensor, nn.Parameter):
-            return tensor.to(self.dtype)
-        if id(tensor) not in self.copies:
-            self.copies[id(tensor)] = tensor.to(self.dtype)
-        return self.copies[id(tensor)]
+    return 2 * size if flat else size

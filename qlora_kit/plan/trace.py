@@ -73,6 +73,7 @@ class Trace(TorchDispatchMode):
         launches: how many kernels.
 
     Example:
+        >>> import torch
         >>> from qlora_kit.plan.gpus import find_gpu
         >>> with Trace(find_gpu("h100")) as trace:
         ...     x = torch.empty(1 << 20, device="meta")

@@ -1,0 +1,65 @@
+"""Autocast for a model's own code on the meta device, where torch has none.
+
+Linear layers and attention get their operands in 16 bits where masters are float32. Weights
+are cast once per forward pass, and the copies live until it is differentiated, as torch's do.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from qlora_kit.ops.attention import op as _attention  # noqa: F401  registers the op
+from qlora_kit.plan.setup import FULL, Setup
+
+_CAST = (
+    nn.functional.linear,
+    torch.matmul,
+    torch.bmm,
+    torch.addmm,
+    torch.ops.qlora_kit.attention.default,
+)
+
+
+class OwnCode(TorchFunctionMode):
+    """Stands in for a GPU's autocast; see the module's text.
+
+    Example:
+        >>> x = torch.empty(2, 64, device="meta")
+        >>> with OwnCode(Setup(method="full", bits=16)):
+        ...     nn.functional.linear(x, x).dtype
+        torch.bfloat16
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        """Read what is cast.
+
+        Args:
+            setup: of the run.
+        """
+        super().__init__()
+        mixed = setup.method == FULL and setup.mixed and setup.dtype != "float32"
+        self.dtype: torch.dtype | None = getattr(torch, setup.dtype) if mixed else None
+        self._copies: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Cast operands, leave the rest."""
+        if self.dtype is not None and func in _CAST:
+            args = tuple(self._cast(a) if isinstance(a, Tensor) else a for a in args)
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *raised: Any) -> None:
+        """Let go of the copies."""
+        self._copies.clear()
+        super().__exit__(*raised)
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        """The tensor as autocast would hand it over."""
+        if self.dtype is None or tensor.dtype != torch.float32:
+            return tensor
+        if not isinstance(tensor, nn.Parameter):
+            return tensor.to(self.dtype)
+        if id(tensor) not in self._copies:
+            self._copies[id(tensor)] = tensor.to(self.dtype)
+        return self._copies[id(tensor)]
