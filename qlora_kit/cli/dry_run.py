@@ -138,8 +138,9 @@ def _model_rows(config: RunConfig, folder: str, dtype: "torch.dtype", num_labels
         ("parameters", f"{total:,}"),
     ]
     if config.model.bits == 4:
-        names = quantizable(model, config.quant)
-        swap(model, dict.fromkeys(names, config.quant), dtype=dtype)
+        quant = config.base_quant or config.quant
+        names = quantizable(model, quant)
+        swap(model, dict.fromkeys(names, quant), dtype=dtype)
         stored = [p.numel() for p in model.parameters() if p.dtype == torch.uint8]
         text = f"{format_bytes(sum(stored))} in {len(names)} modules"
         rows.append((f"NF4 at {config.quant.bits_per_weight:.2f} bits", text))

@@ -1,10 +1,13 @@
 """How frozen base weights are stored: the one description, free of torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlora_kit.core.errors import ConfigError
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+HEAD = "lm_head"
+"""What the output head is called in the models that have one of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +23,7 @@ class QuantConfig:
     """Weights that share one scale. Smaller is more accurate and larger."""
     double_quant: bool = True
     """Store the scales in 8 bits, in groups of 256."""
-    skip: tuple[str, ...] = ("lm_head",)
+    skip: tuple[str, ...] = (HEAD,)
     """Modules left in the compute dtype: name endings, or `re:` and a regular expression."""
     target: tuple[str, ...] = ()
     """Modules to quantize, in the same notation. Empty: every linear layer."""
@@ -42,3 +45,17 @@ class QuantConfig:
         """Storage per weight in bits, scales included."""
         scale_bits = 8 + 32 / 256 if self.double_quant else 32
         return 4 + scale_bits / self.block_size
+
+    def with_head(self) -> "QuantConfig":
+        """The same, with the output head in NF4 as well.
+
+        Returns:
+            A configuration whose `target` names every linear layer, unless this one names some,
+            and the head.
+
+        Example:
+            >>> QuantConfig().with_head().skip, QuantConfig(target=("mlp",)).with_head().target
+            ((), ('mlp', 'lm_head'))
+        """
+        skip = tuple(pattern for pattern in self.skip if pattern != HEAD)
+        return replace(self, skip=skip, target=(*self.target, HEAD) if self.target else ("re:.*",))

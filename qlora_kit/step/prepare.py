@@ -20,6 +20,7 @@ from qlora_kit.block.install import FusedBlocks, fuse_blocks, why_not_fused
 from qlora_kit.block.tiles import Tile, tile_tokens
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.core.log import logger
+from qlora_kit.nn.host_embedding import has_host_embeddings
 from qlora_kit.ops.attention.rule import Documents
 from qlora_kit.ops.attention.transformers_door import packed_inputs, register, unpadded_inputs
 from qlora_kit.step.head_input import TARGET_POSITIONS, target_positions
@@ -124,8 +125,8 @@ class FusedModel:
 
     @property
     def never_waits(self) -> bool:
-        """Whether a step may be recorded as a CUDA graph: with fused layers only."""
-        return isinstance(self.blocks, FusedBlocks)
+        """Whether a step may be recorded as a CUDA graph: with fused layers, all on the GPU."""
+        return isinstance(self.blocks, FusedBlocks) and not has_host_embeddings(self._model)
 
     def remove(self) -> None:
         """Give the model its own layers and attention back."""

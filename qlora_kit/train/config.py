@@ -38,6 +38,10 @@ class ModelConfig:
     """Attention implementation; `auto` lets Transformers choose."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
+    quantize_head: bool = False
+    """Store the output head in NF4 as well: less memory, and logits a little off."""
+    embeddings_on_host: bool = False
+    """Keep the input embeddings in host memory, and send the rows that a batch needs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,3 +190,10 @@ class RunConfig:
     """Continue from the last checkpoint in `output`."""
     overwrite: bool = False
     """Allow writing into an `output` that already holds a finished run."""
+
+    @property
+    def base_quant(self) -> QuantConfig | None:
+        """How the base is stored: `quant`, with the head if asked for; None for 16 bits."""
+        if self.model.bits != 4:
+            return None
+        return self.quant.with_head() if self.model.quantize_head else self.quant

@@ -44,6 +44,7 @@ from qlora_kit.train.data.collate import Batch, Collator, make_collator
 from qlora_kit.train.data.dataset import build_dataset, eval_names
 from qlora_kit.train.data.tokenized import Row, TokenizedSet
 from qlora_kit.train.describe import describe_model, describe_training, memory_peaks
+from qlora_kit.train.ends import settle_ends
 from qlora_kit.train.evaluate import Evaluator, SetResult
 from qlora_kit.train.finish import merge_and_check
 from qlora_kit.train.limits import explain_memory_errors
@@ -156,6 +157,7 @@ class _Run:
             adapter = attach(
                 model, make_adapter_config(config.method, config.adapter), seed=config.train.seed
             )
+            settle_ends(model, config.model)
             self._print_start(model, adapter, sets)
             with adapter.disabled():
                 before = self._before(model, sets, stages)
@@ -211,7 +213,7 @@ class _Run:
         classes = len(train.label_names) if train.label_names else None
         model, tokenizer = load(
             model_config.path,
-            quant=self.config.quant if model_config.bits == 4 else None,
+            quant=self.config.base_quant,
             dtype=model_config.dtype,
             device=model_config.device,
             task=model_config.task,
