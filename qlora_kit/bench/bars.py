@@ -33,7 +33,9 @@ class Bar:
         return sum(self.parts.values())
 
 
-def bar_chart(bars: Sequence[Bar], colors: Mapping[str, int], *, title: str, unit: str) -> Markup:
+def bar_chart(
+    bars: Sequence[Bar], colors: Mapping[str, int], *, title: str, unit: str, form: str = ".2f"
+) -> Markup:
     """Draw bars over a common axis that starts at zero.
 
     Args:
@@ -42,6 +44,7 @@ def bar_chart(bars: Sequence[Bar], colors: Mapping[str, int], *, title: str, uni
             that are not named take the last colour.
         title: read by screen readers.
         unit: under the axis.
+        form: of the figures at the ends of bars.
 
     Returns:
         An `<svg>` element; empty if there is nothing to draw.
@@ -61,7 +64,7 @@ def bar_chart(bars: Sequence[Bar], colors: Mapping[str, int], *, title: str, uni
     parts = _axis(longest, scale, bottom, unit)
     y = float(_TOP)
     for bar, height in zip(bars, heights, strict=True):
-        parts += _bar(bar, colors, scale, y)
+        parts += _bar(bar, colors, scale, y, form)
         y += height
     return Markup(
         f'<svg class="chart" viewBox="0 0 {WIDTH} {bottom + _BOTTOM}" role="img" '
@@ -85,13 +88,13 @@ def _axis(longest: float, scale: float, bottom: int, unit: str) -> list[str]:
     return parts
 
 
-def _bar(bar: Bar, colors: Mapping[str, int], scale: float, y: float) -> list[str]:
+def _bar(bar: Bar, colors: Mapping[str, int], scale: float, y: float, form: str) -> list[str]:
     text = f'x="{_LEFT - 8}" y="{y + _BAR - 4:.1f}" text-anchor="end"'
     drawn = [f"<text {text}>{escape(bar.name)}</text>"]
     drawn += _segments(bar.parts, colors, scale, y, _BAR, "")
     drawn += _segments(bar.beside, colors, scale, y + _BAR + 1, _THIN - 1, "predicted ")
     end = _LEFT + bar.total * scale + 5
-    drawn.append(f'<text x="{end:.1f}" y="{y + _BAR - 4:.1f}">{label(bar.total)}</text>')
+    drawn.append(f'<text x="{end:.1f}" y="{y + _BAR - 4:.1f}">{bar.total:{form}}</text>')
     return drawn
 
 

@@ -122,7 +122,7 @@ def _memory_verdicts(
     for again, word in ((True, "recomputing"), (False, "without recomputing")):
         mine = leanest([r for r in ours if recomputes(r) == again])
         other = leanest([r for r in full if recomputes(r) == again])
-        if mine is None or other is None:
+        if mine is None or other is None or (mine is leanest(ours) and other is leanest(full)):
             continue
         verdict = _memory_verdict(f"{claim}, {word}", mine, other, full, target)
         if verdict.met is False:
@@ -191,7 +191,8 @@ def _speed_verdict(ours: Sequence[Row], full: Sequence[Row]) -> Verdict:
     ratio = speed / float(theirs["tokens_per_s"])
     text = (
         f"{speed:,.0f} tokens/s ({_named(mine)}) / {theirs['tokens_per_s']:,.0f} "
-        f"({_named(theirs)}) = {ratio:.2f}."
+        f"({_named(theirs)}) = {ratio:.2f}, in {peak_gib(mine):.2f} GiB against "
+        f"{peak_gib(theirs):.2f}."
     )
     if ratio < SPEED_TARGET:
         text += _why_speed(mine, theirs)

@@ -17,7 +17,7 @@ from qlora_kit.bench.components import RESIDENT, REST
 from qlora_kit.bench.markdown import facts
 from qlora_kit.bench.methods import title_of
 from qlora_kit.bench.record import Row
-from qlora_kit.bench.rows import measured, peak_gib, shape_of
+from qlora_kit.bench.rows import in_order, measured, peak_gib, shape_of
 from qlora_kit.bench.tables import NOTES, Table, bars_of, tables_of
 from qlora_kit.train.charts import Series, line_chart
 
@@ -51,7 +51,7 @@ def render_html(record: dict[str, Any]) -> str:
         {
             "table": table,
             "verdicts": found.get(table.shape, []),
-            "charts": _charts(table, [row for row in rows if shape_of(row) == table.shape]),
+            "charts": _charts(table, in_order(row for row in rows if shape_of(row) == table.shape)),
         }
         for table in tables_of(record)
     ]
@@ -78,6 +78,7 @@ def _charts(table: Table, rows: Sequence[Row]) -> list[dict[str, Any]]:
     speed = [
         Bar(name=_name(row), parts={"tokens/s": row["tokens_per_s"]}) for row in measured(rows)
     ]
+    drawn = bar_chart(speed, _SPEED, title=f"Speed, {table.title}", unit="tokens/s", form=",.0f")
     charts: list[dict[str, Any]] = [
         {
             "title": "Memory at the peak",
@@ -88,7 +89,7 @@ def _charts(table: Table, rows: Sequence[Row]) -> list[dict[str, Any]]:
         {
             "title": "Speed",
             "unit": "tokens per second",
-            "svg": bar_chart(speed, _SPEED, title=f"Speed, {table.title}", unit="tokens/s"),
+            "svg": drawn,
             "legend": [],
         },
         _losses(table, rows),
@@ -136,5 +137,6 @@ def _losses(table: Table, rows: Sequence[Row]) -> dict[str, Any]:
         "title": "Loss",
         "unit": "nats per token, the same random batches for all; not a measure of quality",
         "svg": line_chart(lines, title=f"Loss, {table.title}", x_label="step"),
-        "legend": [{"name": line.name, "color": f"k{line.color}"} for line in lines],
+        "legend": [{"name": line.name, "color": f"l{line.color}"} for line in lines],
+        "small": True,
     }

@@ -28,7 +28,8 @@ def render_markdown(record: dict[str, Any]) -> str:
         parts.insert(1, f"**{record['note']}**")
     for table in tables_of(record):
         parts += [f"## {table.title}", _table(table)]
-        parts += [f"- {sentence(verdict)}" for verdict in found.get(table.shape, [])]
+        said = [f"- {sentence(verdict)}" for verdict in found.get(table.shape, [])]
+        parts += ["\n".join(said)] if said else []
     return "\n\n".join(parts) + "\n"
 
 

@@ -8,6 +8,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from qlora_kit.bench.components import RESIDENT, REST
 from qlora_kit.bench.record import Row
 from qlora_kit.bench.shapes import config_of
 from qlora_kit.core.errors import UserError
@@ -41,12 +42,36 @@ def add_predictions(record: dict[str, Any]) -> None:
             _predict(row, record["gpu"], record["gpu_memory_bytes"])
 
 
+def in_our_words(components: dict[str, int], *, trains_all: bool) -> dict[str, float]:
+    """A plan's components under the names of what is measured, in GiB.
+
+    Args:
+        components: bytes by the planner's names.
+        trains_all: whether weights and embeddings are trained.
+
+    Returns:
+        GiB by the names of `components.py`; whatever comes and goes is the step's.
+
+    Example:
+        >>> in_our_words({"weights": GIB, "adapters": GIB, "loss": GIB}, trains_all=False)
+        {'weights': 1.0, 'trained': 1.0, 'step': 1.0}
+    """
+    names = {"norms": "weights", "adapters": "trained", **{name: name for name in RESIDENT}}
+    if trains_all:
+        names |= dict.fromkeys(("weights", "norms", "embeddings"), "trained")
+    found: dict[str, float] = {}
+    for name, count in components.items():
+        ours = names.get(name, REST)
+        found[ours] = found.get(ours, 0.0) + count / GIB
+    return {name: found[name] for name in (*RESIDENT, REST) if name in found}
+
+
 def _predict(row: Row, gpu: str, memory_bytes: int) -> None:
     predict: Any = import_module("qlora_kit.plan.predict").predict
     setup: Any = import_module("qlora_kit.plan.setup").Setup
     recognise: Any = import_module("qlora_kit.plan.gpus").recognise
     full = row["method"] == "full"
-    if full and (row["masters"] != "float32" or row["head"] != "chunked"):
+    if full and row["head"] != "chunked":  # the planner knows our own loss only
         return
     try:
         made = predict(
@@ -54,18 +79,19 @@ def _predict(row: Row, gpu: str, memory_bytes: int) -> None:
             setup(
                 method=row["method"],
                 bits=row["bits"],
-                rank=row["rank"] or 16,
+                rank=row["rank"] or 1,
                 batch=row["batch"],
                 seq=row["seq"],
                 activations=row["policy"],
                 optimizer=row["optimizer"],
-                step="eager" if full else "auto",
+                step=row.get("step", "eager" if full else "fused"),
+                mixed=row["masters"] == "float32",
             ),
             recognise(gpu, memory_bytes),
         )
-    except UserError as error:  # a case it does not know
-        row["not_predicted"] = str(error)
+    except (UserError, RuntimeError) as error:  # a case it does not know, or cannot trace
+        row["not_predicted"] = str(error).splitlines()[0]
         return
     row["predicted_gib"] = made.peak_bytes / GIB
-    row["predicted_components_gib"] = {k: v / GIB for k, v in made.components.items()}
+    row["predicted_components_gib"] = in_our_words(made.components, trains_all=full)
     row["predicted_tokens_per_s"] = made.tokens_per_s

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from qlora_kit.bench.methods import method_of
+from qlora_kit.bench.methods import ALL, method_of
 from qlora_kit.bench.record import Row
 
 Shape = tuple[str, int, int]
@@ -88,6 +88,14 @@ def leanest(rows: Sequence[Row]) -> Row | None:
 def fastest(rows: Sequence[Row]) -> Row | None:
     """The row with most tokens per second."""
     return max(measured(rows), key=lambda row: float(row["tokens_per_s"]), default=None)
+
+
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """Rows by method, in the order of `methods.ALL`; each method's in the order they came in."""
+    names = list(ALL)
+    return sorted(
+        rows, key=lambda row: names.index(m) if (m := method_of(row)) in ALL else len(names)
+    )
 
 
 def of_method(rows: Iterable[Row], *names: str) -> list[Row]:

@@ -7,7 +7,7 @@ from typing import Any
 from qlora_kit.bench.claims import memory_ratio, reference, speed_ratio
 from qlora_kit.bench.methods import title_of
 from qlora_kit.bench.record import Row
-from qlora_kit.bench.rows import Shape, measured, peak_gib, shape_of, shapes_of, status
+from qlora_kit.bench.rows import Shape, in_order, measured, peak_gib, shape_of, shapes_of, status
 
 NOTES = {
     "memory": (
@@ -74,7 +74,7 @@ def tables_of(record: dict[str, Any]) -> list[Table]:
     rows: Sequence[Row] = record["rows"]
     found = []
     for shape in shapes_of(rows):
-        same = [row for row in rows if shape_of(row) == shape]
+        same = in_order(row for row in rows if shape_of(row) == shape)
         columns = [(name, [fill(rows, row) for row in same]) for name, fill in _COLUMNS]
         kept = [(name, cells) for name, cells in columns if any(c not in ("–", "") for c in cells)]
         found.append(

@@ -1,4 +1,4 @@
-"""The parts of the training benchmark that all libraries share: FLOPs, profile, processes."""
+"""What all benchmarks share: FLOPs, profile, steps, processes."""
 
 import json
 import sys
