@@ -90,15 +90,7 @@ def test_bottlenecks_need_projections_they_know():
 
 
 def test_rows_and_table():
-    options = LatencyOptions(
-        model="tiny",
-        shapes=((1, 8),),
-        new_tokens=2,
-        rank=2,
-        seconds=0,
-        device="cpu",
-        dtype="float32",
-    )
+    options = replace(OPTIONS, shapes=((1, 8),), new_tokens=2, rank=2, seconds=0)
     rows = measure_latency(options)
     assert [(r["measure"], r["variant"]) for r in rows] == [
         (measure, name) for measure in ("forward", "generate") for name in VARIANTS
