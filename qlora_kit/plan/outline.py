@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from qlora_kit.adapters.attached import AttachedAdapter
 from qlora_kit.adapters.inject import attach
 from qlora_kit.block.install import FusedBlocks, fuse_blocks, why_not_fused
+from qlora_kit.block.tiles import tile_tokens
 from qlora_kit.core.errors import ConfigError
+from qlora_kit.nn.host_embedding import HostEmbedding, keep_embeddings_on_host
 from qlora_kit.nn.swap import nf4_modules, quantizable, swap
 from qlora_kit.ops.attention.transformers_door import register
 from qlora_kit.plan.own_code import OwnCode
@@ -72,11 +74,13 @@ def outline(config: PreTrainedConfig, setup: Setup) -> Outline:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         adapter = attach(model, setup.adapter, seed=0)
+    if setup.embeddings_on_host:
+        keep_embeddings_on_host(model)
     model.train()
     model.set_attn_implementation(register())
     blocks, own_code = None, OwnCode(setup)
     if setup.step == "fused" and why_not_fused(model) is None:
-        blocks = fuse_blocks(model, setup.activations)
+        blocks = fuse_blocks(model, setup.activations, tile=tile_tokens(setup.tile))
         if setup.keep_decoded and setup.bits == 4:
             blocks.keep_decoded(setup.keep_decoded, dtype)
     elif setup.activations in ("recompute_all", "offload"):
@@ -141,6 +145,8 @@ def components(made: Outline) -> dict[str, int]:
     found: dict[str, int] = {}
     seen: set[int] = set()
     for module in model.modules():
+        if isinstance(module, HostEmbedding):
+            continue
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, tensor in own:
             if id(tensor) in seen:

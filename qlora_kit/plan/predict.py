@@ -126,6 +126,9 @@ def predict(config: PreTrainedConfig, setup: Setup, gpu: Gpu) -> Prediction:
     host = {"checkpoints": store.host_bytes} if isinstance(store, OutlinedStore) else {}
     if on_host:
         host["optimizer"] = on_host
+    if setup.embeddings_on_host:
+        table = made.model.get_input_embeddings().weight
+        host["embeddings"] = table.numel() * table.element_size()
     return _timed(made, setup, gpu, trace, found, host)
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from qlora_kit.adapters.config import LoRA, make_adapter_config
+from qlora_kit.block.tiles import Tile
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.quant.config import QuantConfig
 
@@ -37,6 +38,12 @@ class Setup:
     """Tokens of a row."""
     activations: str = "recompute_elementwise"
     """What layers keep for the backward; see `block/policy.py`."""
+    keep_decoded: int = 0
+    """Layers, from the first on, whose weights stay decoded; with fused layers and 4 bits."""
+    tile: Tile = "auto"
+    """Tokens at a time where each is alone; see `block/tiles.py`."""
+    embeddings_on_host: bool = False
+    """Whether input embeddings stay in host memory."""
     optimizer: str = "adamw_8bit"
     """A Transformers name."""
     step: str = "fused"

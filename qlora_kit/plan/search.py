@@ -1,0 +1,392 @@
+"""The largest batch and the longest sequence that fit, and the fastest settings that do.
+
+Memory grows with tokens, very nearly in a straight line. So sizes are found by a few
+predictions: a line through two of them says where to look next, and the answer is always one
+that was predicted itself, beside a next larger one that does not fit.
+
+Policies are words per layer, and a layer's memory and time hardly depend on the others'. So
+the fastest mixture under a budget is that of a linear programme with one constraint: two kinds
+of layers at most. Every kind is predicted for a model that has no other; the pairs are ranked
+by what lines between them promise; and for the best of them the number of layers of the
+faster kind is raised until the budget is full. Weights kept decoded make kinds of their own.
+
+Larger batches of fewer accumulated passes are an update of the same rows, and are tried too.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedConfig
+
+from qlora_kit.block.policy import POLICIES
+from qlora_kit.core.errors import ConfigError
+from qlora_kit.plan.budget import Budget, needed_bytes, step_bytes
+from qlora_kit.plan.gpus import Gpu
+from qlora_kit.plan.predict import Prediction, predict
+from qlora_kit.plan.setup import FULL, Setup
+
+UNIT = 64
+"""Sequences are multiples of this."""
+MOST_TOKENS = 1 << 22
+"""Of a batch: nothing longer is looked for."""
+WORTH = 0.005
+"""A gain in speed below this share is not worth more memory."""
+_PAIRS = 3
+"""Mixtures that are looked at in full."""
+_DECODED_WITH = ("save", "recompute_elementwise")
+"""Policies beside which decoded weights are a good use of memory."""
+
+
+class Planner:
+    """Predictions for one model on one GPU under one budget, each made once.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> from qlora_kit.plan.gpus import find_gpu
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1}
+        >>> config = LlamaConfig(vocab_size=32, num_hidden_layers=1, **sizes)
+        >>> planner = Planner(config, find_gpu("l4"), Budget.of("1GiB"))
+        >>> planner.fits(Setup(rank=8, seq=128)), planner.traced
+        (True, 1)
+    """
+
+    def __init__(self, config: PreTrainedConfig, gpu: Gpu, budget: Budget) -> None:
+        """Predict nothing yet.
+
+        Args:
+            config: of a causal language model.
+            gpu: the run would be on.
+            budget: what it may take.
+        """
+        self.config = config
+        self.gpu = gpu
+        self.budget = budget
+        self._made: dict[str, Prediction] = {}
+
+    @property
+    def layers(self) -> int:
+        """Of the model."""
+        return int(self.config.get_text_config().num_hidden_layers)
+
+    @property
+    def traced(self) -> int:
+        """Predictions made so far."""
+        return len(self._made)
+
+    def predict(self, setup: Setup) -> Prediction:
+        """Predict a run.
+
+        Args:
+            setup: of the run.
+
+        Returns:
+            The prediction, the same object for the same setup.
+
+        Raises:
+            ConfigError: the model cannot be planned.
+        """
+        key = repr(setup)
+        if key not in self._made:
+            try:
+                self._made[key] = predict(self.config, setup, self.gpu)
+            except (RuntimeError, TypeError) as error:  # what needs a value, on the meta device
+                what = str(error).strip().split("\n", 1)[0]
+                raise ConfigError(
+                    f"a training step of {type(self.config).__name__} cannot be traced without "
+                    f"weights ({what})."
+                ) from error
+        return self._made[key]
+
+    def fits(self, setup: Setup) -> bool:
+        """Whether a run fits the budget, margin included."""
+        return self.room(setup) >= 0
+
+    def room(self, setup: Setup) -> int:
+        """Bytes that a run leaves free; negative if it does not fit."""
+        return self.budget.room(self.predict(setup))
+
+    def longest(self, setup: Setup) -> int:
+        """The longest sequence that fits.
+
+        Args:
+            setup: of the run; its `seq` does not matter.
+
+        Returns:
+            Tokens of a row, a multiple of `UNIT`; 0 if not even `UNIT` fit.
+        """
+        most = max(1, MOST_TOKENS // setup.batch // UNIT)
+        room = _cached(lambda n: self.room(setup.with_tokens(seq=n * UNIT)))
+        return UNIT * largest(room, most, guess=self._guess(setup, setup.seq // UNIT))
+
+    def largest_batch(self, setup: Setup) -> int:
+        """The largest batch that fits.
+
+        Args:
+            setup: of the run; its `batch` does not matter.
+
+        Returns:
+            Rows; 0 if not even one fits.
+        """
+        most = max(1, MOST_TOKENS // setup.seq)
+        room = _cached(lambda n: self.room(setup.with_tokens(batch=n)))
+        return largest(room, most, guess=self._guess(setup, setup.batch), beyond=False)
+
+    def _guess(self, setup: Setup, now: int) -> int:
+        """What would fit in place of so many, if a step's memory were in proportion."""
+        made = self.predict(setup)
+        takes = max(1, needed_bytes(made) - _resident(made))
+        return int(max(1, now) * (1 + self.budget.room(made) / takes))
+
+    def thriftiest(self, setup: Setup) -> Setup:
+        """The same run with the policy that takes the least memory of the GPU.
+
+        Args:
+            setup: of the run.
+
+        Returns:
+            A setup.
+        """
+        made = [replace(setup, activations=p, keep_decoded=0) for p in self._policies(setup)]
+        return min(made, key=lambda one: needed_bytes(self.predict(one)))
+
+    def _policies(self, setup: Setup) -> Sequence[str]:
+        """Words that make a difference, from the most memory to the least."""
+        if self.predict(setup).fused:
+            host = self.budget.host_bytes
+            return POLICIES if host != 0 else [p for p in POLICIES if "offload" not in p]
+        return ("save", "recompute_all")
+
+    def kinds(self, setup: Setup) -> list[Setup]:
+        """The run with all layers alike, in every way that makes a difference.
+
+        Args:
+            setup: of the run; its policy does not matter.
+
+        Returns:
+            Setups, from the most memory to the least.
+        """
+        made = [replace(setup, activations=p, keep_decoded=0) for p in self._policies(setup)]
+        if not (setup.bits == 4 and setup.method != FULL and self.predict(setup).fused):
+            return made
+        kept = [replace(one, keep_decoded=self.layers) for one in made]
+        return [one for one in kept if one.activations in _DECODED_WITH] + made
+
+    def fastest(self, setup: Setup) -> Prediction | None:
+        """The fastest way to keep activations and decoded weights that fits.
+
+        Args:
+            setup: of the run; its policy does not matter.
+
+        Returns:
+            The prediction, its setup included; None if nothing fits.
+        """
+        made = [self.predict(kind) for kind in self.kinds(setup)]
+        fit = [one for one in made if self.budget.fits(one)]
+        if not fit:
+            return None
+        if len(fit) < len(made) and made[0].fused:
+            over = [one for one in made if not self.budget.fits(one)]
+            fit += self._mixtures(over, fit)
+        return _choose(fit)
+
+    def _mixtures(self, over: list[Prediction], fit: list[Prediction]) -> Iterator[Prediction]:
+        """The best mixtures of a kind that does not fit and one that does."""
+        best = min(one.step_s for one in fit)
+        promising = sorted(
+            (self._promise(fast, slow), at, fast, slow)
+            for at, (fast, slow) in enumerate((f, s) for f in over for s in fit)
+            if fast.step_s < slow.step_s
+        )
+        for promise, _, fast, slow in promising[:_PAIRS]:
+            if promise > best * (1 - WORTH / 2):
+                return
+            found = self._fill(fast, slow)
+            if found is not None:
+                best = min(best, found.step_s)
+                yield found
+
+    def _share(self, fast: Prediction, slow: Prediction) -> float:
+        """Share of layers of the faster kind that lines between the two promise."""
+        have, lack = self.budget.room(slow), -self.budget.room(fast)
+        return have / max(1, have + lack)
+
+    def _promise(self, fast: Prediction, slow: Prediction) -> float:
+        share = self._share(fast, slow)
+        return share * fast.step_s + (1 - share) * slow.step_s
+
+    def _fill(self, fast: Prediction, slow: Prediction) -> Prediction | None:
+        """The mixture with the most layers of the faster kind that fits."""
+        layers = self.layers
+        if layers < 2:
+            return None
+        guess = min(layers - 1, max(1, int(self._share(fast, slow) * layers)))
+        room = _cached(lambda n: self.room(mixture(fast.setup, slow.setup, n, layers)))
+        count = largest(room, layers - 1, guess=guess, beyond=False)
+        return self.predict(mixture(fast.setup, slow.setup, count, layers)) if count else None
+
+    def fastest_update(
+        self, setup: Setup, *, optimizers: Sequence[str] = (), batches: bool = True
+    ) -> Prediction | None:
+        """The fastest way to make an update of the same rows.
+
+        Args:
+            setup: of the run; its policy does not matter.
+            optimizers: names that may be used instead.
+            batches: whether rows may be divided otherwise among accumulated passes.
+
+        Returns:
+            The prediction, its setup included; None if nothing fits.
+        """
+        found = []
+        for name in dict.fromkeys((setup.optimizer, *optimizers)):
+            own = replace(setup, optimizer=name)
+            for divided in self._divisions(own) if batches else [own]:
+                one = self.fastest(divided)
+                found += [one] if one is not None else []
+        return _choose(found) if found else None
+
+    def _divisions(self, setup: Setup) -> list[Setup]:
+        """Batches worth a look: as asked, the largest that fits, and half of that.
+
+        Where the largest fits by a thrifty policy only, a smaller one may be faster.
+        """
+        rows = setup.batch * setup.accumulation
+        divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+        thrifty = self.thriftiest(setup)
+        most = largest(
+            _cached(lambda at: self.room(_divided(thrifty, divisors[at - 1]))),
+            len(divisors),
+            guess=divisors.index(setup.batch) + 1,
+        )
+        if not most:
+            return [setup]
+        wanted = {divisors[most - 1], divisors[max(0, most - 2)]}
+        wanted |= {n for n in (setup.batch,) if n <= divisors[most - 1]}
+        return [_divided(setup, n) for n in sorted(wanted)]
+
+
+def mixture(fast: Setup, slow: Setup, count: int, layers: int) -> Setup:
+    """A run with some layers of one kind and the others of another.
+
+    The first layers' memory is needed last, so those that keep less come first: their working
+    set then comes when the others' memory is free again. Decoded weights are kept from the
+    first layer on, so where only one kind keeps them, it comes first.
+
+    Args:
+        fast: a kind of `Planner.kinds`.
+        slow: another.
+        count: layers of the first kind.
+        layers: of the model.
+
+    Returns:
+        The mixed setup.
+
+    Example:
+        >>> save, less = Setup(activations="save"), Setup(activations="recompute_all")
+        >>> mixture(save, less, 8, 32).activations
+        'recompute_all:24,save:8'
+    """
+    first, second = (slow, layers - count), (fast, count)
+    kept = 0
+    if fast.keep_decoded and slow.keep_decoded:
+        kept = layers
+    elif fast.keep_decoded:
+        first, second, kept = second, first, count
+    elif slow.keep_decoded:
+        kept = layers - count
+    words = fast.activations
+    if fast.activations != slow.activations:
+        words = ",".join(f"{kind.activations}:{number}" for kind, number in (first, second))
+    return replace(slow, activations=words, keep_decoded=kept)
+
+
+@dataclass(slots=True)
+class _Cached:
+    """A function of a whole number whose values are remembered."""
+
+    function: Callable[[int], int]
+    known: dict[int, int]
+
+    def __call__(self, n: int) -> int:
+        if n not in self.known:
+            self.known[n] = self.function(n)
+        return self.known[n]
+
+
+def _cached(function: Callable[[int], int]) -> _Cached:
+    return _Cached(function, {})
+
+
+def largest(room: Callable[[int], int], most: int, *, guess: int = 1, beyond: bool = True) -> int:
+    """The largest whole number for which there is room, where room falls about evenly.
+
+    Args:
+        room: of a number, at least one; negative where it does not fit.
+        most: where to stop.
+        guess: where to begin.
+        beyond: look once more at twice and four times the answer, in case room does not fall
+            all the way: tiles make long sequences cheaper than shorter ones without.
+
+    Returns:
+        A number with room whose successor has none, or `most`; 0 if not even one has room.
+
+    Example:
+        >>> largest(lambda n: 1000 - 7 * n, 10_000)
+        142
+    """
+    low, high = 0, most + 1
+    at = min(max(1, guess), most)
+    while high - low > 1:
+        if room(at) >= 0:
+            low = at
+        else:
+            high = at
+        at = _next(room, low, high, most)
+    if beyond and low:
+        for more in (2 * low, 4 * low):
+            if more <= most and room(more) >= 0:
+                return largest(room, most, guess=more)
+    return low
+
+
+def _next(room: Callable[[int], int], low: int, high: int, most: int) -> int:
+    """Where to look next: where a line says, else in the middle."""
+    known = getattr(room, "known", {})
+    if low == 0:
+        return max(1, high // 2)
+    if high > most:
+        other = max((n for n in known if n < low), default=0)
+        if not other:
+            return min(most, 2 * low)
+        fall = (room(other) - room(low)) / (low - other)
+        reach = low + int(room(low) / fall) if fall > 0 else most
+        return min(most, max(low + 1, min(reach, 8 * low)))
+    have, lack = room(low), -room(high)
+    at = low + int((high - low) * have / (have + lack))
+    if at <= low:  # the line says: here
+        return low + 1
+    tried = len([n for n in known if low // 2 < n < 2 * high])
+    if tried > _LINES:  # not a line: halve
+        return (low + high) // 2
+    return min(at, high - 1)
+
+
+def _resident(made: Prediction) -> int:
+    """Bytes that no batch and no sequence changes."""
+    return made.peak_bytes - step_bytes(made) + made.outside
+
+
+_LINES = 10
+"""Guesses by a line before halving."""
+
+
+def _divided(setup: Setup, batch: int) -> Setup:
+    rows = setup.batch * setup.accumulation
+    return replace(setup, batch=batch, accumulation=rows // batch)
+
+
+def _choose(found: Sequence[Prediction]) -> Prediction:
+    """The least memory among those that are about as fast as the fastest."""
+    best = min(one.step_s for one in found)
+    near = [one for one in found if one.step_s <= best * (1 + WORTH)]
+    return min(near, key=lambda one: (needed_bytes(one), one.step_s))
