@@ -93,7 +93,8 @@ def build(case: Case, device: str) -> tuple[PreTrainedModel, FusedBlocks, FlatBn
     FusedModel(model, blocks)
     parameters = [p for _, p in adapter.named_parameters() if p.requires_grad]
     paged = case.optimizer.startswith("paged")
-    optimizer = FlatBnbAdamW(parameters, lr=1e-4, weight_decay=0.0, bits=8, paged=paged)
+    bits = 32 if case.optimizer.endswith("32bit") else 8
+    optimizer = FlatBnbAdamW(parameters, lr=1e-4, weight_decay=0.0, bits=bits, paged=paged)
     return model, blocks, optimizer
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.context import __main__ as command
-from benchmarks.context import child
+from benchmarks.context import child, spike
 from qlora_kit.bench.subject import Stage
 
 FIELDS = {"model", "cap_gib", "rank", "longest_trained", "tokens_per_s"}
@@ -48,3 +48,13 @@ def test_out_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "update", broken)
     with pytest.raises(RuntimeError, match="do not fit"):
         child.run(case, Stage())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is for real sizes on a GPU")
+def test_a_stream_with_long_rows(tmp_path: Path) -> None:
+    """Both optimizers come through where there is memory."""
+    assert spike.main(["--out", str(tmp_path)]) == 0
+    (file,) = (tmp_path / "paging").glob("*.json")
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["optimizer"] for row in rows] == list(spike.OPTIMIZERS)
+    assert all(row["survived"] == row["tried"] == len(row["lengths"]) for row in rows)
