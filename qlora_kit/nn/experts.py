@@ -322,12 +322,8 @@ class NF4Experts(nn.Module):
         if (dtype := autocast_dtype(x.device)) is not None:
             x = x.to(dtype)
         gate_up, down = (_cheap_to_select(self.nf4_weight(name)) for name in PROJECTIONS)
-        slots = top_k_index.T  # by slot first: the eager loop's order of summation
         out = torch.zeros_like(hidden_states)
-        for expert in torch.unique(top_k_index).tolist():
-            if expert >= self.num_experts:
-                continue
-            slot, token = torch.where(slots == expert)
+        for expert, slot, token in _routes(top_k_index, self.num_experts):
             gated = self._source[0]._apply_gate(nf4_linear(x[token], gate_up.select(expert)))
             y = nf4_linear(gated, down.select(expert)) * top_k_weights[token, slot, None]
             out.index_add_(0, token, y.to(out.dtype))
@@ -337,6 +333,21 @@ class NF4Experts(nn.Module):
         """Sizes, as `print(model)` shows them."""
         sizes = ", ".join(f"{name}={shape}" for name, shape in self.shapes.items())
         return f"{sizes}, nf4, block_size={self.config.block_size}"
+
+
+def _routes(top_k_index: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Each expert that is asked, and the slots and tokens that ask it.
+
+    On the meta device, where nobody knows, every expert is asked by an equal share.
+    """
+    if top_k_index.is_meta:
+        share = top_k_index.new_empty(-(-top_k_index.numel() // experts))
+        yield from ((expert, share, share) for expert in range(experts))
+        return
+    slots = top_k_index.T  # by slot first: the eager loop's order of summation
+    for expert in torch.unique(top_k_index).tolist():
+        if expert < experts:
+            yield expert, *torch.where(slots == expert)
 
 
 def _without_parameters(module: nn.Module) -> nn.Module:

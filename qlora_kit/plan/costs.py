@@ -15,7 +15,10 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
+from qlora_kit.ops.attention import op as _attention  # noqa: F401  registers the op, as below
 from qlora_kit.ops.low_rank_gradients.cuda import FEWEST_VALUES, SHAPES, kernel_rank
+from qlora_kit.ops.nf4_dequantize import op as _nf4_dequantize  # noqa: F401
+from qlora_kit.ops.nf4_linear import op as _nf4_linear  # noqa: F401
 from qlora_kit.plan.gpus import Gpu
 
 

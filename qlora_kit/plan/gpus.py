@@ -6,7 +6,7 @@ for the others the data sheet's figure for dense bfloat16 with float32 sums is s
 same share, and a plan says so.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -121,9 +121,15 @@ GPUS: tuple[Gpu, ...] = (
 DEFAULT = "l40s"
 """The 48 GB card that a plan without a GPU is made for."""
 
-_MARKS = {"h100": "h100", "h200": "h200", "b200": "b200", "l40s": "l40s", "a40": "a40"}
-_MARKS |= {"6000 ada": "rtx-6000-ada", "a6000": "rtx-a6000", "a10": "a10", " l4": "l4"}
-_MARKS |= {"5090": "rtx-5090", "4090": "rtx-4090", "3090": "rtx-3090"}
+_MARKS = {
+    "6000 ada": "rtx-6000-ada",
+    "a6000": "rtx-a6000",
+    "a10g": "a10",
+    "5090": "rtx-5090",
+    "4090": "rtx-4090",
+    "3090": "rtx-3090",
+} | {name: name for name in ("h100", "h200", "b200", "l40s", "a40", "a10", "l4")}
+"""Words of a device's name to the kind it is."""
 
 
 def find_gpu(name: str) -> Gpu:
@@ -159,8 +165,6 @@ def this_gpu() -> Gpu | None:
 
 
 def _ask_device() -> Gpu:  # needs a GPU
-    from dataclasses import replace
-
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return replace(recognise(properties.name, properties.total_memory), name=properties.name)
 
@@ -181,12 +185,11 @@ def recognise(name: str, memory_bytes: int) -> Gpu:
         >>> recognise("NVIDIA Something New", 24 << 30).name
         'rtx-3090'
     """
-    from dataclasses import replace
-
-    small = name.lower()
-    if "a100" in small:
+    words = f" {name.lower().replace('-', ' ')} "
+    if " a100 " in words:
         kind = "a100-80gb" if memory_bytes > 50 * GIB else "a100-40gb"
     else:
         nearest = min(GPUS, key=lambda gpu: abs(gpu.memory_bytes - memory_bytes))
-        kind = next((known for mark, known in _MARKS.items() if mark in small), nearest.name)
+        found = (known for mark, known in _MARKS.items() if f" {mark} " in words)
+        kind = next(found, nearest.name)
     return replace(find_gpu(kind), memory_bytes=memory_bytes)

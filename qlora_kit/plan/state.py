@@ -43,11 +43,16 @@ def optimizer_bytes(parameters: Sequence[nn.Parameter], name: str) -> tuple[int,
     large = [p.numel() for p in parameters if eight and p.numel() >= SMALLEST_8BIT]
     total = 0
     if small:
-        total += 2 * counted_bytes(4 * offsets_of(small)[-1])
+        total += 2 * counted_bytes(_wide(parameters, name) * offsets_of(small)[-1])
     if large:
         elements = offsets_of(large)[-1]
         total += 2 * (counted_bytes(elements) + counted_bytes(4 * -(-elements // BLOCK)))
     return (0, total) if name.startswith("paged") else (total, 0)
+
+
+def _wide(parameters: Sequence[nn.Parameter], name: str) -> int:
+    """Bytes of one value of a state that is not in 8 bits: torch's is as wide as its parameter."""
+    return parameters[0].element_size() if name.startswith("adamw_torch") else 4
 
 
 def update_seconds(parameters: Sequence[nn.Parameter], name: str, gpu: Gpu) -> float:
