@@ -276,15 +276,6 @@ def test_cuda_takes_unaligned_rows_and_passes_nan_through():
     assert torch.isfinite(y[[0, 1, 2, 5, 6, 7]]).all()
 
 
-@pytest.mark.parametrize("rows", [1, 2, 7])
-def test_a_sum_in_two_parts_is_the_sum(rows):
-    left, right = torch.randn(rows, 5), torch.randn(rows, 3)
-    torch.testing.assert_close(reference._in_two_parts(left, right), left.T @ right)
-    changed = right.clone()
-    changed[-1] += 1
-    assert not torch.allclose(reference._in_two_parts(left, changed), left.T @ right)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1025, 4097, 8193, 16385])

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from qlora_kit.ops.low_rank_gradients.reference import token_sum
 from qlora_kit.quant.weight import NF4Weight
 
 Decode = Callable[[NF4Weight, torch.dtype], Tensor]
@@ -171,37 +172,26 @@ def product(
     return y.addmm_(x, w)
 
 
-_SAFE_ODD_ROWS = 1024
-"""Odd numbers of rows above this go to cuBLAS in two parts; 4,097 was right, 8,193 was not."""
-
-
 def transposed_product(left: Tensor, right: Tensor) -> Tensor:
     """Multiply leftᵀ·right, the sum over a batch's tokens.
 
-    cuBLAS 13 on Hopper leaves the last of 8,193 rows out of a 16-bit sum
-    (docs/decisions/0008-the-last-row.md), so an odd last row is added by itself.
+    16-bit sums on a GPU are taken in float32 (`token_sum`), which also knows what cuBLAS 13
+    does to an odd last row (docs/decisions/0008-the-last-row.md).
 
     Args:
         left: (M, p).
         right: (M, q), of the same dtype.
 
     Returns:
-        (p, q).
+        (p, q), of their dtype; float32 of 16-bit ones on a GPU.
 
     Example:
         >>> transposed_product(torch.ones(3, 1), torch.ones(3, 2)).tolist()
         [[3.0, 3.0]]
     """
-    rows = left.shape[0]
-    if left.is_cuda and left.element_size() == 2 and rows % 2 and rows > _SAFE_ODD_ROWS:
-        return _in_two_parts(left, right)
+    if left.is_cuda and left.element_size() == 2:
+        return token_sum(left, right)
     return left.T @ right
-
-
-def _in_two_parts(left: Tensor, right: Tensor) -> Tensor:
-    """The last row's share added to that of all others."""
-    product = left[:-1].T @ right[:-1]
-    return product.addmm_(left[-1:].T, right[-1:])
 
 
 def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
