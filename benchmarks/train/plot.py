@@ -16,8 +16,8 @@ from typing import Any
 from benchmarks.harness.record import RESULTS, ROOT
 from benchmarks.ops.plot_nf4_linear import COLOURS
 from benchmarks.train.cases import CASES, Case
-from benchmarks.train.table import counted, mark_disagreements
-from qlora_kit.bench.rows import peak_gib, status
+from benchmarks.train.table import counted
+from qlora_kit.bench.rows import mark_disagreements, peak_gib, status
 
 STYLES = {
     "qlora_kit": ("qlora_kit", COLOURS[1], "o"),

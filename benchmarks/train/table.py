@@ -17,31 +17,7 @@ from typing import Any
 
 from benchmarks.train.cases import CASES, Case
 from qlora_kit.bench.record import Row
-from qlora_kit.bench.rows import peak_gib, shape_of, status
-
-CHECK_TOLERANCE = 0.05
-"""Nats between first losses over 64 labels: bf16 noise is a fifth of it, another model 0.2."""
-
-
-def mark_disagreements(rows: Sequence[Row]) -> None:
-    """Set `loss_agrees` in every measured row, by the median of its shape's first losses.
-
-    Args:
-        rows: of one record; changed in place. A shape measured once stays unmarked.
-    """
-    found: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        if "check_loss" in row:
-            found.setdefault(shape_of(row), []).append(row)
-    for same in found.values():
-        # By library: many rows of one that is wrong must not outvote the others.
-        by_impl: dict[str, list[float]] = {}
-        for row in same:
-            by_impl.setdefault(row["impl"], []).append(row["check_loss"])
-        middle = statistics.median_low([statistics.median(v) for v in by_impl.values()])
-        for row in same:
-            off = abs(row["check_loss"] - middle)
-            row["loss_agrees"] = off <= CHECK_TOLERANCE if len(same) > 1 else None
+from qlora_kit.bench.rows import mark_disagreements, peak_gib, shape_of, status
 
 
 def counted(rows: Iterable[Row], case: str, impl: str) -> list[Row]:

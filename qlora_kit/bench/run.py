@@ -26,11 +26,14 @@ from qlora_kit.bench.markdown import render_markdown
 from qlora_kit.bench.methods import PEERS
 from qlora_kit.bench.predicted import add_predictions
 from qlora_kit.bench.record import Row, make_record
+from qlora_kit.bench.rows import mark_disagreements
 from qlora_kit.bench.session import Session
 from qlora_kit.bench.shapes import config_of
 from qlora_kit.bench.subject import Job, write_row
 from qlora_kit.core.atomic import atomic_write_text
 from qlora_kit.train.record import source_commit
+
+PEER_IMPLS = frozenset(method.impl for method in PEERS.values())
 
 TINY_NOTE = (
     "There is no GPU here: a tiny model ran on the CPU in float32. That tests this program; no "
@@ -90,7 +93,8 @@ def run_bench(
         folder: created; a record in it is replaced.
         command: what the user typed, for the record.
         limits: of time.
-        work: folder for the checkpoints that peers need; None for one with enough room.
+        work: folder for the checkpoints that peers need, which stay there; None for a temporary
+            one with enough room.
 
     Returns:
         The record.
@@ -115,6 +119,8 @@ def run_bench(
             print("interrupted: recording what was measured", flush=True)
     for row in session.rows:
         _complete(row, session.peaks)
+    if any(row["impl"] in PEER_IMPLS for row in session.rows):  # who is on 4 bits shares weights
+        mark_disagreements([row for row in session.rows if row["bits"] == 4])
     record = record_of(bench, session.rows, command, session.peaks)
     if rounds[0].device == "cpu":
         record["note"] = f"{TINY_NOTE} {HOST_NOTE}"
@@ -147,15 +153,18 @@ def _run_model(
     session: Session, model: str, jobs: Sequence[Job], dtype: str, work: Path | None
 ) -> None:
     """All jobs of a model; a checkpoint for everybody on 4 bits where peers are among them."""
-    if not any(job.build.impl in {m.impl for m in PEERS.values()} for job in jobs):
+    if not any(job.build.impl in PEER_IMPLS for job in jobs):
         for job in jobs:
             session.run(job)
         return
     place = session.checkpoint(model, storage="nf4", dtype=dtype, work=work)
-    for job in jobs:
-        stored = str(place) if job.build.bits == 4 else ""
-        session.run(replace(job, build=replace(job.build, checkpoint=stored)))
-    shutil.rmtree(place)
+    try:
+        for job in jobs:
+            stored = str(place) if job.build.bits == 4 else ""
+            session.run(replace(job, build=replace(job.build, checkpoint=stored)))
+    finally:
+        if work is None:
+            shutil.rmtree(place)
 
 
 def _complete(row: Row, peaks: dict[str, float]) -> None:

@@ -83,7 +83,7 @@ def _parser(what: str) -> Parser:
     add("--share", action="store_true", help="one process per model and method, not per point")
     add("--limit-seconds", type=float, default=300, help="of one process (default 300)")
     add("--total-seconds", type=float, default=3600, help="of the run (default 3600)")
-    add("--work", type=Path, help="folder for the checkpoints that peers read")
+    add("--work", type=Path, help="keep the checkpoints that peers read here")
     _add_results(parser)
     return parser
 

@@ -1,0 +1,52 @@
+"""`python -m benchmarks.memory.claim`: what belongs into the claim table, and where it is kept."""
+
+import json
+
+import pytest
+
+from benchmarks.memory import claim
+from qlora_kit.bench.child import first_fields
+from qlora_kit.bench.grid import merged
+from qlora_kit.bench.methods import METHODS, method_of
+from tests.bench.rows import record_of, row_of
+
+
+def points():
+    jobs = merged(claim.rounds(claim.MODELS, 2048))
+    return jobs, [first_fields(job.build, p) for job in jobs for p in job.points]
+
+
+def test_every_method_is_in_the_table_with_and_without_recomputing():
+    _, rows = points()
+    found = {(r["model"], method_of(r), r["policy"]) for r in rows}
+    for model in claim.MODELS:
+        assert {m for name, m, _ in found if name == model} == set(METHODS)
+        for method in ("full", "lora", "lora_fa", "qlora", "qlora_fa"):
+            assert {(model, method, p) for p in ("save", "recompute_all")} <= found
+
+
+def test_one_process_per_model_and_method_and_large_batches_for_the_main_ones():
+    jobs, rows = points()
+    assert len(jobs) == len(claim.MODELS) * len(METHODS)
+    assert {method_of(r) for r in rows if r["batch"] == 4} == {"full", "qlora", "lora"}
+    assert {r["graphs"] for r in rows if method_of(r) == "qlora" and r["batch"] == 1} == {
+        True,
+        False,
+    }
+
+
+@pytest.mark.parametrize(("changes", "code"), [({}, 0), ({"error": "killed"}, 1)])
+def test_the_record_goes_to_the_results(tmp_path, monkeypatch, capsys, changes, code):
+    asked = []
+
+    def run(bench, rounds, folder, **limits):
+        asked.append((bench, rounds, limits["limits"].total))
+        return record_of(row_of("full"), row_of("qlora", **changes))
+
+    monkeypatch.setattr(claim, "run_bench", run)
+    assert claim.main(["--models", "Llama-3.1-8B", "--out", str(tmp_path)]) == code
+    (file,) = (tmp_path / "memory").glob("*.json")
+    assert json.loads(file.read_text())["rows"][0]["method"] == "full"
+    assert asked[0][0] == "memory"
+    assert asked[0][2] == 400
+    assert "full, mixed precision" in capsys.readouterr().out
