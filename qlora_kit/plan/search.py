@@ -8,7 +8,9 @@ Policies are words per layer, and a layer's memory and time hardly depend on the
 the fastest mixture under a budget is that of a linear programme with one constraint: two kinds
 of layers at most. Every kind is predicted for a model that has no other; the pairs are ranked
 by what lines between them promise; and for the best of them the number of layers of the
-faster kind is raised until the budget is full. Weights kept decoded make kinds of their own.
+faster kind is raised until the budget is full. Copies to the host run beside the computing, so
+layers that wait for copies gain by others that do not. Weights kept decoded make kinds of their
+own.
 
 Larger batches of fewer accumulated passes are an update of the same rows, and are tried too.
 """
@@ -31,7 +33,7 @@ MOST_TOKENS = 1 << 22
 """Of a batch: nothing longer is looked for."""
 WORTH = 0.005
 """A gain in speed below this share is not worth more memory."""
-_PAIRS = 3
+_PAIRS = 4
 """Mixtures that are looked at in full."""
 _DECODED_WITH = ("save", "recompute_elementwise")
 """Policies beside which decoded weights are a good use of memory."""
@@ -184,45 +186,47 @@ class Planner:
         fit = [one for one in made if self.budget.fits(one)]
         if not fit:
             return None
-        if len(fit) < len(made) and made[0].fused:
-            over = [one for one in made if not self.budget.fits(one)]
-            fit += self._mixtures(over, fit)
+        quickest = min(made, key=lambda one: one.step_s)
+        if not self.budget.fits(quickest) and quickest.fused and self.layers > 1:
+            fit += self._mixtures(made, min(one.step_s for one in fit))
         return _choose(fit)
 
-    def _mixtures(self, over: list[Prediction], fit: list[Prediction]) -> Iterator[Prediction]:
-        """The best mixtures of a kind that does not fit and one that does."""
-        best = min(one.step_s for one in fit)
-        promising = sorted(
-            (self._promise(fast, slow), at, fast, slow)
-            for at, (fast, slow) in enumerate((f, s) for f in over for s in fit)
-            if fast.step_s < slow.step_s
-        )
-        for promise, _, fast, slow in promising[:_PAIRS]:
+    def _mixtures(self, made: list[Prediction], best: float) -> Iterator[Prediction]:
+        """The best mixtures of two kinds."""
+        pairs = [(one, other) for one in made for other in made if one is not other]
+        promises = [(*self._promise(*pair), at) for at, pair in enumerate(pairs)]
+        for promise, count, at in sorted(promises)[:_PAIRS]:
             if promise > best * (1 - WORTH / 2):
                 return
-            found = self._fill(fast, slow)
+            found = self._fill(*pairs[at], count)
             if found is not None:
                 best = min(best, found.step_s)
                 yield found
 
-    def _share(self, fast: Prediction, slow: Prediction) -> float:
-        """Share of layers of the faster kind that lines between the two promise."""
-        have, lack = self.budget.room(slow), -self.budget.room(fast)
-        return have / max(1, have + lack)
+    def _promise(self, one: Prediction, other: Prediction) -> tuple[float, int]:
+        """What lines between two kinds promise: the time, and layers of the first kind.
 
-    def _promise(self, fast: Prediction, slow: Prediction) -> float:
-        share = self._share(fast, slow)
-        return share * fast.step_s + (1 - share) * slow.step_s
-
-    def _fill(self, fast: Prediction, slow: Prediction) -> Prediction | None:
-        """The mixture with the most layers of the faster kind that fits."""
+        With a layer more than fits by the lines: memory of a mixture is often below them, for
+        the working set of one kind comes when what the other kept is gone.
+        """
         layers = self.layers
-        if layers < 2:
-            return None
-        guess = min(layers - 1, max(1, int(self._share(fast, slow) * layers)))
-        room = _cached(lambda n: self.room(mixture(fast.setup, slow.setup, n, layers)))
-        count = largest(room, layers - 1, guess=guess, beyond=False)
-        return self.predict(mixture(fast.setup, slow.setup, count, layers)) if count else None
+        limits = list(zip(_limits(one, self.gpu), _limits(other, self.gpu), strict=True))
+        rooms = self.budget.room(one), self.budget.room(other)
+        found = [(float("inf"), 0)]
+        for n in range(1, layers):
+            least = min(((n + d) / layers for d in (-1, 1)), key=lambda s: -_between(s, *rooms))
+            if _between(least, *rooms) >= 0:
+                found.append((max(_between(n / layers, *pair) for pair in limits), n))
+        return min(found)
+
+    def _fill(self, one: Prediction, other: Prediction, guess: int) -> Prediction | None:
+        """The mixture with the most layers of the first kind that fits, about as promised."""
+        layers = self.layers
+        room = _cached(lambda n: self.room(mixture(one.setup, other.setup, n, layers)))
+        # more layers that wait for copies would be slower again
+        most = guess if one.limited_by == "link" else layers - 1
+        count = largest(room, most, guess=guess, beyond=False)
+        return self.predict(mixture(one.setup, other.setup, count, layers)) if count else None
 
     def fastest_update(
         self, setup: Setup, *, optimizers: Sequence[str] = (), batches: bool = True
@@ -369,6 +373,17 @@ def _next(room: Callable[[int], int], low: int, high: int, most: int) -> int:
     if tried > _LINES:  # not a line: halve
         return (low + high) // 2
     return min(at, high - 1)
+
+
+def _between(share: float, one: float, other: float) -> float:
+    return share * one + (1 - share) * other
+
+
+def _limits(made: Prediction, gpu: Gpu) -> tuple[float, float, float]:
+    """Seconds of computing, of copies to the host and back, of launching if that is longest."""
+    copied = 2 * made.host.get("checkpoints", 0) * made.setup.accumulation
+    launching = made.step_s if made.limited_by == "host" else 0.0
+    return sum(made.seconds.values()), copied / gpu.link, launching
 
 
 def _resident(made: Prediction) -> int:
