@@ -15,6 +15,7 @@ and those layers run their own code.
 """
 
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -215,9 +216,12 @@ class FusedBlocks:
         Returns:
             (B, T, H).
         """
-        if runner.index <= self._latest:  # a new pass; the first layers may run their own code
+        if self.tile:
+            if self._operands.are_there:
+                self._operands.release()
+        elif runner.index <= self._latest:  # a new pass; first layers may run their own code
             self._operands.refresh(x.dtype)
-        self._latest = runner.index
+        self._latest = runner.index if not self.tile else len(self.layers)
         description = runner.description
         y: Tensor
         if torch.is_grad_enabled():
@@ -225,10 +229,30 @@ class FusedBlocks:
             y = Step.apply(x, runner, call, *parameters)
         else:
             flat = x.reshape(-1, x.shape[-1])
-            y = forward(description, flat, call, "nothing", self.tile)[0].view(x.shape)
+            with self.rounded(runner.operands, self.tile, x.dtype):
+                y = forward(description, flat, call, "nothing", self.tile)[0].view(x.shape)
         if runner.index == len(self.layers) - 1:
             self._made = weakref.ref(y)
         return y
+
+    def rounded(
+        self, own: Operands, tile: int | None, dtype: torch.dtype
+    ) -> AbstractContextManager[None]:
+        """A and B of a layer in the compute dtype, for what runs inside.
+
+        Args:
+            own: the layer's.
+            tile: of the pass: a number of tokens lends them to one layer at a time.
+            dtype: of the products.
+
+        Returns:
+            A context.
+        """
+        if tile:
+            return own.lent(dtype)
+        if not self._operands.are_there:  # passes of both kinds, one inside the other
+            self._operands.refresh(dtype)
+        return nullcontext()
 
     def made(self, hidden: Tensor) -> bool:
         """Whether a tensor is what the last layer has given, as one step, and nobody changed."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from qlora_kit.block.description import describe, drops_activations, linears
 from qlora_kit.block.layer import Call, Kept, backward, forward
+from qlora_kit.block.operands import Operands
 from qlora_kit.block.policy import waits_on_host
 from qlora_kit.block.tiles import tiles_of
 
@@ -20,6 +21,7 @@ class Runner:
     Attributes:
         description: of the layer as it is now.
         policy: one of `policy.POLICIES`.
+        operands: of the layer alone, for where the model's are not kept.
     """
 
     def __init__(self, fused: "FusedBlocks", layer: nn.Module, index: int, policy: str) -> None:
@@ -44,6 +46,7 @@ class Runner:
         """
         self.description = describe(layer, deterministic=self.fused.deterministic)
         groups = self.description.groups
+        self.operands = Operands(groups)
         self._adapters = [part.lora for group in groups for part in group.parts if part.lora]
         trained = {id(p) for group in groups for p in group.parameters}
         self._frozen = [
@@ -82,8 +85,9 @@ class Step(torch.autograd.Function):
         """Run the layer on x (B, T, H), and leave what its policy keeps."""
         rows = call.batch * call.length
         flat, fused = x.reshape(rows, -1), runner.fused
-        ctx.fused, ctx.tile = fused, fused.tile
-        y, kept = forward(runner.description, flat, call, runner.policy, fused.tile)
+        ctx.fused, ctx.tile, ctx.operands = fused, fused.tile, runner.operands
+        with fused.rounded(runner.operands, fused.tile, x.dtype):
+            y, kept = forward(runner.description, flat, call, runner.policy, fused.tile)
         ctx.description, ctx.policy, ctx.call = runner.description, runner.policy, call
         ctx.spent, ctx.away = False, None
         if waits_on_host(runner.policy):
@@ -108,17 +112,18 @@ class Step(torch.autograd.Function):
         kept = Kept.of(host.take(away, ahead=not late) if away else list(ctx.saved_tensors))
         owned = ctx.fused.handed_out(dy)
         flat = dy.reshape(rows, -1)
-        result = backward(
-            ctx.description,
-            flat if owned else flat.contiguous(),
-            kept,
-            call,
-            need_dx=ctx.needs_input_grad[0],
-            tile=ctx.tile,
-            owned=owned,
-            spare=ctx.fused.spare,
-            no_longer_wide=(lambda: host.prefetch(away)) if late else None,
-        )
+        with ctx.fused.rounded(ctx.operands, ctx.tile, dy.dtype):
+            result = backward(
+                ctx.description,
+                flat if owned else flat.contiguous(),
+                kept,
+                call,
+                need_dx=ctx.needs_input_grad[0],
+                tile=ctx.tile,
+                owned=owned,
+                spare=ctx.fused.spare,
+                no_longer_wide=(lambda: host.prefetch(away)) if late else None,
+            )
         dx = None if result.dx is None else result.dx.view(dy.shape)
         ctx.fused.handed = dx
         return dx, None, None, *result.parameters
