@@ -23,6 +23,7 @@ class Bottleneck(ModuleWrapper):
     """A linear whose output passes through a bottleneck.
 
     Example:
+    >>> import torch
         >>> adapter = Bottleneck(nn.Linear(4, 8), "proj", width=2)
         >>> sum(p.numel() for p in adapter.trainable().values())  # 2dm + m + d
         42

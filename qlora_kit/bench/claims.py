@@ -59,6 +59,10 @@ def reference(rows: Sequence[Row], row: Row, *, speed: bool = False) -> Row | No
 
     Returns:
         The better loss head's row, or None if none ran.
+
+    Example:
+        >>> reference([], {"model": "m", "batch": 1, "seq": 8, "policy": "save"}) is None
+        True
     """
     same = [
         other

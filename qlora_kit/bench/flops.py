@@ -39,7 +39,19 @@ class StepFlops:
 
 
 def linear_shapes(config: PreTrainedConfig) -> list[tuple[int, int]]:
-    """(out, in) of the seven linears of one layer of a Llama-like model."""
+    """(out, in) of the seven linears of one layer of a Llama-like model.
+
+    Args:
+        config: of a dense model.
+
+    Returns:
+        q, k, v, o, gate, up, down.
+
+    Example:
+        >>> from qlora_kit.bench.shapes import SHAPES
+        >>> linear_shapes(SHAPES["Llama-3.1-8B"])[1]
+        (1024, 4096)
+    """
     hidden, ffn = config.hidden_size, config.intermediate_size
     width = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = config.num_attention_heads * width, config.num_key_value_heads * width

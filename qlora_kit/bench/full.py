@@ -79,6 +79,12 @@ def build(build: Build, stage: Stage) -> Subject:
 
     Raises:
         NotPossible: another method was asked for.
+
+    Example:
+        >>> wanted = Build(impl="full", model="tiny", checkpoint="", method="full", device="cpu",
+        ...     masters="float32", optimizer="adamw_torch_fused")
+        >>> {p.dtype for p in build(wanted, lambda *_: 0.0).parameters}
+        {torch.float32}
     """
     if build.method != "full":
         raise NotPossible(f"this trains all weights, not {build.method}")

@@ -104,6 +104,11 @@ def title_of(row: Mapping[str, Any]) -> str:
 
     Returns:
         A few words.
+
+    Example:
+        >>> title_of({"impl": "peft", "method": "lora", "bits": 4, "masters": "library",
+        ...     "variant": "", "optimizer": "adamw_8bit"})
+        'PEFT + bitsandbytes'
     """
     name = method_of(row)
     return ALL[name].title if name in ALL else name

@@ -89,6 +89,12 @@ def run_process(
 
     Returns:
         How it ended; never raises for a failure of the command.
+
+    Example:
+        >>> import sys
+        >>> words = [sys.executable, "-c", "raise SystemExit('no GPU')"]
+        >>> run_process(words, limit_seconds=30, folder=Path.cwd()).reason
+        'no GPU'
     """
     began = time.monotonic()
     process = subprocess.Popen(

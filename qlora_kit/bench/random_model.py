@@ -31,6 +31,12 @@ def random_model(
 
     Returns:
         The model, on `device`; no weight ever existed elsewhere.
+
+    Example:
+        >>> from qlora_kit.bench.shapes import TINY
+        >>> model = random_model(TINY, QuantConfig(), device="cpu", dtype=torch.float32)
+        >>> type(model.model.layers[0].mlp.up_proj).__name__
+        'NF4Linear'
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -37,7 +37,15 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter, those installed."""
+    """Versions of Python, of this package and of those that matter, where they are installed.
+
+    Returns:
+        Package to version.
+
+    Example:
+        >>> list(versions())[:3]
+        ['python', 'qlora_kit', 'torch']
+    """
     found = {"python": platform.python_version(), "qlora_kit": __version__}
     for package in _PACKAGES:
         try:

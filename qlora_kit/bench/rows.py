@@ -96,7 +96,18 @@ def peak_gib(row: Row) -> float | None:
 
 
 def recomputes(row: Row) -> bool:
-    """Whether matrix products are computed again in the backward."""
+    """Whether matrix products are computed again in the backward.
+
+    Args:
+        row: of a record; a mixture of policies counts if one of them does.
+
+    Returns:
+        False for `save` and `recompute_elementwise`.
+
+    Example:
+        >>> recomputes({"policy": "save"}), recomputes({"policy": "save:1,offload:1"})
+        (False, True)
+    """
     policy = str(row["policy"])
     return not all(part.split(":")[0] in _NO_PRODUCTS for part in policy.split(","))
 
@@ -124,5 +135,13 @@ def in_order(rows: Iterable[Row]) -> list[Row]:
 
 
 def of_method(rows: Iterable[Row], *names: str) -> list[Row]:
-    """The rows of some methods."""
+    """The rows of some methods.
+
+    Args:
+        rows: of a record.
+        *names: keys of `methods.ALL`.
+
+    Returns:
+        Those rows, in their order.
+    """
     return [row for row in rows if method_of(row) in names]

@@ -92,6 +92,11 @@ def make_batches(vocab_size: int, batch: int, seq: int, seed: int, device: str) 
 
     Returns:
         1 + `BATCHES` batches of `input_ids` and `labels`.
+
+    Example:
+        >>> check, *rest = make_batches(512, 2, 64, 0, "cpu")
+        >>> int((check["labels"] != -100).sum()), len(rest), rest[0]["labels"].shape
+        (64, 4, torch.Size([2, 64]))
     """
     generator = torch.Generator().manual_seed(seed)
     found = []

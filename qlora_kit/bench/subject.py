@@ -229,6 +229,11 @@ def make_optimizer(name: str, parameters: list[nn.Parameter], rate: float) -> to
 
     Returns:
         The optimizer, without weight decay; 8-bit ones come from bitsandbytes.
+
+    Example:
+        >>> weight = nn.Parameter(torch.ones(2))
+        >>> make_optimizer("adamw_torch_fused", [weight], 0.1).defaults["fused"]
+        True
     """
     if name in ("adamw_torch", "adamw_torch_fused"):
         fused = True if name.endswith("fused") else None
