@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.memory import claim
+from benchmarks.memory import claim, plot
 from qlora_kit.bench.child import first_fields
 from qlora_kit.bench.grid import merged
 from qlora_kit.bench.methods import METHODS, method_of
@@ -50,3 +50,19 @@ def test_the_record_goes_to_the_results(tmp_path, monkeypatch, capsys, changes, 
     assert asked[0][0] == "memory"
     assert asked[0][2] == 400
     assert "full, mixed precision" in capsys.readouterr().out
+
+
+def test_figure_shows_the_leanest_rows_and_is_repeatable(tmp_path):
+    pytest.importorskip("matplotlib")
+    fat = row_of("qlora", peak_allocated_gib=9.0)
+    graph = row_of("qlora", graph=True, peak_allocated_gib=0.1, peak_reserved_gib=0.1)
+    saving = row_of("qlora", policy="save")
+    lean = row_of("qlora", predicted_gib=1.4)
+    record = record_of(row_of("full"), fat, graph, lean, saving)
+    assert plot.chosen(record["rows"])[1:] == [lean, saving]
+    for name in ("one.svg", "two.svg"):
+        plot.draw([record], 1, tmp_path / name)
+    one, two = ((tmp_path / name).read_bytes() for name in ("one.svg", "two.svg"))
+    assert one == two
+    with pytest.raises(SystemExit, match="no row"):
+        plot.draw([record_of()], 1, tmp_path / "three.svg")
