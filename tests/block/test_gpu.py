@@ -8,6 +8,7 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
+from qlora_kit.block import tiles
 from qlora_kit.block.compiled import compile_layers
 from qlora_kit.block.install import fuse_blocks
 from qlora_kit.block.policy import POLICIES
@@ -86,6 +87,28 @@ def test_every_policy_gives_the_same_bits(family: str) -> None:
         assert all(torch.equal(found[name], wanted[name]) for name in wanted), policy
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_tiles(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As close to float64 as at once, an odd remainder and groups of heads included; under every
+    policy the same bits, twice."""
+    monkeypatch.setattr(tiles, "ATTENTION_ROWS", 1)
+    model = build(family)
+    _, truth = loss_and_gradients(truth_of(model), ids(), use_cache=False)
+    fused = fuse_blocks(model, "save", deterministic=True)
+    _, whole = loss_and_gradients(model, ids(), **maskless())
+    fused.tile = 128
+    wanted: Gradients = {}
+    for policy in (*POLICIES, "save:1,offload", *POLICIES):
+        fused.set_policy(policy)
+        _, found = loss_and_gradients(model, ids(), **maskless())
+        wanted = wanted or found
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted), policy
+    assert total_error(wanted, truth) < 1.1 * total_error(whole, truth)
+    fused.tile = 127
+    _, odd = loss_and_gradients(model, ids(), **maskless())
+    assert total_error(odd, truth) < 1.1 * total_error(whole, truth)
+
+
 def test_packed_rows() -> None:
     """Documents of many lengths, against each alone through the same fused layers."""
     model = build("llama")
@@ -123,8 +146,9 @@ def test_no_operation_of_a_step_waits_for_the_host() -> None:
     model = build("llama")
     fused = fuse_blocks(model, "offload")
     tokens, mask = ids(8, 512), maskless()
-    for policy in POLICIES:
+    for policy, tile in [*((policy, None) for policy in POLICIES), ("offload", 1000)]:
         fused.set_policy(policy)
+        fused.tile = tile
         for step in range(3):
             model.zero_grad()
             torch.cuda.set_sync_debug_mode("error" if step == 2 else "default")

@@ -212,6 +212,22 @@ def test_bytes_kept_per_layer(family: str, method: type[LoRA], base: str) -> Non
     assert saved_bytes(model) < 0.9 * own
 
 
+@pytest.mark.parametrize("family", TINY)
+def test_bytes_kept_in_tiles(family: str) -> None:
+    """The same, but for the room beside q, k and v that their gradient is written over."""
+    config = LoRA(rank=4, rank_pattern=RANKS, alpha=5.0)
+    changes = {"head_dim": 32, "intermediate_size": 192}
+    model, _ = make(family, config, dtype=torch.bfloat16, **changes)
+    fused = fuse_blocks(model, tile=16)
+    sizes, tokens = TINY[family], SHAPE[0] * SHAPE[1]
+    for policy in POLICIES:
+        fused.set_policy(policy)
+        wanted = sizes.per_token(policy, frozen_a=False)
+        if policy in ("save", "recompute_elementwise", "recompute_mlp"):
+            wanted += 2 * sizes.ranks[0] * (1 + sizes.normed_heads)
+        assert saved_bytes(model) == tokens * wanted, policy
+
+
 @pytest.mark.parametrize("policy", [p for p in POLICIES if not p.startswith("offload")])
 def test_nothing_is_kept_beside(policy: str) -> None:
     """No tensor hangs on the graph's nodes that hooks on saved tensors would not see."""

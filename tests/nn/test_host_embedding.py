@@ -128,3 +128,14 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="several processes"):
         keep_embeddings_on_host(build())
+
+
+@pytest.mark.gpu
+def test_lookups_from_a_gpu() -> None:
+    """Rows arrive as they are, more of them than go at a time."""
+    table = HostEmbedding(torch.randn(1000, 64, dtype=torch.bfloat16))
+    ids = torch.randint(0, 1000, (2, 20_000), device="cuda")
+    found = table(ids)
+    assert found.device == ids.device
+    assert torch.equal(found.cpu(), table.weight[ids.cpu()])
+    assert table.to("cuda").weight.device.type == "cpu"
