@@ -29,7 +29,7 @@ from torch import Tensor
 SMALLEST_BYTES = 2 << 20
 """Tensors below this stay where they are: they are many and weigh nothing."""
 
-PAGE_BYTES = 16 << 20
+PAGE_BYTES = 32 << 20
 """What is handed out at a time."""
 
 BLOCK_BYTES = 256 << 20
