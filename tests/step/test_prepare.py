@@ -10,6 +10,7 @@ from qlora_kit.adapters.inject import attach
 from qlora_kit.block.compiled import why_not_compiled
 from qlora_kit.block.install import FusedBlocks, FusedLayer
 from qlora_kit.core.errors import ConfigError
+from qlora_kit.nn.host_embedding import keep_embeddings_on_host
 from qlora_kit.step.prepare import FusedCollator, fused_inputs, prepare_model
 from qlora_kit.train.data.collate import PackedCollator, PadCollator
 from qlora_kit.train.trainer import Trainer
@@ -42,10 +43,22 @@ class Trained:
     adapter: list[torch.Tensor]
 
 
-def train(folder, family, step, *, packed=False, steps=4, policy="recompute_elementwise"):
+def train(
+    folder,
+    family,
+    step,
+    *,
+    packed=False,
+    steps=4,
+    policy="recompute_elementwise",
+    tile=None,
+    on_host=False,
+):
     torch.manual_seed(0)
-    model = tiny_models.build(family)
+    model = tiny_models.build(family, **({"tie_word_embeddings": False} if on_host else {}))
     adapter = attach(model, LoRA(rank=4, alpha=6), seed=1)
+    if on_host:
+        keep_embeddings_on_host(model)
     trainer = Trainer(
         model,
         adapter,
@@ -55,7 +68,10 @@ def train(folder, family, step, *, packed=False, steps=4, policy="recompute_elem
         data_collator=(PackedCollator if packed else PadCollator)(0),
         step=step,
         activations=policy,
+        tile=tile,
     )
+    if on_host:
+        assert trainer.graphs is None
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     evaluated = trainer.evaluate()["eval_loss"]
@@ -130,6 +146,31 @@ def test_what_cannot_be_fused_says_why(tmp_path):
     with pytest.raises(ConfigError, match="unknown step 'fast'"):
         prepare_model(model, args, "fast", "auto")
     assert prepare_model(model, args, "auto", "auto") is None
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_training_on_long_rows_gives_the_same_adapter(tmp_path, packed):
+    """In tiles, inputs offloaded, embeddings on the host; bounds as above."""
+    usual = train(tmp_path / "a", "llama", "fused", packed=packed, on_host=True)
+    options = {"packed": packed, "policy": "offload", "tile": 32, "on_host": True}
+    long = train(tmp_path / "b", "llama", "fused", **options)
+    assert long.losses == pytest.approx(usual.losses, rel=1e-5)
+    assert long.eval_loss == pytest.approx(usual.eval_loss, rel=1e-5)
+    moved = sum((a - b).norm() for a, b in zip(long.adapter, usual.adapter, strict=True))
+    assert moved < 1e-3 * sum(a.norm() for a in usual.adapter)
+
+
+def test_the_tile_reaches_the_layers(tmp_path):
+    """As the configuration says it; embeddings on the host keep steps off CUDA graphs."""
+    model = tiny_models.build("llama", tie_word_embeddings=False)
+    attach(model, LoRA(rank=2))
+    for tile, wanted in (("auto", 0), (None, None), (4096, 4096)):
+        fused = prepare_model(model, arguments(tmp_path), "fused", "auto", tile)
+        assert fused.blocks.tile == wanted
+        assert fused.never_waits
+        fused.remove()
+    keep_embeddings_on_host(model)
+    assert not prepare_model(model, arguments(tmp_path), "fused", "auto").never_waits
 
 
 def test_checkpointing_becomes_a_policy(tmp_path):
