@@ -95,13 +95,14 @@ def measure(case: Case, scratch: Path, arguments: argparse.Namespace) -> dict[st
 
 def table(rows: Sequence[dict[str, object]]) -> str:
     """One line per length."""
-    names = ("seconds", "tokens_per_s", "peak_allocated_gib", "peak_reserved_gib", "host_gib")
-    lines = [f"{'tokens':>9} {'s':>8} {'tokens/s':>9} {'GiB':>7} {'reserved':>8} {'host':>7}"]
+    names = ("seconds", "tokens_per_s", "weights_gib", "peak_allocated_gib", "peak_reserved_gib")
+    names += ("pinned_gib", "host_gib")
+    heads = ("s", "tokens/s", "weights", "peak", "reserved", "pinned", "host")
+    lines = [f"{'tokens':>9} " + " ".join(f"{head:>8}" for head in heads) + "  (GiB)"]
     for row in rows:
         cells = [f"{row[n]:.2f}" if isinstance(row.get(n), float) else "-" for n in names]
         end = "" if row["trained"] else f"  {row.get('error') or 'out of memory'}"
-        widths = zip(cells, (8, 9, 7, 8, 7), strict=True)
-        lines.append(f"{row['length']:>9,} " + " ".join(f"{c:>{w}}" for c, w in widths) + end)
+        lines.append(f"{row['length']:>9,} " + " ".join(f"{cell:>8}" for cell in cells) + end)
     return "\n".join(lines)
 
 
