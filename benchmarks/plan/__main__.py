@@ -5,9 +5,9 @@
     python -m benchmarks.plan --again RECORD       # predict a record's rows anew: no GPU
 
 Models have random weights of a real shape, made where they run, and train on random tokens
-with the step that `train` runs. Small batches run without a CUDA graph, whose memory
-`max_memory_allocated` shows only in part. Predictions are made after the measurements, from
-the record alone. Targets: every peak within 3%, half of them within 1%, tokens/s within 15%.
+with the step that `train` runs, small batches as a CUDA graph. Predictions are made after the
+measurements, from the record alone. Targets: every peak within 3%, half of them within 1%,
+tokens/s within 15%.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from benchmarks.plan.cases import GRID, SMALL, jobs
 from qlora_kit.bench.predicted import add_predictions
 from qlora_kit.bench.record import Row, machine
 from qlora_kit.bench.session import Session
+from qlora_kit.train.record import source_commit
 
 MOST, MEDIAN, SPEED = 0.03, 0.01, 0.15
 """Targets: each peak, their median, each speed; relative."""
@@ -99,6 +100,7 @@ def _again(file: Path) -> None:
     """Predict a record's rows anew, and write them into it."""
     record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     add_predictions(record)
+    record["predicted_by"] = source_commit()
     file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(table(record["rows"]))
 

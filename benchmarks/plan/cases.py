@@ -143,6 +143,6 @@ def jobs(cases: tuple[Case, ...], *, device: str, warmup: int, steps: int) -> li
             dtype="bfloat16" if device == "cuda" else "float32",
         )
         ordered = sorted(case.sizes, key=lambda size: size[0] * size[1])
-        points = tuple(Point(batch=b, seq=s, policy=p, graph=False) for b, s, p in ordered)
+        points = tuple(Point(batch=b, seq=s, policy=p) for b, s, p in ordered)
         found.append(Job(build=build, points=points, warmup=warmup, steps=steps))
     return found

@@ -85,6 +85,7 @@ def first_fields(build: Build, point: Point) -> dict[str, object]:
         "masters": build.masters,
         "head": point.head,
         "graphs": point.graph,
+        "tile": point.tile,
         "optimizer": build.optimizer,
         "cap_gib": point.cap_gib,
         "cases": list(point.cases),

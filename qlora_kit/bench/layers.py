@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from qlora_kit.bench.subject import NotPossible
 from qlora_kit.block.install import why_not_fused
+from qlora_kit.block.tiles import Tile
 from qlora_kit.step.prepare import prepare_model
 
 
@@ -44,7 +45,11 @@ def own_layers(model: PreTrainedModel, policy: str) -> Iterator[None]:
 
 @contextmanager
 def policy_context(
-    model: PreTrainedModel, arguments: TrainingArguments, policy: str, step: str
+    model: PreTrainedModel,
+    arguments: TrainingArguments,
+    policy: str,
+    step: str,
+    tile: Tile = "auto",
 ) -> Iterator[str]:
     """Run the model's layers under an activation policy while the context lasts.
 
@@ -53,6 +58,7 @@ def policy_context(
         arguments: of the Trainer, which prepares its models in the same way.
         policy: see `qlora_kit.block.policy`; the eager step knows `save` and `recompute_all`.
         step: `fused`, `eager`, or `auto` for fused where the model's layers can be.
+        tile: tokens that fused layers treat at a time.
 
     Yields:
         `fused` or `eager`.
@@ -62,7 +68,7 @@ def policy_context(
     """
     reason = "eager was asked for" if step == "eager" else why_not_fused(model)
     if reason is None:
-        fused = prepare_model(model, arguments, "fused", policy)
+        fused = prepare_model(model, arguments, "fused", policy, tile)
         assert fused is not None
         try:
             yield "fused"

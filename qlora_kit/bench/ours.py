@@ -70,7 +70,9 @@ class _Run:
     @contextmanager
     def prepare(self, point: Point) -> Iterator[str]:
         """Sets up a point's policy; gives `fused` or `eager`."""
-        with policy_context(self.model, self.arguments, point.policy, self.step) as step:
+        with policy_context(
+            self.model, self.arguments, point.policy, self.step, point.tile
+        ) as step:
             recording = step == "fused" and point.graph
             self.fused = step == "fused"
             self.graphs = StepGraphs(self._graph_loss, self.parameters) if recording else None

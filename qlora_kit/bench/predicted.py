@@ -86,6 +86,8 @@ def _predict(row: Row, gpu: str, memory_bytes: int) -> None:
                 optimizer=row["optimizer"],
                 step=row.get("step", "eager" if full else "fused"),
                 mixed=row["masters"] == "float32",
+                graph=row["graphs"],
+                tile=row.get("tile"),
             ),
             recognise(gpu, memory_bytes),
         )

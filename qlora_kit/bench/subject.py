@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -103,6 +103,8 @@ class Point:
     """Full fine-tuning: the loss from `chunked` logits, or `stock`, as the model's own code."""
     graph: bool = True
     """Ours: small batches as a CUDA graph, as the Trainer runs them; it reserves memory."""
+    tile: int | Literal["auto"] | None = "auto"
+    """Ours: tokens at a time where each is alone, `auto`, or None for all."""
     cap_gib: float | None = None
     """GPU memory torch may take; None for all of it."""
     warmup: int | None = None

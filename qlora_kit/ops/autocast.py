@@ -1,14 +1,17 @@
 """torch's autocast, asked and switched on any device.
 
 torch refuses the question for devices that have no autocast, the meta device among them, on
-which a step is traced before it runs. There the answer is no.
+which a step is traced before it runs. There the answer is what `suppose` says.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 
 import torch
 
 _WITHOUT = ("meta",)
+_supposed: ContextVar[torch.dtype | None] = ContextVar("qlora_kit_autocast_on_meta", default=None)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -27,9 +30,33 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
         ...     autocast_dtype(torch.device("cpu"))
         torch.bfloat16
     """
-    if device.type in _WITHOUT or not torch.is_autocast_enabled(device.type):
+    if device.type in _WITHOUT:
+        return _supposed.get()
+    if not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
+
+
+@contextmanager
+def suppose(dtype: torch.dtype | None) -> Iterator[None]:
+    """Let autocast seem to cast to a dtype on the meta device.
+
+    Args:
+        dtype: to cast to; None for off.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> with suppose(torch.bfloat16):
+        ...     autocast_dtype(torch.device("meta"))
+        torch.bfloat16
+    """
+    token = _supposed.set(dtype)
+    try:
+        yield
+    finally:
+        _supposed.reset(token)
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
@@ -48,5 +75,5 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
         torch.bfloat16
     """
     if device.type in _WITHOUT:
-        return nullcontext()
+        return suppose(dtype)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

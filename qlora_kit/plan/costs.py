@@ -52,6 +52,8 @@ _ALLOCATIONS = {
     torch.ops.aten.detach,
     torch.ops.aten._unsafe_view,
 }
+_FILLING = 200
+"""Values of a dimension that a product's pipelines cost, measured in what they could have done."""
 _LAUNCH_S = 2.0e-6
 """Between two kernels of a full queue, and their start and end."""
 
@@ -83,7 +85,8 @@ def cost_of(op: OpOverload, inputs: Any, result: Any, gpu: Gpu) -> Cost:
     tensors = [t for t in tree_leaves((inputs, result)) if isinstance(t, Tensor)]
     moved = sum({id(t): _bytes(t) for t in tensors}.values())
     if packet in _PRODUCTS:
-        return _product(_product_flops(packet, inputs), moved, tensors[0].dtype, gpu)
+        flops, narrow = _product_flops(packet, inputs)
+        return _product(flops, moved, tensors[0].dtype, gpu, narrow)
     return Cost("elementwise", moved / gpu.bandwidth + _LAUNCH_S)
 
 
@@ -91,16 +94,19 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _product(flops: int, moved: int, dtype: torch.dtype, gpu: Gpu) -> Cost:
+def _product(flops: int, moved: int, dtype: torch.dtype, gpu: Gpu, narrow: int = 4096) -> Cost:
+    """A product whose narrowest large dimension is so wide: tiles are filled and emptied."""
     rate = gpu.matrix_flops / (16 if dtype == torch.float32 else 1)  # TF32 is off
+    rate *= narrow / (narrow + _FILLING)
     return Cost("product", max(flops / rate, moved / gpu.bandwidth) + _LAUNCH_S)
 
 
-def _product_flops(packet: Any, inputs: Any) -> int:
-    """Twice the multiply-adds."""
+def _product_flops(packet: Any, inputs: Any) -> tuple[int, int]:
+    """Twice the multiply-adds, and the smaller of contraction and width."""
     args = _arguments(inputs)
     left, right = args[1:3] if packet in _ADDING else args[:2]
-    return 2 * prod(left.shape) * int(right.shape[-1])
+    width = int(right.shape[-1])
+    return 2 * prod(left.shape) * width, min(width, int(left.shape[-1]))
 
 
 def _arguments(inputs: Any) -> Sequence[Any]:
@@ -120,7 +126,7 @@ def _attention_forward(inputs: Any, gpu: Gpu) -> Cost:
     q, _k, _v, _scale, window, _softcap, _same, starts, longest = _arguments(inputs)
     rows = q.shape[1] if starts is None else min(q.shape[1], longest)
     flops = 2 * _attention_flops(q, window, starts, longest)
-    return Cost("attention", flops / gpu.forward.rate(rows) + _LAUNCH_S)
+    return Cost("attention", flops / gpu.forward.rate(rows, q.shape[-1]) + _LAUNCH_S)
 
 
 def _attention_backward(inputs: Any, gpu: Gpu) -> Cost:
@@ -136,7 +142,7 @@ def _attention_backward(inputs: Any, gpu: Gpu) -> Cost:
         workspace = b * t * heads * (dim + 1) * 4
         if k.shape[2] != heads:
             workspace += 2 * b * t * heads * dim * dout.element_size()
-    return Cost("attention", flops / gpu.backward.rate(rows) + _LAUNCH_S, workspace)
+    return Cost("attention", flops / gpu.backward.rate(rows, q.shape[-1]) + _LAUNCH_S, workspace)
 
 
 def _decode(inputs: Any, gpu: Gpu) -> Cost:
@@ -173,7 +179,8 @@ def _linear_pass(
     size = rows.element_size()
     m = rows.shape[0]
     decoded = (n + rank) * (k + rank) * size
-    product = _product(2 * m * (n * k + rank * (n + k)), decoded, rows.dtype, gpu).seconds
+    flops = 2 * m * (n * k + rank * (n + k))
+    product = _product(flops, decoded, rows.dtype, gpu, min(n, k)).seconds
     decode = (_bytes(packed) + decoded) / gpu.bandwidth
     copies = 2 * beside * size / gpu.bandwidth
     return Cost("product", product + decode + copies + 3 * _LAUNCH_S, decoded + beside * size)

@@ -4,6 +4,7 @@ Linear layers and attention get their operands in 16 bits where masters are floa
 are cast once per forward pass, and the copies live until it is differentiated, as torch's do.
 """
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qlora_kit.ops.attention import op as _attention  # noqa: F401  registers the op
+from qlora_kit.ops.autocast import suppose
 from qlora_kit.plan.setup import FULL, Setup
 
 _CAST = (
@@ -42,6 +44,7 @@ class OwnCode(TorchFunctionMode):
         mixed = setup.method == FULL and setup.mixed and setup.dtype != "float32"
         self.dtype: torch.dtype | None = getattr(torch, setup.dtype) if mixed else None
         self._copies: dict[int, Tensor] = {}
+        self._supposed = ExitStack()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Cast operands, leave the rest."""
@@ -49,10 +52,17 @@ class OwnCode(TorchFunctionMode):
             args = tuple(self._cast(a) if isinstance(a, Tensor) else a for a in args)
         return func(*args, **(kwargs or {}))
 
+    def __enter__(self) -> "OwnCode":
+        """Begin to cast."""
+        self._supposed.enter_context(suppose(self.dtype))
+        super().__enter__()
+        return self
+
     def __exit__(self, *raised: Any) -> None:
         """Let go of the copies."""
         self._copies.clear()
         super().__exit__(*raised)
+        self._supposed.close()
 
     def _cast(self, tensor: Tensor) -> Tensor:
         """The tensor as autocast would hand it over."""

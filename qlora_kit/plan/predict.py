@@ -21,18 +21,20 @@ from qlora_kit.plan.gpus import Gpu
 from qlora_kit.plan.outline import Outline, components, outline
 from qlora_kit.plan.setup import FULL, Setup
 from qlora_kit.plan.state import optimizer_bytes, update_seconds
-from qlora_kit.plan.trace import Block, Trace, counted_bytes
+from qlora_kit.plan.trace import BACKWARD, Block, Trace, counted_bytes
 from qlora_kit.step.graph import MOST_TOKENS
 from qlora_kit.step.head_input import TARGET_POSITIONS, head_input
 
-LIBRARIES = 32 << 20
+LIBRARIES = 72 << 20
 """Bytes of cuBLAS's workspace on Hopper, which torch allocates."""
 LIBRARIES_BEFORE = 8 << 20
 """On GPUs before Hopper."""
 CONTEXT = 520 << 20
 """Bytes of the CUDA context and kernels' code, outside of what torch counts."""
-HOST_LAUNCH_S = 2.6e-5
-"""Python's time per op of a fused layer."""
+HOST_LAUNCH_S = 8e-5
+"""Python's time per op of a fused layer, on a slow host; it varies by half."""
+OWN_LAUNCH_S = 3e-5
+"""Likewise in a model's own code, where ops are torch's."""
 _OPERANDS = "adapters"
 
 
@@ -144,8 +146,9 @@ def _timed(
     seconds = {kind: s * setup.accumulation for kind, s in trace.seconds.items()}
     seconds["optimizer"] = update_seconds(made.trained, setup.optimizer, gpu)
     compute = sum(seconds.values())
-    graph = made.blocks is not None and setup.tokens <= MOST_TOKENS
-    launching = 0.0 if graph else trace.launches * HOST_LAUNCH_S * setup.accumulation
+    graph = setup.graph and made.blocks is not None and setup.tokens <= MOST_TOKENS
+    each = HOST_LAUNCH_S if made.blocks is not None else OWN_LAUNCH_S
+    launching = 0.0 if graph else trace.launches * each * setup.accumulation
     store = made.blocks.host if made.blocks is not None else None
     moved = store.moved_bytes if isinstance(store, OutlinedStore) else 0
     copying = moved / gpu.link * setup.accumulation
@@ -194,7 +197,7 @@ def run_step(made: Outline, setup: Setup, gpu: Gpu) -> Trace:
             with trace.during("loss"):
                 loss = selected.losses().total / items
                 del selected
-        with trace.during("backward"):
+        with trace.during(BACKWARD):
             loss.backward()
             del loss
     return trace

@@ -13,12 +13,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora_kit.plan.costs import cost_of
 from qlora_kit.plan.gpus import Gpu
+
+BACKWARD = "backward"
+"""Name of the phase in which autograd adds gradients up."""
+
+_SOON = 4
+"""Changes after which a tensor that was added to would be gone, were it added to in place."""
 
 _MIB = 1 << 20
 _STEP, _SMALL, _SEGMENT, _LARGE = 512, _MIB, 2 * _MIB, 10 * _MIB
@@ -99,6 +106,7 @@ class Trace(TorchDispatchMode):
         self._known: dict[int, Any] = {storage._cdata: None for storage in self._owned}
         self._live: dict[int, Block] = {}
         self._changes: list[int] = []
+        self._sums: dict[int, Block] = {}
         self._spikes: list[tuple[int, int, str]] = []
 
     @contextmanager
@@ -129,6 +137,8 @@ class Trace(TorchDispatchMode):
             self.seconds[cost.kind] += cost.seconds
         if cost.workspace:
             self._spikes.append((len(self._changes), counted_bytes(cost.workspace), self.phase))
+        if func is torch.ops.aten.add.Tensor and self.phase == BACKWARD:
+            self._note_sum(args[0], result)
         if cost.kind == "decode":
             block = self.block_of(args[-1] if result is None else result)
             if block is not None:
@@ -148,9 +158,22 @@ class Trace(TorchDispatchMode):
         self._live[key] = block
         self._known[key] = weakref.ref(storage, partial(self._freed, key))
 
+    def _note_sum(self, old: Any, new: Tensor) -> None:
+        """Autograd adds gradients in place where it can, but never under a dispatch mode."""
+        before = self.block_of(old) if isinstance(old, Tensor) else None
+        after = self.block_of(new)
+        if before is not None and after is not None and before.size == after.size:
+            self._sums[id(before)] = after
+
     def _freed(self, key: int, _reference: Any) -> None:
         block = self._live.pop(key)
         del self._known[key]
+        total = self._sums.pop(id(block), None)
+        if total is not None and len(self._changes) - total.born <= _SOON:
+            self._changes[total.born] = 0  # the sum took the place of what was added to
+            total.born = block.died = len(self._changes)
+            self._changes.append(0)
+            return
         block.died = len(self._changes)
         self._changes.append(-block.size)
 

@@ -139,7 +139,7 @@ def prepare_model(
     args: TrainingArguments,
     step: str,
     activations: str,
-    tile: Tile = None,
+    tile: Tile = "auto",
 ) -> FusedModel | None:
     """Prepare a causal model's layers for training.
 
