@@ -49,6 +49,8 @@ class Setup:
     step: str = "fused"
     """`fused`, or `eager` for the model's own code; `fused` where a model's layers cannot be
     is planned as `eager`."""
+    graph: bool = True
+    """Whether small batches of fused layers run as a CUDA graph."""
     dtype: str = "bfloat16"
     """The model computes in."""
     mixed: bool = True
