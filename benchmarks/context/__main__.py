@@ -57,14 +57,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def case_of(arguments: argparse.Namespace, length: int) -> Case:
     """One length of what was asked for."""
-    tile: Tile = {"auto": "auto", "off": None}.get(arguments.tile, arguments.tile)  # type: ignore[assignment]
+    words: dict[str, Tile] = {"auto": "auto", "off": None}
+    tile = words[arguments.tile] if arguments.tile in words else int(arguments.tile)
     return Case(
         model=arguments.model,
         length=length,
         rank=arguments.rank,
         layers=arguments.layers,
         policy=arguments.policy,
-        tile=int(tile) if isinstance(tile, str) and tile != "auto" else tile,
+        tile=tile,
         optimizer=arguments.optimizer,
         quantize_head=arguments.quantize_head,
         embeddings_on_host=arguments.embeddings_on_host,
@@ -95,8 +96,8 @@ def measure(case: Case, scratch: Path, arguments: argparse.Namespace) -> dict[st
 
 def table(rows: Sequence[dict[str, object]]) -> str:
     """One line per length."""
-    names = ("seconds", "tokens_per_s", "weights_gib", "peak_allocated_gib", "peak_reserved_gib")
-    names += ("pinned_gib", "host_gib")
+    names = ["seconds", "tokens_per_s", "weights_gib", "peak_allocated_gib", "peak_reserved_gib"]
+    names += ["pinned_gib", "host_gib"]
     heads = ("s", "tokens/s", "weights", "peak", "reserved", "pinned", "host")
     lines = [f"{'tokens':>9} " + " ".join(f"{head:>8}" for head in heads) + "  (GiB)"]
     for row in rows:
