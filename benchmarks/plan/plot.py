@@ -53,6 +53,10 @@ def _panel(axes: Any, points: list[tuple[str, float, float]], bound: float, unit
     for factor in (1 - bound, 1 + bound):
         axes.plot(ends, [factor * end for end in ends], color="#999999", linewidth=0.7, ls=":")
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+    ticks = [d * 10**e for e in range(6) for d in (1, 2, 5) if low < d * 10**e < high]
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(ticks, [f"{tick:,}" for tick in ticks])
+        axis.set_ticks([], minor=True)
     axes.set_xlabel(f"measured, {unit}")
     axes.set_ylabel(f"predicted, {unit}")
     axes.set_title(f"{len(points)} runs; dotted: ±{bound:.0%}", fontsize=8)
