@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.adapters.config import LoRA
-from qlora_kit.adapters.lora import LoRALinear, stores_transposed
+from qlora_kit.adapters.lora import LowRankLinear, stores_transposed
 from qlora_kit.adapters.peft_config import BaseInfo
 from qlora_kit.adapters.peft_format import AdapterFiles, LowRank, write_adapter
 from qlora_kit.adapters.protocol import Piece, TrainedCopy, load_stored_state, stored_state
@@ -199,12 +199,12 @@ class AttachedAdapter:
         Returns:
             The content of an adapter folder.
         """
-        low_rank = [piece for piece in self.pieces if isinstance(piece, LoRALinear)]
+        low_rank = [piece for piece in self.pieces if isinstance(piece, LowRankLinear)]
         whole = [piece for piece in self.pieces if isinstance(piece, TrainedCopy)]
         existing = _original_names(self.model, self.pieces)
         return AdapterFiles(
             config=self.config,
-            deltas={p.place: LowRank(p.lora_A, p.lora_B, p.scale) for p in low_rank},
+            deltas={p.place: low_rank_of(p) for p in low_rank},
             modules={name: t.detach() for name, t in stored_state(whole).items()},
             module_names=tuple(piece.place for piece in whole),
             base=base_info(self.model) if base is None else base,
@@ -258,6 +258,24 @@ class AttachedAdapter:
             f"AttachedAdapter({self.name!r}, {type(self.config).__name__}, "
             f"{len(self.pieces)} modules, {self.num_trainable:,} trained values)"
         )
+
+
+def low_rank_of(piece: LowRankLinear) -> LowRank:
+    """Describe a piece as it would be saved; tensors are shared.
+
+    Args:
+        piece: on a model.
+
+    Returns:
+        A, B, s, DoRA's m and AdaLoRA's λ.
+
+    Example:
+        >>> from qlora_kit.adapters.lora import LoRALinear
+        >>> low_rank_of(LoRALinear(nn.Linear(8, 4), "proj", LoRA(rank=2), seed=0)).magnitude
+    """
+    state = piece.state()
+    magnitude, values = state.get("lora_magnitude"), state.get("lora_E")
+    return LowRank(state["lora_A"], state["lora_B"], piece.scale, magnitude, values)
 
 
 def base_info(model: nn.Module) -> BaseInfo:

@@ -6,8 +6,13 @@ users write `qk.LoRA(rank=16)` themselves.
 
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from qlora_kit.adapters.adalora_config import RankBudget
+from qlora_kit.adapters.bitfit_config import BitFit
+from qlora_kit.adapters.bottleneck_config import Bottleneck
+from qlora_kit.adapters.method import Method
+from qlora_kit.adapters.whole_config import Full, TopK
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.core.patterns import matches
 
@@ -114,16 +119,78 @@ class LoRAFA(LoRA):
         return True
 
 
-METHODS: dict[str, type[LoRA]] = {"lora": LoRA, "rslora": LoRA, "lora_fa": LoRAFA}
-"""Method name, as in `method:` of a run, to its configuration class."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoRA(LoRA):
+    """LoRA on the direction of each weight row, its length trained apart (arXiv:2402.09353)."""
 
 
-def make_adapter_config(method: str, fields: LoRA) -> LoRA:
-    """Build the configuration of a named method from the shared fields.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaLoRA(LoRA):
+    """LoRA as P·Λ·Q whose ranks are distributed over matrices in training (arXiv:2303.10512).
+
+    `rank` is every matrix's start rank; `init` is not used: P and Q start from N(0, 0.02²).
+
+    Example:
+        >>> AdaLoRA().rank, AdaLoRA().target_rank
+        (12, 8)
+    """
+
+    rank: int = 12
+    """Rank of every matrix at the start, r₀."""
+    budget: RankBudget = field(default_factory=RankBudget)
+    """How ranks fall from there."""
+
+    @property
+    def target_rank(self) -> int:
+        """Average rank at the end: what `budget` says, or two thirds of `rank`."""
+        named = self.budget.target_rank
+        return max(1, 2 * self.rank // 3) if named is None else named
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot train.
+
+        Raises:
+            ConfigError: a field is out of range, or is not AdaLoRA's.
+        """
+        LoRA.__post_init__(self)
+        if self.target_rank > self.rank:
+            raise ConfigError(
+                f"adalora's ranks fall from rank to target_rank: got {self.rank} and "
+                f"{self.target_rank}. Raise adapter.rank (about 1.5 times adalora.target_rank)."
+            )
+        foreign = [n for n in ("rslora", "rank_pattern", "alpha_pattern") if getattr(self, n)]
+        if foreign:
+            raise ConfigError(
+                f"adalora gives every matrix the same start rank and scale: {foreign[0]} is not "
+                "for it. Leave it out; ranks differ by importance later."
+            )
+
+
+METHODS: dict[str, type[LoRA]] = {
+    "lora": LoRA,
+    "rslora": LoRA,
+    "lora_fa": LoRAFA,
+    "dora": DoRA,
+    "adalora": AdaLoRA,
+}
+"""Methods with the settings of LoRA: name, as in `method:` of a run, to configuration class."""
+
+OTHERS: dict[str, type[Any]] = {
+    "bottleneck": Bottleneck,
+    "bitfit": BitFit,
+    "top_k": TopK,
+    "full": Full,
+}
+"""Methods with settings of their own, in a section of the run that is called as they are."""
+
+
+def make_adapter_config(method: str, *settings: Method) -> Any:
+    """Build the configuration of a named method from the settings of a run.
 
     Args:
-        method: a key of `METHODS`.
-        fields: values for the fields all LoRA-like methods share.
+        method: a key of `METHODS` or `OTHERS`.
+        *settings: the sections of a run; a `LoRA` for all methods like it, and one each for
+            the others. A method that finds none of its own has its defaults.
 
     Returns:
         The method's own configuration.
@@ -134,11 +201,18 @@ def make_adapter_config(method: str, fields: LoRA) -> LoRA:
     Example:
         >>> make_adapter_config("lora_fa", LoRA(rank=4)).freeze_a
         True
+        >>> make_adapter_config("bottleneck", LoRA(rank=4), Bottleneck(width=3)).width
+        3
     """
-    if method not in METHODS:
-        near = get_close_matches(method, METHODS, n=1)
+    known = [*METHODS, *OTHERS]
+    if method not in known:
+        near = get_close_matches(method, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown method {method!r}; known: {', '.join(METHODS)}.{hint}")
+        raise ConfigError(f"unknown method {method!r}; known: {', '.join(known)}.{hint}")
+    if method in OTHERS:
+        own = (found for found in settings if type(found) is OTHERS[method])
+        return next(own, None) or OTHERS[method]()
+    fields = next((found for found in settings if isinstance(found, LoRA)), LoRA())
     values = asdict(fields)
     if fields.corrected_gradient and not issubclass(METHODS[method], LoRAFA):
         raise ConfigError(
@@ -147,22 +221,31 @@ def make_adapter_config(method: str, fields: LoRA) -> LoRA:
         )
     if method == "rslora":
         values["rslora"] = True
+    if method == "adalora":
+        values["budget"] = next((s for s in settings if type(s) is RankBudget), RankBudget())
     return METHODS[method](**values)
 
 
-def method_name(config: LoRA) -> str:
+def method_name(config: Method) -> str:
     """Name of the method a configuration stands for.
 
     Args:
         config: of any method.
 
     Returns:
-        A key of `METHODS`.
+        A key of `METHODS` or `OTHERS`.
 
     Example:
         >>> method_name(LoRAFA()), method_name(LoRA(rslora=True)), method_name(LoRA())
         ('lora_fa', 'rslora', 'lora')
     """
+    for name, kind in OTHERS.items():
+        if type(config) is kind:
+            return name
     if isinstance(config, LoRAFA):
         return "lora_fa"
-    return "rslora" if config.rslora else "lora"
+    if isinstance(config, DoRA):
+        return "dora"
+    if isinstance(config, AdaLoRA):
+        return "adalora"
+    return "rslora" if isinstance(config, LoRA) and config.rslora else "lora"

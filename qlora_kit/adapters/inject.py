@@ -17,11 +17,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from qlora_kit.adapters.adalora import AdaLoRALinear
 from qlora_kit.adapters.attached import AttachedAdapter, base_info
-from qlora_kit.adapters.config import ALL_LINEAR, LoRA, LoRAFA
-from qlora_kit.adapters.lora import LoRALinear, linear_shape
+from qlora_kit.adapters.config import ALL_LINEAR, AdaLoRA, DoRA, LoRA, LoRAFA
+from qlora_kit.adapters.dora import DoRALinear
+from qlora_kit.adapters.lora import LoRALinear, LowRankLinear, linear_shape
 from qlora_kit.adapters.peft_format import AdapterFiles, LowRank, read_adapter
 from qlora_kit.adapters.protocol import ModuleWrapper, Piece, TrainedCopy, load_stored_state
 from qlora_kit.adapters.targets import linear_targets, whole_modules
@@ -88,14 +90,26 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = "default") ->
     dtype = getattr(torch, files.config.dtype)
     # in the model's order, as `attach` does: optimizers match their state by position
     pieces: list[Piece] = [
-        LoRALinear(module, place, files.config, seed=0, rank=pair.a.shape[0], scale=pair.scale)
+        _loaded(module, place, files.config, pair)
         for place, module in model.named_modules()
         if (pair := files.deltas.get(place)) is not None
     ]
     pieces += [TrainedCopy(model.get_submodule(m), m, dtype) for m in _whole_places(model, files)]
-    state = {f"{m}.{key}": t for m, p in files.deltas.items() for key, t in _named(p)}
+    state = {f"{m}.{key}": t for m, p in files.deltas.items() for key, t in p.named().items()}
     load_stored_state(pieces, state | files.modules)
     return _install(model, files.config, name, pieces)
+
+
+def _kind(config: LoRA) -> type[LowRankLinear]:
+    if isinstance(config, AdaLoRA):
+        return AdaLoRALinear
+    return DoRALinear if isinstance(config, DoRA) else LoRALinear
+
+
+def _loaded(module: nn.Module, place: str, config: LoRA, pair: LowRank) -> Piece:
+    """A piece of the sizes in a file, whose values are still to be filled in."""
+    rank = pair.a.shape[0]
+    return _kind(config)(module, place, config, seed=0, rank=rank, scale=pair.scale)
 
 
 def _lora_pieces(model: nn.Module, config: LoRA, seed: int) -> list[Piece]:
@@ -103,8 +117,9 @@ def _lora_pieces(model: nn.Module, config: LoRA, seed: int) -> list[Piece]:
     linears = linear_targets(model, config.targets, outside=whole)
     if config.targets == ALL_LINEAR:
         _tell_about_experts(model)
+    kind = _kind(config)
     pieces: list[Piece] = [
-        LoRALinear(module, place, config, seed=seed) for place, module in linears.items()
+        kind(module, place, config, seed=seed) for place, module in linears.items()
     ]
     dtype = getattr(torch, config.dtype)
     return pieces + [TrainedCopy(model.get_submodule(m), m, dtype) for m in whole]
@@ -113,6 +128,8 @@ def _lora_pieces(model: nn.Module, config: LoRA, seed: int) -> list[Piece]:
 _BUILDERS: dict[type[LoRA], Callable[[nn.Module, LoRA, int], list[Piece]]] = {
     LoRA: _lora_pieces,
     LoRAFA: _lora_pieces,
+    DoRA: _lora_pieces,
+    AdaLoRA: _lora_pieces,
 }
 
 
@@ -173,10 +190,6 @@ def _whole_places(model: nn.Module, files: AdapterFiles) -> list[str]:
         if any(place == m or place.endswith(f".{m}") for m in files.module_names)
         and any(name.startswith(f"{place}.") for name in files.modules)
     ]
-
-
-def _named(pair: LowRank) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
-    return ("lora_A", pair.a), ("lora_B", pair.b)
 
 
 def _tell_about_experts(model: nn.Module) -> None:

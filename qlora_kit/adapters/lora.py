@@ -115,23 +115,14 @@ def initial_a(config: LoRA, name: str, rank: int, in_features: int, seed: int) -
     return a.uniform_(-bound, bound, generator=generator)
 
 
-class LoRALinear(ModuleWrapper):
-    """A linear with a low-rank branch beside it; takes the linear's place in the model.
+class LowRankLinear(ModuleWrapper):
+    """A linear with a pair A, B beside it: what LoRA and its variants share, but the forward.
 
     Attributes:
         base: the frozen linear.
         lora_A: (r, K) in the master dtype; does not require a gradient in LoRA-FA.
         lora_B: (N, r) in the master dtype; zero at the start.
         scale: s.
-
-    Example:
-        >>> linear = nn.Linear(8, 4)
-        >>> adapted = LoRALinear(linear, "proj", LoRA(rank=2), seed=0)
-        >>> x = torch.ones(3, 8)
-        >>> torch.equal(adapted(x), linear(x))  # B is zero
-        True
-        >>> adapted.lora_A.shape, adapted.lora_B.shape, adapted.scale
-        (torch.Size([2, 8]), torch.Size([4, 2]), 16.0)
     """
 
     def __init__(
@@ -187,26 +178,6 @@ class LoRALinear(ModuleWrapper):
         assert bias is None or isinstance(bias, Tensor)
         return bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the base and, unless switched off, the low-rank branch.
-
-        Args:
-            x: (..., K).
-
-        Returns:
-            (..., N) in the dtype the base answers with.
-        """
-        if not self.enabled:
-            return self.base(x)
-        dropping = self.training and self.dropout > 0.0
-        if isinstance(self.base, NF4Linear) and not dropping:
-            return self.base(x, self.lora_A, self.lora_B, self.scale)
-        y = self.base(x)
-        branch_input = F.dropout(x, self.dropout) if dropping else x
-        z = F.linear(branch_input, self.lora_A.to(x.dtype)).reshape(-1, self.rank)
-        b = self.lora_B.to(z.dtype)
-        return torch.addmm(y.reshape(-1, self.out_features), z, b.T, alpha=self.scale).view(y.shape)
-
     def trainable(self) -> dict[str, nn.Parameter]:
         """A and B, or B alone when A is frozen."""
         both = {"lora_A": self.lora_A, "lora_B": self.lora_B}
@@ -228,3 +199,37 @@ class LoRALinear(ModuleWrapper):
     def extra_repr(self) -> str:
         """Show what distinguishes this branch."""
         return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+class LoRALinear(LowRankLinear):
+    """A linear with a low-rank branch added; takes the linear's place in the model.
+
+    Example:
+        >>> linear = nn.Linear(8, 4)
+        >>> adapted = LoRALinear(linear, "proj", LoRA(rank=2), seed=0)
+        >>> x = torch.ones(3, 8)
+        >>> torch.equal(adapted(x), linear(x))  # B is zero
+        True
+        >>> adapted.lora_A.shape, adapted.lora_B.shape, adapted.scale
+        (torch.Size([2, 8]), torch.Size([4, 2]), 16.0)
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the base and, unless switched off, the low-rank branch.
+
+        Args:
+            x: (..., K).
+
+        Returns:
+            (..., N) in the dtype the base answers with.
+        """
+        if not self.enabled:
+            return self.base(x)
+        dropping = self.training and self.dropout > 0.0
+        if isinstance(self.base, NF4Linear) and not dropping:
+            return self.base(x, self.lora_A, self.lora_B, self.scale)
+        y = self.base(x)
+        branch_input = F.dropout(x, self.dropout) if dropping else x
+        z = F.linear(branch_input, self.lora_A.to(x.dtype)).reshape(-1, self.rank)
+        b = self.lora_B.to(z.dtype)
+        return torch.addmm(y.reshape(-1, self.out_features), z, b.T, alpha=self.scale).view(y.shape)

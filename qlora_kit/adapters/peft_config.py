@@ -5,7 +5,7 @@ endings and `re:` patterns; the translation in both directions is here and exact
 pattern of ours becomes one that PEFT matches to the same modules, and the reverse.
 
 Reading is strict about what changes the result and tolerant about the rest: fields of
-other versions, hints for other libraries and training-only settings are ignored; DoRA,
+other versions, hints for other libraries and training-only settings are ignored;
 quantization-aware starts that rewrite the base (PiSSA, OLoRA, LoftQ, ...), biases and
 everything else this package would silently compute differently are refused by name.
 
@@ -23,7 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.adapters.config import METHODS, LoRA, method_name
+from qlora_kit.adapters.adalora_peft import PEFT_TYPE, adalora_fields, parse_adalora, side_fields
+from qlora_kit.adapters.config import METHODS, AdaLoRA, DoRA, LoRA, method_name
 from qlora_kit.core.errors import FormatError
 from qlora_kit.quant.config import QuantConfig
 
@@ -31,7 +32,6 @@ FORMAT_VERSION = 1
 """Of `qlora_kit.json`. A reader refuses newer versions."""
 
 _UNSUPPORTED = {
-    "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
     "lora_bias": "a bias on lora_B",
@@ -149,11 +149,13 @@ def peft_config_json(
         "rank_pattern": {peft_pattern(p): r for p, r in config.rank_pattern.items()},
         "alpha_pattern": {peft_pattern(p): _plain(a) for p, a in config.alpha_pattern.items()},
         "use_rslora": config.rslora,
-        "use_dora": False,
+        "use_dora": isinstance(config, DoRA),
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,
         "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
     }
+    if isinstance(config, AdaLoRA):
+        fields |= adalora_fields(config)
     return json.dumps(fields, indent=2) + "\n"
 
 
@@ -179,6 +181,7 @@ def side_file_json(config: LoRA, base: BaseInfo, version: str) -> str:
         "base": {"path": base.path, "revision": base.revision},
         "dtype": base.dtype,
         "qlora_kit_version": version,
+        **side_fields(config),
     }
     return json.dumps(fields, indent=2) + "\n"
 
@@ -230,10 +233,10 @@ def parse_peft_config(fields: Mapping[str, Any], *, method: str, where: Path) ->
         4
     """
     kind = fields.get("peft_type")
-    if kind != "LORA":
+    if kind not in ("LORA", PEFT_TYPE):
         raise FormatError(
-            f"{where}: peft_type is {kind!r}; only LORA adapters (LoRA, rsLoRA, LoRA-FA) are "
-            "supported."
+            f"{where}: peft_type is {kind!r}; only LORA (LoRA, rsLoRA, LoRA-FA, "
+            "DoRA) and ADALORA adapters are supported."
         )
     refused = [what for key, what in _UNSUPPORTED.items() if fields.get(key)]
     if str(fields.get("bias", "none")) != "none":
@@ -246,7 +249,12 @@ def parse_peft_config(fields: Mapping[str, Any], *, method: str, where: Path) ->
             f"{where}: this adapter uses {', '.join(refused)}, which is not supported. Convert it "
             "to plain LoRA with the library that made it, or merge it there."
         )
-    class_ = METHODS[method]
+    if kind == PEFT_TYPE:
+        try:
+            return parse_adalora(fields)
+        except (TypeError, ValueError) as error:
+            raise FormatError(f"{where}: {error}") from error
+    class_ = DoRA if fields.get("use_dora") else METHODS[method]
     try:
         return class_(
             rank=int(fields.get("r", 8)),  # 8 and 8: PEFT's defaults for what a file leaves out

@@ -6,6 +6,8 @@ and nowhere else:
 
     base_model.model.<module>.lora_A.weight   (r, in)    <module>.lora_A
     base_model.model.<module>.lora_B.weight   (out, r)   <module>.lora_B
+    base_model.model.<module>.lora_magnitude_vector (out,) <module>.lora_magnitude, of DoRA
+    base_model.model.<module>.lora_A, .lora_E, .lora_B     AdaLoRA's Q (r, in), λ (r, 1), P
     base_model.model.<name>                              <name>, of a module saved whole
 
 `read_adapter` needs no model, so that a merge can stream; `AdapterFiles.deltas` holds
@@ -18,6 +20,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_kit import __version__
-from qlora_kit.adapters.config import LoRA
+from qlora_kit.adapters.adalora_peft import with_side_fields
+from qlora_kit.adapters.config import AdaLoRA, DoRA, LoRA
 from qlora_kit.adapters.peft_config import (
     BaseInfo,
     parse_peft_config,
@@ -42,12 +46,17 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 SIDE_FILE = "qlora_kit.json"
 
 _PREFIX = "base_model.model."
-_PAIR = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight"}
+_PAIR = {
+    "lora_A": ".lora_A.weight",
+    "lora_B": ".lora_B.weight",
+    "lora_magnitude": ".lora_magnitude_vector",
+    "lora_E": ".lora_E",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """One module's change s·B·A.
+    """One module's change s·B·A, of DoRA with the length of every row.
 
     Example:
         >>> LowRank(torch.ones(1, 3), torch.ones(2, 1), 0.5).delta()
@@ -61,10 +70,31 @@ class LowRank:
     """(out, r)."""
     scale: float
     """s."""
+    magnitude: Tensor | None = None
+    """DoRA's m, (out,): the length of every row of W + s·B·A once merged."""
+
+    values: Tensor | None = None
+    """AdaLoRA's λ, (r, 1): A is then diag(λ)·`a`."""
+
+    def named(self) -> dict[str, Tensor]:
+        """Key to tensor, as the piece that owns them names them."""
+        pair = {"lora_A": self.a, "lora_B": self.b}
+        if self.values is not None:
+            pair["lora_E"] = self.values
+        return pair if self.magnitude is None else pair | {"lora_magnitude": self.magnitude}
 
     def delta(self) -> Tensor:
-        """Compute the change of the weight, (out, in) float32."""
-        return torch.mm(self.b.float(), self.a.float()).mul_(self.scale)
+        """Compute s·B·A, (out, in) float32: without `magnitude` the change of the weight."""
+        pair = self.folded()
+        return torch.mm(pair.b.float(), pair.a.float()).mul_(self.scale)
+
+    def folded(self) -> "LowRank":
+        """The same change as A and B alone: λ multiplied into A, rows of λ = 0 left out."""
+        if self.values is None:
+            return self
+        kept = self.values.reshape(-1) != 0
+        a = self.values[kept].float() * self.a[kept].float()
+        return LowRank(a, self.b[:, kept].float(), self.scale, self.magnitude)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +123,8 @@ def peft_key(name: str) -> str:
     r"""Translate a parameter name of ours into PEFT's.
 
     Args:
-        name: `<module>.lora_A`, `<module>.lora_B`, or a parameter of a module saved whole.
+        name: `<module>.lora_A`, `.lora_B`, `.lora_magnitude`, or a parameter of a module
+            saved whole.
 
     Returns:
         The key in `adapter_model.safetensors`.
@@ -169,8 +200,9 @@ def write_adapter(folder: Path | str, files: AdapterFiles, *, overwrite: bool = 
 def _write_files(folder: Path, files: AdapterFiles) -> None:
     tensors = {peft_key(name): _own(t) for name, t in files.modules.items()}
     for module, pair in files.deltas.items():
-        tensors[peft_key(f"{module}.lora_A")] = _own(pair.a)
-        tensors[peft_key(f"{module}.lora_B")] = _own(pair.b)
+        named = {f"{module}.{key}": t for key, t in pair.named().items()}
+        plain = pair.values is not None  # PEFT keeps AdaLoRA's as parameters, not as modules
+        tensors |= {f"{_PREFIX}{n}" if plain else peft_key(n): _own(t) for n, t in named.items()}
     partial = folder / f"{WEIGHTS_FILE}.partial-{os.getpid()}"
     try:
         save_file(dict(sorted(tensors.items())), partial, metadata={"format": "pt"})
@@ -219,13 +251,16 @@ def read_adapter(folder: Path | str) -> AdapterFiles:
     weights = _weights_path(folder)
     where = folder / CONFIG_FILE
     fields = read_json(where)
-    method, base = "lora", BaseInfo()
+    method, base, side = "lora", BaseInfo(), dict[str, Any]()
     if (folder / SIDE_FILE).exists():
-        method, base = parse_side_file(read_json(folder / SIDE_FILE), where=folder / SIDE_FILE)
+        side = read_json(folder / SIDE_FILE)
+        method, base = parse_side_file(side, where=folder / SIDE_FILE)
     if base.path is None:
         path, revision = fields.get("base_model_name_or_path"), fields.get("revision")
         base = replace(base, path=path, revision=revision)
     config = parse_peft_config(fields, method=method, where=where)
+    if isinstance(config, AdaLoRA):
+        config = with_side_fields(config, side)
     try:
         tensors = load_file(weights)
     except (SafetensorError, OSError) as error:
@@ -297,16 +332,32 @@ def _pair_up(
         raise FormatError(f"{where} holds no lora_A and lora_B pair.")
     deltas = {}
     for module, pair in pairs.items():
-        if len(pair) != 2:
-            raise FormatError(f"{where}: {module} has only {next(iter(pair))}; its pair is gone.")
-        a, b, rank = pair["lora_A"], pair["lora_B"], config.rank_of(module)
+        wanted = {"lora_A", "lora_B"} | ({"lora_magnitude"} if isinstance(config, DoRA) else set())
+        if isinstance(config, AdaLoRA):
+            wanted.add("lora_E")
+        if pair.keys() != wanted:
+            raise FormatError(
+                f"{where}: {module} has {' and '.join(sorted(pair))} where "
+                f"{' and '.join(sorted(wanted))} belong."
+            )
+        a, b, values = pair["lora_A"], pair["lora_B"], pair.get("lora_E")
+        rank = config.rank_of(module) if values is None else min(config.rank, values.numel())
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
             raise FormatError(
                 f"{where}: {module} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}, but "
                 f"its rank is {rank} by {CONFIG_FILE}; expected (r, in) and (out, r)."
             )
-        _dtype_name(a.dtype, where), _dtype_name(b.dtype, where)
-        deltas[module] = LowRank(a, b, config.scale_of(module))
+        if values is not None and values.shape != (rank, 1):
+            raise FormatError(f"{where}: {module} has lora_E {tuple(values.shape)}, not {rank, 1}.")
+        magnitude = pair.get("lora_magnitude")
+        if magnitude is not None and magnitude.shape != b.shape[:1]:
+            raise FormatError(
+                f"{where}: {module} has a lora_magnitude_vector {tuple(magnitude.shape)} beside "
+                f"lora_B {tuple(b.shape)}; expected ({b.shape[0]},)."
+            )
+        for tensor in pair.values():
+            _dtype_name(tensor.dtype, where)
+        deltas[module] = LowRank(a, b, config.scale_of(module), magnitude, values)
     return deltas
 
 

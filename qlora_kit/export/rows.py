@@ -13,6 +13,7 @@ never cuts one.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -28,6 +29,8 @@ from qlora_kit.quant.double_quant import dequantize_absmax
 from qlora_kit.quant.nf4 import dequantize_nf4
 from qlora_kit.quant.weight import NF4Weight
 
+_SHORTEST = torch.finfo(torch.float32).tiny ** 0.5
+"""A row of zeros is divided by this, and stays zero."""
 CHUNK_WEIGHTS = 1 << 22
 """Weights in flight at a time: 16 MB in float32."""
 
@@ -338,7 +341,7 @@ def decoded_scales(absmax: Tensor, config: QuantConfig) -> Tensor:
 
 @dataclass(frozen=True)
 class Merged:
-    """A weight with a low-rank change added: W + s·B·A."""
+    """A weight with a low-rank change added: V = W + s·B·A, or DoRA's m ⊙ V/‖V‖."""
 
     rows: Rows
     pair: LowRank
@@ -353,6 +356,28 @@ class Merged:
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows start:stop in float32."""
+        turned = self._turned(start, stop)
+        if self.pair.magnitude is None:
+            return turned
+        wanted = self.pair.magnitude.to(turned.device, torch.float32)
+        if self.transposed:
+            return turned.mul_(wanted / self._column_lengths)
+        lengths = torch.linalg.vector_norm(turned, dim=1).clamp_(min=_SHORTEST)
+        return turned.mul_((wanted[start:stop] / lengths)[:, None])
+
+    @cached_property
+    def _column_lengths(self) -> Tensor:
+        """Of V where outputs are columns: one pass over the weight before it is read."""
+        count, columns = self.shape
+        step = max(1, CHUNK_WEIGHTS // columns)
+        squares: Tensor | None = None
+        for start in range(0, count, step):
+            part = self._turned(start, min(start + step, count)).square().sum(0)
+            squares = part if squares is None else squares + part
+        assert squares is not None
+        return squares.sqrt().clamp(min=_SHORTEST)
+
+    def _turned(self, start: int, stop: int) -> Tensor:
         values = self.rows.read(start, stop)
         if self.transposed:
             left, right = self.pair.a[:, start:stop].T, self.pair.b.T

@@ -171,7 +171,7 @@ def restore_adapter(adapter: AttachedAdapter, folder: Path) -> None:
     files = read_adapter(folder)
     state = dict(files.modules)
     for module, pair in files.deltas.items():
-        state[f"{module}.lora_A"], state[f"{module}.lora_B"] = pair.a, pair.b
+        state |= {f"{module}.{key}": tensor for key, tensor in pair.named().items()}
     adapter.load_state_dict(state)
 
 

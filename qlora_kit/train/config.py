@@ -172,7 +172,7 @@ class RunConfig:
     """The frozen base."""
     data: DataConfig
     """Training and held-out rows."""
-    method: Literal["lora", "rslora", "lora_fa"] = "lora"
+    method: Literal["lora", "rslora", "lora_fa", "dora"] = "lora"
     """How the model is adapted."""
     adapter: LoRA = field(default_factory=LoRA)
     """Size and place of the adapter."""
