@@ -55,6 +55,8 @@ class LoRA:
     """How A starts: `kaiming` (uniform, a = √5, the reference code) or `gaussian` (the paper)."""
     dtype: str = "float32"
     """Dtype of the trained A and B; the low-rank product runs in the dtype of x."""
+    lr_ratio_b: float = 1.0
+    """LoRA+ (arXiv:2402.12354): B learns at this multiple of A's rate; the paper proposes 16."""
     corrected_gradient: bool = False
     """LoRA-FA only: train B along g·(AAᵀ)⁻¹/s², which moves the weight as its gradient would."""
 
@@ -76,6 +78,10 @@ class LoRA:
                 raise ConfigError(f"rank_pattern[{pattern!r}] must be at least 1, got {rank}.")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout}.")
+        if self.lr_ratio_b <= 0 or (self.freeze_a and self.lr_ratio_b != 1.0):
+            raise ConfigError(
+                f"lr_ratio_b must be positive, and 1 where A is frozen, got {self.lr_ratio_b}."
+            )
         if self.init not in ("kaiming", "gaussian"):
             raise ConfigError(f"init must be kaiming or gaussian, got {self.init!r}.")
         if self.dtype not in ("float32", "bfloat16", "float16"):

@@ -5,8 +5,13 @@ forward: `create_optimizer` (once), `_clip_grad_norm`, `_get_grad_norm`. Overrid
 all that is needed; the loop, schedules and accelerate's wrapping stay. With a flat
 optimizer the norm is one reduction over one buffer and stays on the device until it is
 logged. Optimizers that have no flat counterpart take the parent's way.
+
+LoRA+ (arXiv:2402.12354, `adapter.lr_ratio_b`) is two more parameter groups: B with a multiple
+of the learning rate that A and everything else have. Schedules scale both alike; what is
+logged is A's rate. Nothing else changes: a ratio of one makes the groups the parent makes.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +19,11 @@ import transformers
 from torch import Tensor, nn
 
 from qlora_kit.adapters.attached import AttachedAdapter
+from qlora_kit.adapters.config import LoRA
+from qlora_kit.core.errors import ConfigError
 from qlora_kit.optim.corrected import CorrectedGradient
 from qlora_kit.optim.create import FLAT_NAMES, flat_optimizer, make_flat_optimizer
+from qlora_kit.train.rank_allocation import RankAllocation
 
 
 class UpdatingTrainer(transformers.Trainer):
@@ -24,6 +32,44 @@ class UpdatingTrainer(transformers.Trainer):
     adapter: AttachedAdapter
     optimizer: torch.optim.Optimizer | None
     _correction: CorrectedGradient | None = None
+    ranks: RankAllocation | None = None
+
+    def with_penalty(self, loss: Tensor, *, is_share: bool) -> Tensor:
+        """Add the method's own term to the loss of a batch that is trained on.
+
+        Args:
+            loss: () of the task, of one of the batches accumulated for an update.
+            is_share: whether it is the batch's share of the update's loss; otherwise
+                Transformers divides it by the number of accumulated batches.
+
+        Returns:
+            () with the batch's share of the term; `loss` itself where the method has none.
+        """
+        if self.ranks is None:
+            return loss
+        batches = getattr(self, "current_gradient_accumulation_steps", 1) if is_share else 1
+        return loss + self.ranks.penalty() / batches
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Say how much of the loss is the method's own term, and hand the values on.
+
+        Args:
+            logs: values to log; extended in place.
+            start_time: start of the training.
+        """
+        if self.ranks is not None and "loss" in logs:
+            logs["penalty"] = float(self.ranks.penalty().detach())
+        super().log(logs, start_time)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.ranks is not None and self.args.should_save:
+            self.ranks.save(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.ranks is not None and checkpoint is not None:
+            self.ranks.load(Path(checkpoint))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer that the arguments name, on flat buffers if it has such a form.
@@ -36,13 +82,16 @@ class UpdatingTrainer(transformers.Trainer):
 
         Raises:
             AdapterError: the corrected gradient is asked for where A is trained.
+            ConfigError: two learning rates are asked of an optimizer that cannot have them.
         """
         self._correction = CorrectedGradient.of(self.adapter)
+        target = self.model if model is None else model
         if self.optimizer is None and self._may_be_flat():
-            target = self.model if model is None else model
             wanted, options = self.get_optimizer_cls_and_kwargs(self.args, target)
-            groups = self._decay_groups(target)
+            groups = self._groups(target)
             self.optimizer = make_flat_optimizer(groups, wanted, options, model=target)
+        if self.optimizer is None and self._ratio_b != 1.0:
+            self.optimizer = self._grouped_optimizer(target)
         made: torch.optim.Optimizer = super().create_optimizer(model)
         return made
 
@@ -66,6 +115,43 @@ class UpdatingTrainer(transformers.Trainer):
             }
             for decays in (True, False)
         ]
+
+    @property
+    def _ratio_b(self) -> float:
+        """LoRA+'s ratio; one for every other method."""
+        config = self.adapter.config
+        return config.lr_ratio_b if isinstance(config, LoRA) else 1.0
+
+    def _groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """The parent's groups, and with LoRA+ the same again for B at its own rate."""
+        groups = self._decay_groups(model)
+        if self._ratio_b == 1.0:
+            return groups
+        ends = ("lora_B", "lora_embedding_B")
+        b = {id(p) for name, p in self.adapter.named_parameters() if name.endswith(ends)}
+        faster = [
+            group
+            | {
+                "params": [p for p in group["params"] if id(p) in b],
+                "lr": self.args.learning_rate * self._ratio_b,
+            }
+            for group in groups
+        ]
+        for group in groups:  # first: the rate that is logged is the first group's
+            group["params"] = [p for p in group["params"] if id(p) not in b]
+        return groups + faster
+
+    def _grouped_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """An optimizer without a flat form, with LoRA+'s groups."""
+        wanted, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        odd = {"params", "model", "optimizer_dict"} & options.keys()
+        if odd or self.optimizer_cls_and_kwargs is not None:
+            raise ConfigError(
+                f"adapter.lr_ratio_b needs an optimizer that takes parameter groups, and "
+                f"{self.args.optim} makes its own. Use an AdamW, or set the ratio to 1."
+            )
+        made: torch.optim.Optimizer = wanted(self._groups(model), **options)
+        return made
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | float:
         return self._finish_gradients(model, self.args.max_grad_norm)
