@@ -20,14 +20,18 @@ from torch import Tensor, nn
 
 from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.lora import LowRankLinear, stores_transposed
+from qlora_kit.adapters.method import Method
 from qlora_kit.adapters.peft_config import BaseInfo
 from qlora_kit.adapters.peft_format import AdapterFiles, LowRank, write_adapter
 from qlora_kit.adapters.protocol import Piece, TrainedCopy, load_stored_state, stored_state
-from qlora_kit.adapters.targets import compact_names, task_type
+from qlora_kit.adapters.targets import compact_names, task_type, whole_modules
 from qlora_kit.core.errors import AdapterError
 from qlora_kit.nn.experts import NF4Experts
 from qlora_kit.nn.linear import NF4Linear
 from qlora_kit.quant.config import QuantConfig
+
+ATTACHED = "qlora_kit_adapter"
+"""Attribute of a model that carries an adapter: the adapter's name."""
 
 
 class AttachedAdapter:
@@ -44,7 +48,7 @@ class AttachedAdapter:
     def __init__(
         self,
         model: nn.Module,
-        config: LoRA,
+        config: Method,
         name: str,
         pieces: Sequence[Piece],
         frozen: Sequence[nn.Parameter],
@@ -165,6 +169,7 @@ class AttachedAdapter:
             piece.uninstall(self.model)
         for parameter in self._frozen:
             parameter.requires_grad_(True)
+        delattr(self.model, ATTACHED)
         self._installed = False
 
     def merge_delta(self, module_name: str) -> Tensor | None:
@@ -199,6 +204,8 @@ class AttachedAdapter:
         Returns:
             The content of an adapter folder.
         """
+        if not isinstance(self.config, LoRA):
+            return self._other_files(base)
         low_rank = [piece for piece in self.pieces if isinstance(piece, LowRankLinear)]
         whole = [piece for piece in self.pieces if isinstance(piece, TrainedCopy)]
         existing = _original_names(self.model, self.pieces)
@@ -211,6 +218,18 @@ class AttachedAdapter:
             task_type=task_type(self.model),
             fan_in_fan_out=any(stores_transposed(piece.base) for piece in low_rank),
             target_modules=compact_names((p.place for p in low_rank), existing),
+        )
+
+    def _other_files(self, base: BaseInfo | None) -> AdapterFiles:
+        """Everything by the names of the state."""
+        heads = whole_modules(self.model, LoRA())
+        return AdapterFiles(
+            config=self.config,
+            deltas={},
+            modules={name: t.detach() for name, t in stored_state(self.pieces).items()},
+            module_names=tuple(p.place for p in self.pieces if p.place in heads),
+            base=base_info(self.model) if base is None else base,
+            task_type=task_type(self.model),
         )
 
     def save(

@@ -13,12 +13,12 @@ class Bottleneck:
     """A narrow network in sequence with the sublayers (arXiv:1902.00751, 2005.00247).
 
     Example:
-        >>> Bottleneck(kind="pfeiffer", reduction=16).width_of(1024), Bottleneck(width=8).width_of(9)
+        >>> Bottleneck(reduction=16).width_of(1024), Bottleneck(width=8).width_of(1024)
         (64, 8)
     """
 
     kind: Kind = "houlsby"
-    """Two per layer (`houlsby`), one after the feed-forward (`pfeiffer`), or with a norm (`lin`)."""
+    """Two per layer (houlsby), one after the feed-forward (pfeiffer), one with a norm (lin)."""
     width: int | None = None
     """Units of the bottleneck; null: the model's width over `reduction`."""
     reduction: int = 16

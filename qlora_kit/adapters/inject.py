@@ -20,10 +20,12 @@ import torch
 from torch import nn
 
 from qlora_kit.adapters.adalora import AdaLoRALinear
-from qlora_kit.adapters.attached import AttachedAdapter, base_info
+from qlora_kit.adapters.attached import ATTACHED, AttachedAdapter, base_info
 from qlora_kit.adapters.config import ALL_LINEAR, AdaLoRA, DoRA, LoRA, LoRAFA
 from qlora_kit.adapters.dora import DoRALinear
+from qlora_kit.adapters.families import build_pieces
 from qlora_kit.adapters.lora import LoRALinear, LowRankLinear, linear_shape
+from qlora_kit.adapters.method import Method
 from qlora_kit.adapters.peft_format import AdapterFiles, LowRank, read_adapter
 from qlora_kit.adapters.protocol import ModuleWrapper, Piece, TrainedCopy, load_stored_state
 from qlora_kit.adapters.targets import linear_targets, whole_modules
@@ -32,7 +34,9 @@ from qlora_kit.core.log import log_once
 from qlora_kit.quant.config import QuantConfig
 
 
-def attach(model: nn.Module, config: LoRA, name: str = "default", seed: int = 0) -> AttachedAdapter:
+def attach(
+    model: nn.Module, config: Method, name: str = "default", seed: int = 0
+) -> AttachedAdapter:
     """Freeze a model and put a new adapter on it, in place.
 
     Args:
@@ -55,7 +59,9 @@ def attach(model: nn.Module, config: LoRA, name: str = "default", seed: int = 0)
         qlora_kit.core.errors.AdapterError: targets: 'q_proj' matches no linear layer ...
     """
     _refuse_second(model)
-    return _install(model, config, name, _BUILDERS[type(config)](model, config, seed))
+    if isinstance(config, LoRA):
+        return _install(model, config, name, _BUILDERS[type(config)](model, config, seed))
+    return _install(model, config, name, build_pieces(model, config, seed))
 
 
 def load_adapter(model: nn.Module, folder: Path | str, name: str = "default") -> AttachedAdapter:
@@ -87,6 +93,8 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = "default") ->
     _refuse_second(model)
     files = read_adapter(folder)
     _check_fit(model, files, Path(folder))
+    if not isinstance(files.config, LoRA):
+        return _load_other(model, files, name)
     dtype = getattr(torch, files.config.dtype)
     # in the model's order, as `attach` does: optimizers match their state by position
     pieces: list[Piece] = [
@@ -98,6 +106,19 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = "default") ->
     state = {f"{m}.{key}": t for m, p in files.deltas.items() for key, t in p.named().items()}
     load_stored_state(pieces, state | files.modules)
     return _install(model, files.config, name, pieces)
+
+
+def _load_other(model: nn.Module, files: AdapterFiles, name: str) -> AttachedAdapter:
+    """An adapter whose pieces follow from its configuration: they are built, then filled."""
+    whole = tuple(_whole_places(model, files))
+    pieces = build_pieces(model, files.config, 0, whole)
+    adapter = _install(model, files.config, name, pieces)
+    try:
+        adapter.load_state_dict(files.modules)
+    except AdapterError:
+        adapter.detach_from_model()
+        raise
+    return adapter
 
 
 def _kind(config: LoRA) -> type[LowRankLinear]:
@@ -133,17 +154,25 @@ _BUILDERS: dict[type[LoRA], Callable[[nn.Module, LoRA, int], list[Piece]]] = {
 }
 
 
-def _install(model: nn.Module, config: LoRA, name: str, pieces: Sequence[Piece]) -> AttachedAdapter:
+def _install(
+    model: nn.Module, config: Method, name: str, pieces: Sequence[Piece]
+) -> AttachedAdapter:
     trained = {id(p) for piece in pieces for p in piece.trainable().values()}
     frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in trained]
     for parameter in frozen:
         parameter.requires_grad_(False)
     for piece in pieces:
         piece.install(model)
+    setattr(model, ATTACHED, name)
     return AttachedAdapter(model, config, name, pieces, frozen)
 
 
 def _refuse_second(model: nn.Module) -> None:
+    if hasattr(model, ATTACHED):
+        raise AdapterError(
+            f"the model already carries an adapter ({getattr(model, ATTACHED)}). Call its "
+            "detach_from_model() first, or merge it into the base."
+        )
     for module in model.modules():
         if isinstance(module, ModuleWrapper):
             raise AdapterError(

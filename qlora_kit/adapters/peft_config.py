@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.adapters.adalora_peft import PEFT_TYPE, adalora_fields, parse_adalora, side_fields
-from qlora_kit.adapters.config import METHODS, AdaLoRA, DoRA, LoRA, method_name
+from qlora_kit.adapters.config import METHODS, OTHERS, AdaLoRA, DoRA, LoRA, method_name
+from qlora_kit.adapters.method import Method
 from qlora_kit.core.errors import FormatError
 from qlora_kit.quant.config import QuantConfig
 
@@ -159,7 +160,7 @@ def peft_config_json(
     return json.dumps(fields, indent=2) + "\n"
 
 
-def side_file_json(config: LoRA, base: BaseInfo, version: str) -> str:
+def side_file_json(config: Method, base: BaseInfo, version: str) -> str:
     """Write the text of `qlora_kit.json`.
 
     Args:
@@ -296,8 +297,9 @@ def parse_side_file(fields: Mapping[str, Any], *, where: Path) -> tuple[str, Bas
             "Upgrade qlora_kit, or remove the file to read the folder as a plain PEFT adapter."
         )
     method = fields.get("method")
-    if method not in METHODS:
-        raise FormatError(f"{where}: unknown method {method!r}; known: {', '.join(METHODS)}.")
+    known = [*METHODS, *OTHERS]
+    if method not in known:
+        raise FormatError(f"{where}: unknown method {method!r}; known: {', '.join(known)}.")
     base = fields.get("base") or {}
     quant = fields.get("quant")
     try:

@@ -23,13 +23,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from qlora_kit import __version__
 from qlora_kit.adapters.adalora_peft import with_side_fields
 from qlora_kit.adapters.config import AdaLoRA, DoRA, LoRA
+from qlora_kit.adapters.folder import (
+    CONFIG_FILE,
+    SIDE_FILE,
+    WEIGHTS_FILE,
+    read_tensors,
+    weights_path,
+)
+from qlora_kit.adapters.method import Method
+from qlora_kit.adapters.own_format import OWN_TYPE, own_config_json, parse_own_config
 from qlora_kit.adapters.peft_config import (
     BaseInfo,
     parse_peft_config,
@@ -40,10 +48,6 @@ from qlora_kit.adapters.peft_config import (
 )
 from qlora_kit.core.atomic import atomic_directory, atomic_write_text
 from qlora_kit.core.errors import FormatError, SourceError
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-SIDE_FILE = "qlora_kit.json"
 
 _PREFIX = "base_model.model."
 _PAIR = {
@@ -101,7 +105,7 @@ class LowRank:
 class AdapterFiles:
     """An adapter folder in memory, independent of any model."""
 
-    config: LoRA
+    config: Method
     """Method and sizes. `targets` names every adapted module."""
     deltas: dict[str, LowRank]
     """Module name to its low-rank change."""
@@ -198,7 +202,8 @@ def write_adapter(folder: Path | str, files: AdapterFiles, *, overwrite: bool = 
 
 
 def _write_files(folder: Path, files: AdapterFiles) -> None:
-    tensors = {peft_key(name): _own(t) for name, t in files.modules.items()}
+    lora = isinstance(files.config, LoRA)
+    tensors = {peft_key(name) if lora else name: _own(t) for name, t in files.modules.items()}
     for module, pair in files.deltas.items():
         named = {f"{module}.{key}": t for key, t in pair.named().items()}
         plain = pair.values is not None  # PEFT keeps AdaLoRA's as parameters, not as modules
@@ -210,7 +215,19 @@ def _write_files(folder: Path, files: AdapterFiles) -> None:
     finally:
         partial.unlink(missing_ok=True)
     atomic_write_text(folder / SIDE_FILE, side_file_json(files.config, files.base, __version__))
-    text = peft_config_json(
+    atomic_write_text(folder / CONFIG_FILE, _config_text(files))
+
+
+def _config_text(files: AdapterFiles) -> str:
+    if not isinstance(files.config, LoRA):
+        return own_config_json(
+            files.config,
+            modules_to_save=files.module_names,
+            task_type=files.task_type,
+            base_path=files.base.path,
+            revision=files.base.revision,
+        )
+    return peft_config_json(
         files.config,
         target_modules=files.target_modules or tuple(sorted(files.deltas)),
         modules_to_save=files.module_names,
@@ -218,7 +235,6 @@ def _write_files(folder: Path, files: AdapterFiles) -> None:
         fan_in_fan_out=files.fan_in_fan_out,
         base=files.base,
     )
-    atomic_write_text(folder / CONFIG_FILE, text)
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -248,7 +264,7 @@ def read_adapter(folder: Path | str) -> AdapterFiles:
         1.0
     """
     folder = Path(folder)
-    weights = _weights_path(folder)
+    weights = weights_path(folder)
     where = folder / CONFIG_FILE
     fields = read_json(where)
     method, base, side = "lora", BaseInfo(), dict[str, Any]()
@@ -258,13 +274,12 @@ def read_adapter(folder: Path | str) -> AdapterFiles:
     if base.path is None:
         path, revision = fields.get("base_model_name_or_path"), fields.get("revision")
         base = replace(base, path=path, revision=revision)
+    if fields.get("peft_type") == OWN_TYPE:
+        return _read_own(fields, weights, base)
     config = parse_peft_config(fields, method=method, where=where)
     if isinstance(config, AdaLoRA):
         config = with_side_fields(config, side)
-    try:
-        tensors = load_file(weights)
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{weights} is not a readable safetensors file: {error}.") from error
+    tensors = read_tensors(weights)
     saved = tuple(fields.get("modules_to_save") or ())
     pairs, modules = _sort_tensors(tensors, saved, weights)
     deltas = _pair_up(pairs, config, weights)
@@ -286,18 +301,19 @@ def read_adapter(folder: Path | str) -> AdapterFiles:
     )
 
 
-def _weights_path(folder: Path) -> Path:
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if (folder / name).is_file():
-            continue
-        if name == WEIGHTS_FILE and (folder / "adapter_model.bin").exists():
-            raise SourceError(
-                f"{folder} holds its weights as a pickle (adapter_model.bin), which is not opened "
-                "because it can run code. Load it with the library that made it and save it "
-                "again with safe_serialization=True."
-            )
-        raise SourceError(f"{folder} is not an adapter folder: {name} is missing.")
-    return folder / WEIGHTS_FILE
+def _read_own(fields: Mapping[str, Any], weights: Path, base: BaseInfo) -> AdapterFiles:
+    saved = tuple(fields.get("modules_to_save") or ())
+    tensors = read_tensors(weights)
+    # heads last: the last of their weights tells how many classes there are
+    order = sorted(tensors, key=lambda name: any(name.startswith(f"{m}.") for m in saved))
+    return AdapterFiles(
+        config=parse_own_config(fields, where=weights.parent / CONFIG_FILE),
+        deltas={},
+        modules={name: tensors[name] for name in order},
+        module_names=saved,
+        base=base,
+        task_type=fields.get("task_type"),
+    )
 
 
 def _sort_tensors(

@@ -76,7 +76,7 @@ def whole_modules(model: nn.Module, config: LoRA) -> tuple[str, ...]:
     if task_type(model) == "SEQ_CLS":
         chosen |= {name for name, _ in model.named_children() if name in CLASSIFIER_HEADS}
         chosen |= set(getattr(model, NEW_MODULES, ()))
-    return tuple(name for name in names if name in chosen and not _inside(name, chosen - {name}))
+    return tuple(name for name in names if name in chosen and not inside(name, chosen - {name}))
 
 
 def linear_targets(
@@ -106,7 +106,7 @@ def linear_targets(
     linears = {
         name: module
         for name, module in model.named_modules()
-        if name and _is_linear(module) and not _inside(name, whole)
+        if name and _is_linear(module) and not inside(name, whole)
     }
     if not linears:
         raise AdapterError(f"{type(model).__name__} has no linear layer that could be adapted.")
@@ -155,7 +155,7 @@ def _is_linear(module: nn.Module) -> bool:
 def _block_linears(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, nn.Module]:
     lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     if lists:
-        found = {name: module for name, module in linears.items() if _inside(name, lists)}
+        found = {name: module for name, module in linears.items() if inside(name, lists)}
     else:
         head = _output_head(model)
         found = {
@@ -186,12 +186,40 @@ def _refuse_tied(model: nn.Module, found: dict[str, nn.Module]) -> None:
             )
 
 
-def _inside(name: str, containers: set[str]) -> bool:
-    """Whether the name is one of the containers or lies below one; "" contains everything."""
+def inside(name: str, containers: set[str]) -> bool:
+    """Tell whether a name is one of the containers or lies below one.
+
+    Args:
+        name: dotted.
+        containers: dotted names; "" contains everything.
+
+    Returns:
+        True if so.
+
+    Example:
+        >>> inside("h.1.attn", {"h.1"}), inside("h.10.attn", {"h.1"})
+        (True, False)
+    """
     parts = name.split(".")
     return "" in containers or any(
         ".".join(parts[:i]) in containers for i in range(1, len(parts) + 1)
     )
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Tell whether a module is a layer norm or one of the many RMS norms.
+
+    Args:
+        module: any.
+
+    Returns:
+        True if so.
+
+    Example:
+        >>> is_norm(nn.LayerNorm(2)), is_norm(nn.Linear(2, 2))
+        (True, False)
+    """
+    return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
 
 
 def _endings(name: str) -> list[str]:

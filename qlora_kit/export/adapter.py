@@ -10,6 +10,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.peft_format import read_adapter, write_adapter
 from qlora_kit.checkpoint.source import Source
 from qlora_kit.core.atomic import atomic_directory
@@ -40,8 +41,8 @@ def export_adapter(
         qlora_kit.core.errors.SourceError: none is not an adapter folder: ...
     """
     files = read_adapter(adapter)
-    if plain_scale and files.config.rslora:
-        old = files.config
+    old = files.config
+    if plain_scale and isinstance(old, LoRA) and old.rslora:
         own = old.rank_pattern or old.alpha_pattern  # then each module has an alpha of its own
         alphas = {name: pair.scale * pair.a.shape[0] for name, pair in files.deltas.items()}
         config = replace(

@@ -107,7 +107,7 @@ class CorrectedGradient:
             >>> len(CorrectedGradient.of(adapter).modules)
             1
         """
-        if not adapter.config.corrected_gradient:
+        if not getattr(adapter.config, "corrected_gradient", False):
             return None
         return cls(piece for piece in adapter.pieces if isinstance(piece, LoRALinear))
 
