@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from qlora_kit.nn.linear import NF4Linear as NF4Linear
     from qlora_kit.ops.backend import force_backend as force_backend
     from qlora_kit.ops.nf4_linear.op import nf4_linear as nf4_linear
+    from qlora_kit.plan.plan import plan as plan
     from qlora_kit.quant.config import QuantConfig as QuantConfig
     from qlora_kit.quant.weight import NF4Weight as NF4Weight
     from qlora_kit.train.config import DataConfig as DataConfig
@@ -70,6 +71,7 @@ _HOMES = {
     "load_adapter": "qlora_kit.adapters.inject",
     "merge": "qlora_kit.export.merge",
     "nf4_linear": "qlora_kit.ops.nf4_linear.op",
+    "plan": "qlora_kit.plan.plan",
     "run_training": "qlora_kit.train.run",
     "save_quantized": "qlora_kit.export.quantized",
 }
@@ -77,7 +79,7 @@ _HOMES = {
 
 
 class _Package(ModuleType):
-    """This package, with `qk.load` kept a function although a room has the same name.
+    """This package, with `qk.load` and `qk.plan` functions although rooms have the same names.
 
     When the room `qlora_kit.load` is imported, Python binds it as an attribute of
     this package, over the function. Names in `_HOMES` refuse such a binding;

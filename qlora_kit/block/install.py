@@ -182,6 +182,11 @@ class FusedBlocks:
                     group.keep(like)
         self._operands.forget()
 
+    def kept_decoded(self) -> list[Tensor]:
+        """What `keep_decoded` holds, a matrix per group of projections."""
+        groups = [group for description in self._descriptions() for group in description.groups]
+        return [group.held for group in groups if group.kept and group.held is not None]
+
     def may_run(self, layer: Any) -> bool:
         """Whether a layer's state now allows one step: no autocast, adapters on, no more trained.
 

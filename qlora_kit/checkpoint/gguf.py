@@ -117,6 +117,27 @@ def convert_gguf(file: Path, out: Path, *, overwrite: bool = False) -> None:
         _write_configs(config, model, tokenizer, _stored_dtype(reader), folder)
 
 
+def read_gguf_config(file: Path) -> "PretrainedConfig":
+    """Read the configuration of a GGUF file's model; its weights are not touched.
+
+    Args:
+        file: the GGUF file.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        FormatError: the file is no GGUF file, or its model is not supported.
+        SourceError: the `gguf` package is missing.
+
+    Example:
+        >>> read_gguf_config(Path(__file__))
+        Traceback (most recent call last):
+        qlora_kit.core.errors.FormatError: ... is not a GGUF file ...
+    """
+    return _skeleton(file, _open(file))[0]
+
+
 def _fingerprint(file: Path) -> str:
     """Hash of the size and of 64 evenly spread samples of 64 KiB."""
     size_bytes = file.stat().st_size

@@ -100,7 +100,8 @@ def graph_bytes(prediction: Prediction) -> int:
     Returns:
         Bytes; 0 where no step is recorded.
     """
-    recorded = prediction.fused and prediction.setup.tokens <= MOST_TOKENS
+    setup = prediction.setup
+    recorded = setup.graph and prediction.fused and setup.tokens <= MOST_TOKENS
     return step_bytes(prediction) if recorded else 0
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from qlora_kit.adapters.attached import AttachedAdapter
@@ -40,6 +40,11 @@ class Outline:
     def trained(self) -> list[nn.Parameter]:
         """Parameters that get a gradient."""
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """Weights that stay decoded from step to step."""
+        return [] if self.blocks is None else self.blocks.kept_decoded()
 
 
 def outline(config: PreTrainedConfig, setup: Setup) -> Outline:
@@ -162,4 +167,5 @@ def components(made: Outline) -> dict[str, int]:
             else:
                 kind = "weights" if tensor.dim() > 1 else "norms"
             found[kind] = found.get(kind, 0) + counted_bytes(tensor.numel() * tensor.element_size())
-    return found
+    kept = sum(counted_bytes(t.numel() * t.element_size()) for t in made.kept)
+    return found | {"decoded weights": kept} if kept else found

@@ -179,7 +179,7 @@ def run_step(made: Outline, setup: Setup, gpu: Gpu) -> Trace:
         The trace.
     """
     model = made.model
-    owned = [*model.parameters(), *model.buffers()]
+    owned = [*model.parameters(), *model.buffers(), *made.kept]
     shape = (setup.batch, setup.seq)
     trace = Trace(gpu, owned)
     targets = max(1, int(setup.tokens * setup.target_share))

@@ -15,22 +15,26 @@ own.
 Larger batches of fewer accumulated passes are an update of the same rows, and are tried too.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedConfig
 
 from qlora_kit.block.policy import POLICIES
+from qlora_kit.block.tiles import AUTO_FROM_TILES, AUTO_MOST
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.plan.budget import Budget, needed_bytes, step_bytes
+from qlora_kit.plan.edge import Remembered, largest
 from qlora_kit.plan.gpus import Gpu
 from qlora_kit.plan.predict import Prediction, predict
 from qlora_kit.plan.setup import FULL, Setup
 
 UNIT = 64
 """Sequences are multiples of this."""
-MOST_TOKENS = 1 << 22
-"""Of a batch: nothing longer is looked for."""
+MOST_TOKENS = 1 << 16
+"""Of a batch: larger ones are not looked for, unless asked about."""
+WIDEST_TOKENS = 1 << 15
+"""Of a batch: from here on, more rows at a time make nothing faster."""
 WORTH = 0.005
 """A gain in speed below this share is not worth more memory."""
 _PAIRS = 4
@@ -107,30 +111,39 @@ class Planner:
         """Bytes that a run leaves free; negative if it does not fit."""
         return self.budget.room(self.predict(setup))
 
+    @property
+    def positions(self) -> int:
+        """The longest row that the model was made for; `MOST_TOKENS` where it does not say."""
+        text = self.config.get_text_config()
+        return int(getattr(text, "max_position_embeddings", None) or MOST_TOKENS)
+
     def longest(self, setup: Setup) -> int:
-        """The longest sequence that fits.
+        """The longest sequence that fits, up to what the model was made for.
 
         Args:
-            setup: of the run; its `seq` does not matter.
+            setup: of the run; a `seq` beyond the model's positions allows for more.
 
         Returns:
             Tokens of a row, a multiple of `UNIT`; 0 if not even `UNIT` fit.
         """
-        most = max(1, MOST_TOKENS // setup.batch // UNIT)
-        room = _cached(lambda n: self.room(setup.with_tokens(seq=n * UNIT)))
-        return UNIT * largest(room, most, guess=self._guess(setup, setup.seq // UNIT))
+        most = max(1, max(self.positions, setup.seq) // UNIT)
+        room = Remembered(lambda n: self.room(setup.with_tokens(seq=n * UNIT)))
+        found = largest(room, most, guess=self._guess(setup, setup.seq // UNIT), beyond=False)
+        if 0 < found * UNIT * setup.batch < _TILED_TOKENS:  # tiles may make more tokens cheaper
+            found = largest(room, most, guess=found)
+        return UNIT * found
 
     def largest_batch(self, setup: Setup) -> int:
-        """The largest batch that fits.
+        """The largest batch that fits, up to `MOST_TOKENS`.
 
         Args:
-            setup: of the run; its `batch` does not matter.
+            setup: of the run; a larger `batch` allows for more.
 
         Returns:
             Rows; 0 if not even one fits.
         """
-        most = max(1, MOST_TOKENS // setup.seq)
-        room = _cached(lambda n: self.room(setup.with_tokens(batch=n)))
+        most = max(1, MOST_TOKENS // setup.seq, setup.batch)
+        room = Remembered(lambda n: self.room(setup.with_tokens(batch=n)))
         return largest(room, most, guess=self._guess(setup, setup.batch), beyond=False)
 
     def _guess(self, setup: Setup, now: int) -> int:
@@ -222,7 +235,7 @@ class Planner:
     def _fill(self, one: Prediction, other: Prediction, guess: int) -> Prediction | None:
         """The mixture with the most layers of the first kind that fits, about as promised."""
         layers = self.layers
-        room = _cached(lambda n: self.room(mixture(one.setup, other.setup, n, layers)))
+        room = Remembered(lambda n: self.room(mixture(one.setup, other.setup, n, layers)))
         # more layers that wait for copies would be slower again
         most = guess if one.limited_by == "link" else layers - 1
         count = largest(room, most, guess=guess, beyond=False)
@@ -255,10 +268,11 @@ class Planner:
         Where the largest fits by a thrifty policy only, a smaller one may be faster.
         """
         rows = setup.batch * setup.accumulation
-        divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+        widest = max(setup.batch, WIDEST_TOKENS // setup.seq)
+        divisors = [n for n in range(1, min(rows, widest) + 1) if rows % n == 0]
         thrifty = self.thriftiest(setup)
         most = largest(
-            _cached(lambda at: self.room(_divided(thrifty, divisors[at - 1]))),
+            Remembered(lambda at: self.room(_divided(thrifty, divisors[at - 1]))),
             len(divisors),
             guess=divisors.index(setup.batch) + 1,
         )
@@ -304,77 +318,6 @@ def mixture(fast: Setup, slow: Setup, count: int, layers: int) -> Setup:
     return replace(slow, activations=words, keep_decoded=kept)
 
 
-@dataclass(slots=True)
-class _Cached:
-    """A function of a whole number whose values are remembered."""
-
-    function: Callable[[int], int]
-    known: dict[int, int]
-
-    def __call__(self, n: int) -> int:
-        if n not in self.known:
-            self.known[n] = self.function(n)
-        return self.known[n]
-
-
-def _cached(function: Callable[[int], int]) -> _Cached:
-    return _Cached(function, {})
-
-
-def largest(room: Callable[[int], int], most: int, *, guess: int = 1, beyond: bool = True) -> int:
-    """The largest whole number for which there is room, where room falls about evenly.
-
-    Args:
-        room: of a number, at least one; negative where it does not fit.
-        most: where to stop.
-        guess: where to begin.
-        beyond: look once more at twice and four times the answer, in case room does not fall
-            all the way: tiles make long sequences cheaper than shorter ones without.
-
-    Returns:
-        A number with room whose successor has none, or `most`; 0 if not even one has room.
-
-    Example:
-        >>> largest(lambda n: 1000 - 7 * n, 10_000)
-        142
-    """
-    low, high = 0, most + 1
-    at = min(max(1, guess), most)
-    while high - low > 1:
-        if room(at) >= 0:
-            low = at
-        else:
-            high = at
-        at = _next(room, low, high, most)
-    if beyond and low:
-        for more in (2 * low, 4 * low):
-            if more <= most and room(more) >= 0:
-                return largest(room, most, guess=more)
-    return low
-
-
-def _next(room: Callable[[int], int], low: int, high: int, most: int) -> int:
-    """Where to look next: where a line says, else in the middle."""
-    known = getattr(room, "known", {})
-    if low == 0:
-        return max(1, high // 2)
-    if high > most:
-        other = max((n for n in known if n < low), default=0)
-        if not other:
-            return min(most, 2 * low)
-        fall = (room(other) - room(low)) / (low - other)
-        reach = low + int(room(low) / fall) if fall > 0 else most
-        return min(most, max(low + 1, min(reach, 8 * low)))
-    have, lack = room(low), -room(high)
-    at = low + int((high - low) * have / (have + lack))
-    if at <= low:  # the line says: here
-        return low + 1
-    tried = len([n for n in known if low // 2 < n < 2 * high])
-    if tried > _LINES:  # not a line: halve
-        return (low + high) // 2
-    return min(at, high - 1)
-
-
 def _between(share: float, one: float, other: float) -> float:
     return share * one + (1 - share) * other
 
@@ -391,8 +334,8 @@ def _resident(made: Prediction) -> int:
     return made.peak_bytes - step_bytes(made) + made.outside
 
 
-_LINES = 10
-"""Guesses by a line before halving."""
+_TILED_TOKENS = AUTO_FROM_TILES * AUTO_MOST
+"""Of a batch: from here on, it is in tiles."""
 
 
 def _divided(setup: Setup, batch: int) -> Setup:

@@ -16,8 +16,9 @@ def llama(layers: int = 4, width: int = 1024) -> PreTrainedConfig:
         num_hidden_layers=layers,
         num_attention_heads=width // 64,
         num_key_value_heads=width // 128,
+        max_position_embeddings=1 << 17,
     )
 
 
-def planner(budget: str, *, layers: int = 4, gpu: str = "h100", host: str | None = None) -> Planner:
+def planner(budget: str, *, layers: int = 4, gpu: str = "l4", host: str | None = None) -> Planner:
     return Planner(llama(layers), find_gpu(gpu), Budget.of(budget, host=host))
