@@ -19,12 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.adapters.config import LoRA
+from qlora_kit.adapters.embedding import LoRAEmbedding
 from qlora_kit.adapters.lora import LowRankLinear, stores_transposed
 from qlora_kit.adapters.method import Method
 from qlora_kit.adapters.peft_config import BaseInfo
 from qlora_kit.adapters.peft_format import AdapterFiles, LowRank, write_adapter
 from qlora_kit.adapters.protocol import Piece, TrainedCopy, load_stored_state, stored_state
 from qlora_kit.adapters.targets import compact_names, task_type, whole_modules
+from qlora_kit.adapters.whole_config import Full
+from qlora_kit.adapters.whole_model import save_whole_model
 from qlora_kit.core.errors import AdapterError
 from qlora_kit.nn.experts import NF4Experts
 from qlora_kit.nn.linear import NF4Linear
@@ -206,7 +209,7 @@ class AttachedAdapter:
         """
         if not isinstance(self.config, LoRA):
             return self._other_files(base)
-        low_rank = [piece for piece in self.pieces if isinstance(piece, LowRankLinear)]
+        low_rank = [p for p in self.pieces if isinstance(p, LowRankLinear | LoRAEmbedding)]
         whole = [piece for piece in self.pieces if isinstance(piece, TrainedCopy)]
         existing = _original_names(self.model, self.pieces)
         return AdapterFiles(
@@ -240,8 +243,11 @@ class AttachedAdapter:
         revision: str | None = None,
         quant: QuantConfig | None = None,
         overwrite: bool = False,
+        resumable: bool = False,
     ) -> None:
-        """Write the adapter as a folder that PEFT, vLLM and this package load.
+        """Write the adapter as a folder that this package loads, and PEFT and vLLM if they know it.
+
+        What `full` trained is written as a whole model.
 
         Args:
             folder: created if needed; other files in it stay.
@@ -249,6 +255,7 @@ class AttachedAdapter:
             revision: of a hub id.
             quant: how the base is stored; None: read off the model's own layers.
             overwrite: replace an adapter that is already there.
+            resumable: write everything that training needs to go on, in the masters' dtype.
 
         Raises:
             SourceError: an adapter is already there and overwrite is False.
@@ -262,6 +269,9 @@ class AttachedAdapter:
             >>> (folder / "adapter_config.json").exists()
             True
         """
+        if isinstance(self.config, Full) and not resumable:
+            save_whole_model(self.model, self.pieces, Path(folder), overwrite=overwrite)
+            return
         own = base_info(self.model)
         base = replace(
             own,
@@ -279,7 +289,7 @@ class AttachedAdapter:
         )
 
 
-def low_rank_of(piece: LowRankLinear) -> LowRank:
+def low_rank_of(piece: LowRankLinear | LoRAEmbedding) -> LowRank:
     """Describe a piece as it would be saved; tensors are shared.
 
     Args:
@@ -293,6 +303,9 @@ def low_rank_of(piece: LowRankLinear) -> LowRank:
         >>> low_rank_of(LoRALinear(nn.Linear(8, 4), "proj", LoRA(rank=2), seed=0)).magnitude
     """
     state = piece.state()
+    if isinstance(piece, LoRAEmbedding):
+        a, b = piece.lora_embedding_A, piece.lora_embedding_B
+        return LowRank(a, b, piece.scale, embedding=True)
     magnitude, values = state.get("lora_magnitude"), state.get("lora_E")
     return LowRank(state["lora_A"], state["lora_B"], piece.scale, magnitude, values)
 

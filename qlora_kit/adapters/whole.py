@@ -142,6 +142,11 @@ class TrainedWeights:
         return max((dtype for dtype, _ in self._before.values()), key=lambda dtype: dtype.itemsize)
 
     @property
+    def narrow_dtype(self) -> torch.dtype | None:
+        """The 16-bit dtype that a parameter had, if any."""
+        return next((dtype for dtype, _ in self._before.values() if dtype.itemsize == 2), None)
+
+    @property
     def enabled(self) -> bool:
         """Always true in effect: see `enabled.setter`."""
         return self._enabled

@@ -146,9 +146,9 @@ def _model_rows(config: RunConfig, folder: str, dtype: "torch.dtype", num_labels
         rows.append((f"NF4 at {config.quant.bits_per_weight:.2f} bits", text))
     rest = sum(p.numel() for p in model.parameters() if p.dtype != torch.uint8)
     rows.append((f"{_short(dtype)} weights", format_bytes(rest * dtype.itemsize)))
-    adapter = attach(model, make_adapter_config(config.method, config.adapter))
+    adapter = attach(model, make_adapter_config(config.method, *config.settings))
     count = adapter.num_trainable
-    width = getattr(torch, config.adapter.dtype).itemsize
+    width = getattr(torch, adapter.config.dtype).itemsize
     state = 2 if "8bit" in config.train.optimizer else 8
     rows += [
         ("adapter", f"{config.method}, {count:,} trained parameters ({count / total:.2%})"),

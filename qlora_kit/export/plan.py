@@ -11,6 +11,8 @@ from functools import partial
 
 import torch
 
+from qlora_kit.adapters.bitfit_config import BitFit
+from qlora_kit.adapters.mergeable import why_not_merged
 from qlora_kit.adapters.peft_format import AdapterFiles
 from qlora_kit.checkpoint.source import Source
 from qlora_kit.core.errors import AdapterError, FormatError
@@ -53,6 +55,9 @@ def make_plan(
             is converted while loading in a way that is not followed.
         AdapterError: the adapter does not fit the base.
     """
+    reason = None if files is None else why_not_merged(files.config)
+    if reason is not None:
+        raise AdapterError(f"this adapter cannot be merged. {reason}")
     notes: list[str] = []
     quant = _quantization(source, files, into, notes)
     task = files.task_type if files is not None else None
@@ -220,7 +225,7 @@ class _Planner:
                     "without this module."
                 )
             self._refuse_opaque(self.entries[item.name])
-            item.transposed = self._transposed(item.param)
+            item.transposed = pair.embedding or self._transposed(item.param)
             expected = item.shape[::-1] if item.transposed else item.shape
             if (pair.b.shape[0], pair.a.shape[1]) != tuple(expected):
                 raise AdapterError(
@@ -228,7 +233,7 @@ class _Planner:
                     f"the adapter was trained on {(pair.b.shape[0], pair.a.shape[1])}. It belongs "
                     f"to another base{_named(files)}."
                 )
-            item.pair = pair
+            item.pair = pair.folded()
 
     def _module_name(self, module: str) -> str:
         """The adapter's name of a module as the model's, with or without the base's prefix."""
@@ -243,6 +248,11 @@ class _Planner:
         """Take over tensors the adapter trained whole; a new head's are added."""
         shapes = {name: tuple(p.shape) for name, p in self.plan.model.named_parameters()}
         for name, value in files.modules.items():
+            if name not in shapes and isinstance(files.config, BitFit):
+                raise AdapterError(
+                    f"{type(self.plan.model).__name__} has no {name}: BitFit has added this bias, "
+                    "and a merged model has no place for it. Keep the adapter beside the base."
+                )
             if name not in shapes or shapes[name] != tuple(value.shape):
                 raise AdapterError(
                     f"the adapter trained {name} of shape {tuple(value.shape)}, the base has "

@@ -12,10 +12,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from qlora_kit.adapters.config import make_adapter_config
+from qlora_kit.adapters.mergeable import why_not_merged
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.train.config import RunConfig, TrainConfig
 
@@ -97,6 +100,32 @@ def check_loggers(names: tuple[str, ...]) -> None:
             )
 
 
+def check_method(config: RunConfig) -> None:
+    """Refuse a method on a base that it cannot train, and a merge that it does not allow.
+
+    Args:
+        config: the run.
+
+    Raises:
+        ConfigError: naming the fields and what to change.
+
+    Example:
+        >>> from qlora_kit.train.config import DataConfig, ModelConfig
+        >>> run = RunConfig(model=ModelConfig(path="m"), data=DataConfig(train="t"), method="full")
+        >>> check_method(run)
+        Traceback (most recent call last):
+        qlora_kit.core.errors.ConfigError: method full changes every weight, ...
+    """
+    if config.method == "full" and config.model.bits == 4:
+        raise ConfigError(
+            "method full changes every weight, and a 4-bit weight has no gradient. Set "
+            "model.bits=16, or train part of the model: top_k decodes the blocks it trains."
+        )
+    reason = why_not_merged(make_adapter_config(config.method, *config.settings))
+    if config.export.merge and reason is not None:
+        raise ConfigError(f"export.merge is not for method {config.method}. {reason}")
+
+
 def update_count(config: TrainConfig, rows: int) -> int:
     """Number of optimizer updates of a run on one device.
 
@@ -141,6 +170,7 @@ def check_training(config: RunConfig, *, on_gpu: bool, has_eval: bool) -> None:
             f"{config.model.device}. Use device=cuda and choose the GPU with the environment "
             f"variable CUDA_VISIBLE_DEVICES={config.model.device.removeprefix('cuda:')}."
         )
+    check_method(config)
     check_optimizer(train.optimizer, on_gpu=on_gpu)
     check_loggers(train.loggers)
     schedules = [schedule.value for schedule in SchedulerType]
@@ -192,6 +222,7 @@ def training_arguments(
     rows: int,
     device: str,
     half: bool = False,
+    autocast: torch.dtype | None = None,
     metric: str | None = None,
 ) -> TrainingArguments:
     """Translate a run's settings for `transformers.Trainer`.
@@ -202,6 +233,7 @@ def training_arguments(
         rows: training rows, after packing.
         device: torch device of the model, such as `cpu` or `cuda:0`.
         half: the model computes in float16, so gradients need a loss scale.
+        autocast: the model computes under autocast to this dtype.
         metric: held-out metric that tells the best checkpoint, such as `eval_loss`;
             None without held-out rows.
 
@@ -254,7 +286,8 @@ def training_arguments(
         disable_tqdm=True,
         report_to=[name for name in train.loggers if name != "tensorboard"],
         use_cpu=device == "cpu",
-        fp16=half and device != "cpu",
+        fp16=(half or autocast == torch.float16) and device != "cpu",
+        bf16=autocast == torch.bfloat16,
         dataloader_pin_memory=device != "cpu",
         **_checkpointing(train.gradient_checkpointing),
     )

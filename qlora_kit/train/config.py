@@ -6,9 +6,13 @@ imports no torch, so that `--help` stays fast.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+from qlora_kit.adapters.adalora_config import RankBudget
+from qlora_kit.adapters.bitfit_config import BitFit
+from qlora_kit.adapters.bottleneck_config import Bottleneck
 from qlora_kit.adapters.config import LoRA
+from qlora_kit.adapters.whole_config import Full, TopK
 from qlora_kit.quant.config import QuantConfig
 
 Task = Literal["causal_lm", "sequence_classification"]
@@ -172,10 +176,30 @@ class RunConfig:
     """The frozen base."""
     data: DataConfig
     """Training and held-out rows."""
-    method: Literal["lora", "rslora", "lora_fa", "dora"] = "lora"
+    method: Literal[
+        "lora",
+        "rslora",
+        "lora_fa",
+        "adalora",
+        "dora",
+        "bottleneck",
+        "bitfit",
+        "top_k",
+        "full",
+    ] = "lora"
     """How the model is adapted."""
     adapter: LoRA = field(default_factory=LoRA)
     """Size and place of the adapter."""
+    adalora: RankBudget = field(default_factory=RankBudget)
+    """How ranks fall, for method adalora."""
+    bottleneck: Bottleneck = field(default_factory=Bottleneck)
+    """Kind and size, for method bottleneck."""
+    bitfit: BitFit = field(default_factory=BitFit)
+    """Which biases, for method bitfit."""
+    top_k: TopK = field(default_factory=TopK)
+    """Which blocks, for method top_k."""
+    full: Full = field(default_factory=Full)
+    """How all weights are held, for method full."""
     quant: QuantConfig = field(default_factory=QuantConfig)
     """How the base is stored when `model.bits` is 4."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -190,6 +214,11 @@ class RunConfig:
     """Continue from the last checkpoint in `output`."""
     overwrite: bool = False
     """Allow writing into an `output` that already holds a finished run."""
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """The sections that describe methods, for `make_adapter_config`."""
+        return (self.adapter, self.adalora, self.bottleneck, self.bitfit, self.top_k, self.full)
 
     @property
     def base_quant(self) -> QuantConfig | None:

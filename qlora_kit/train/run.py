@@ -23,6 +23,7 @@ from transformers import (
 
 from qlora_kit.adapters.config import make_adapter_config
 from qlora_kit.adapters.inject import AttachedAdapter, attach
+from qlora_kit.adapters.whole_model import computing_dtype
 from qlora_kit.checkpoint.source import open_source
 from qlora_kit.core.atomic import atomic_write_text
 from qlora_kit.core.errors import SourceError
@@ -30,6 +31,7 @@ from qlora_kit.core.memory import PeakMemory
 from qlora_kit.core.units import format_bytes
 from qlora_kit.load.model import load
 from qlora_kit.load.tokenizer import load_tokenizer
+from qlora_kit.ops.autocast import autocast
 from qlora_kit.train.arguments import check_training, training_arguments, update_count
 from qlora_kit.train.callbacks import (
     ConsoleProgress,
@@ -155,9 +157,10 @@ class _Run:
                 model, tokenizer = self._load(sets["train"])
             self._measure_with(tokenizer, model)
             adapter = attach(
-                model, make_adapter_config(config.method, config.adapter), seed=config.train.seed
+                model, make_adapter_config(config.method, *config.settings), seed=config.train.seed
             )
             settle_ends(model, config.model)
+            self.computing = computing_dtype(adapter.pieces)
             self._print_start(model, adapter, sets)
             with adapter.disabled():
                 before = self._before(model, sets, stages)
@@ -171,6 +174,8 @@ class _Run:
                 revision=config.model.revision,
                 overwrite=True,
             )
+            if config.method == "full":  # a model needs its tokenizer
+                source.copy_side_files(self.space.adapter)
             merge = None
             if config.export.merge:
                 merge = merge_and_check(
@@ -235,11 +240,12 @@ class _Run:
     def _measure(
         self, model: PreTrainedModel, sets: dict[str, TokenizedSet], moment: str
     ) -> list[SetResult]:
-        return [
-            self.evaluator.measure(model, data, name, label=f"{moment}: {name}")
-            for name, data in sets.items()
-            if name != "train"
-        ]
+        with autocast(model.device, self.computing):
+            return [
+                self.evaluator.measure(model, data, name, label=f"{moment}: {name}")
+                for name, data in sets.items()
+                if name != "train"
+            ]
 
     def _before(
         self, model: PreTrainedModel, sets: dict[str, TokenizedSet], stages: Stages
@@ -295,6 +301,7 @@ class _Run:
             device=str(model.device),
             half=model.dtype == torch.float16,
             metric=metric,
+            autocast=self.computing,
         )
         flatten = config.model.attention == "flash_attention_2"
         plain = make_collator(next(iter(held_out.values()), train), pad_to_multiple_of=self.pad)

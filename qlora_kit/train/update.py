@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qlora_kit.adapters.attached import AttachedAdapter
 from qlora_kit.adapters.config import LoRA
+from qlora_kit.adapters.whole_config import Full
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.optim.corrected import CorrectedGradient
 from qlora_kit.optim.create import FLAT_NAMES, flat_optimizer, make_flat_optimizer
@@ -101,6 +102,8 @@ class UpdatingTrainer(transformers.Trainer):
         By name, since asking Transformers for some other optimizers already hooks them in.
         """
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if isinstance(self.adapter.config, Full):  # a flat copy of a whole model: twice the memory
+            return False
         named = str(getattr(self.args.optim, "value", self.args.optim)) in FLAT_NAMES
         return named and not sharded and self.optimizer_cls_and_kwargs is None
 

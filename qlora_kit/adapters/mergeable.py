@@ -1,0 +1,31 @@
+"""Which methods can be merged into the base, and why the others cannot; free of torch."""
+
+from qlora_kit.adapters.bottleneck_config import Bottleneck
+from qlora_kit.adapters.method import Method
+from qlora_kit.adapters.whole_config import Full
+
+
+def why_not_merged(config: Method) -> str | None:
+    """Say why what a method trains is not a change of the base's tensors.
+
+    Args:
+        config: of any method.
+
+    Returns:
+        A sentence, or None for a method that merges.
+
+    Example:
+        >>> from qlora_kit.adapters.config import LoRA
+        >>> why_not_merged(LoRA()) is None
+        True
+        >>> why_not_merged(Bottleneck())
+        'A bottleneck adapter is a layer of its own, with a nonlinearity: ...'
+    """
+    if isinstance(config, Bottleneck):
+        return (
+            "A bottleneck adapter is a layer of its own, with a nonlinearity: no weight of the "
+            "base can take it in. Keep the adapter beside the base model."
+        )
+    if isinstance(config, Full):
+        return "Full fine-tuning saves the whole model: there is nothing to merge."
+    return None
