@@ -1,0 +1,121 @@
+"""AdaLoRA in the loop: its term in the loss, scores before an update, ranks after it.
+
+`Trainer` makes one of these for an AdaLoRA adapter and adds it to its callbacks; nothing
+else in the loop knows the method. Importance needs the values that the gradient was taken
+at, so it is followed before the optimizer's step; ranks are set after it. In a float16 run
+an update whose gradients overflowed is skipped here as the optimizer skips it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qlora_kit.adapters.adalora import AdaLoRALinear, orthogonality
+from qlora_kit.adapters.attached import AttachedAdapter
+from qlora_kit.adapters.config import AdaLoRA
+from qlora_kit.adapters.rank_budget import RankAllocator
+
+
+class RankAllocation(TrainerCallback):
+    """Trains an AdaLoRA adapter as the method says; see the module's text.
+
+    Attributes:
+        allocator: scores and ranks.
+        form: of the term in the loss, `code` or `paper`.
+        weight: γ.
+
+    Example:
+        >>> from torch import nn
+        >>> from qlora_kit.adapters.inject import attach
+        >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 4)])})
+        >>> ranks = RankAllocation.of(attach(model, AdaLoRA(rank=2)))
+        >>> ranks.penalty().requires_grad
+        True
+    """
+
+    def __init__(self, modules: list[AdaLoRALinear], config: AdaLoRA) -> None:
+        """Begin with every rank whole.
+
+        Args:
+            modules: of one adapter, in the model's order.
+            config: the adapter's.
+        """
+        self.modules = modules
+        self.weight = config.budget.orthogonality
+        self.form = config.budget.orthogonality_form
+        self.allocator = RankAllocator(modules, config.budget, target_rank=config.target_rank)
+
+    @classmethod
+    def of(cls, adapter: AttachedAdapter) -> "RankAllocation | None":
+        """Make what an adapter needs.
+
+        Args:
+            adapter: attached.
+
+        Returns:
+            None unless it is AdaLoRA.
+        """
+        if not isinstance(adapter.config, AdaLoRA):
+            return None
+        modules = [piece for piece in adapter.pieces if isinstance(piece, AdaLoRALinear)]
+        return cls(modules, adapter.config)
+
+    def penalty(self) -> Tensor:
+        """The term in the loss of one update.
+
+        Returns:
+            () float32, γ·R; zero without a graph where γ is 0.
+        """
+        if self.weight == 0.0:
+            return torch.zeros((), device=self.modules[0].lora_A.device)
+        return self.weight * orthogonality(self.modules, self.form)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse a budget that does not fit the run; forget an earlier run's scores."""
+        self.allocator.budget.phases(state.max_steps)
+        if state.global_step == 0:
+            self.allocator.reset()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Follow importance."""
+        if args.fp16 and not self._finite():
+            return
+        self.allocator.observe(state.global_step + 1, updates=state.max_steps)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Distribute ranks where it is time to."""
+        self.allocator.allocate(state.global_step + 1, updates=state.max_steps)
+
+    def save(self, folder: Path) -> None:
+        """Write scores and ranks into a checkpoint.
+
+        Args:
+            folder: exists.
+        """
+        self.allocator.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """Take scores and ranks over from a checkpoint.
+
+        Args:
+            folder: the checkpoint.
+
+        Raises:
+            SourceError: it has none.
+            FormatError: they are damaged, or another adapter's.
+        """
+        self.allocator.load(folder)
+
+    def _finite(self) -> bool:
+        gradients = [p.grad for m in self.modules for p in m.trainable().values()]
+        norms = torch._foreach_norm([g for g in gradients if g is not None])
+        return bool(torch.stack([norm.float() for norm in norms]).isfinite().all())

@@ -1,0 +1,194 @@
+"""AdaLoRA in the loop: the loss, accumulation, exact resume, the record and its picture."""
+
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from qlora_kit.adapters.adalora import orthogonality
+from qlora_kit.adapters.adalora_config import RankBudget
+from qlora_kit.adapters.config import AdaLoRA
+from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.peft_format import read_adapter
+from qlora_kit.core.errors import ConfigError, SourceError
+from qlora_kit.step.prepare import prepare_model
+from qlora_kit.train.checkpoints import last_checkpoint
+from qlora_kit.train.data.collate import PadCollator
+from qlora_kit.train.describe import describe_training
+from qlora_kit.train.rank_picture import rank_map
+from qlora_kit.train.report import render_report
+from qlora_kit.train.trainer import Trainer
+from tests import tiny_models
+from tests.train.helpers import arguments, rows, state
+from tests.train.sample_record import record
+
+BUDGET = RankBudget(target_rank=2, start_updates=1, final_updates=3, every=2)
+
+
+def make(folder: Path, budget: RankBudget = BUDGET, callbacks: Any = (), **changes: Any) -> Trainer:
+    model = tiny_models.build("llama")
+    config = AdaLoRA(rank=4, alpha=8, budget=budget, dropout=changes.pop("dropout", 0.0))
+    settings = {"max_steps": 9, "save_steps": 3} | changes
+    return Trainer(
+        model,
+        attach(model, config, seed=3),
+        arguments(folder, **settings),
+        train_dataset=rows(20),
+        data_collator=PadCollator(0),
+        callbacks=callbacks,
+    )
+
+
+class _Stop(TrainerCallback):
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.after:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stop", [4, 7])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"gradient_accumulation_steps": 2, "dropout": 0.3}, {"optim": "adamw_8bit"}],
+)
+def test_resume_gives_the_same_bits(tmp_path: Path, settings: dict[str, Any], stop: int) -> None:
+    """Killed while ranks fall, and when they are final."""
+    whole = make(tmp_path / "whole", **settings)
+    whole.train()
+    killed = make(tmp_path / "killed", callbacks=[_Stop(stop)], **settings)
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    resumed = make(tmp_path / "killed", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    wanted, found = state(whole), state(resumed)
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
+    assert resumed.ranks.allocator.history == whole.ranks.allocator.history
+    kept = sum(int((t != 0).sum()) for name, t in wanted.items() if name.endswith("lora_E"))
+    assert kept == 2 * 14
+    ranks = resumed.ranks.allocator.history.ranks[-1]
+    assert sum(ranks) == kept
+    assert len(set(ranks)) > 1  # it did choose
+    assert sum(t.numel() for n, t in wanted.items() if n.endswith("lora_E")) == 4 * 14
+
+
+def test_a_checkpoint_of_another_method_is_refused(tmp_path: Path) -> None:
+    trainer = make(tmp_path, max_steps=6, save_steps=6, budget=RankBudget(target_rank=2))
+    trainer.train()
+    (last_checkpoint(tmp_path) / "adalora.safetensors").unlink()
+    with pytest.raises(SourceError, match="no checkpoint of an AdaLoRA run"):
+        make(tmp_path, max_steps=8).train(resume_from_checkpoint=True)
+
+
+def test_a_run_too_short_for_its_budget_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="leave none of the run's 3"):
+        make(tmp_path, max_steps=3).train()
+
+
+@pytest.mark.parametrize("form", ["code", "paper"])
+def test_the_regularizer_is_in_the_loss(tmp_path: Path, form: str) -> None:
+    """Loss and gradients of one batch: with γ minus without is γ·R."""
+    results = {}
+    for weight in (0.0, 0.5):
+        budget = RankBudget(target_rank=2, orthogonality=weight, orthogonality_form=form)
+        trainer = make(tmp_path, budget)
+        batch = PadCollator(0)(rows(2))
+        trainer.model.train()
+        count = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
+        loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=count)
+        loss.backward()
+        results[weight] = loss.item(), [p.grad.clone() for p in trainer.adapter.parameters()]
+        trainer.model.eval()
+        with torch.no_grad():
+            alone = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=count)
+    modules = list(trainer.adapter.pieces)
+    term = 0.5 * orthogonality(modules, form)
+    assert results[0.5][0] - results[0.0][0] == pytest.approx(term.item(), rel=1e-5)
+    assert alone.item() == pytest.approx(results[0.0][0], rel=1e-6)  # not where nothing is trained
+    exact = torch.autograd.grad(
+        term, [p for m in modules for p in m.trainable().values()], allow_unused=True
+    )
+    for with_it, without, part in zip(results[0.5][1], results[0.0][1], exact, strict=True):
+        part = torch.zeros_like(without) if part is None else part
+        torch.testing.assert_close(with_it - without, part, rtol=1e-4, atol=1e-6)
+
+
+def test_accumulated_batches_share_it(tmp_path: Path) -> None:
+    """Four rows at once or in four batches: the same update, so the term counts once."""
+    found = []
+    for batch, steps in ((4, 1), (1, 4)):
+        trainer = make(
+            tmp_path / str(batch),
+            RankBudget(target_rank=2, orthogonality=3.0),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=steps,
+            optim="sgd",
+            max_grad_norm=0.0,
+            max_steps=2,
+            learning_rate=1e-2,
+        )
+        trainer.group_by_length = False
+        trainer.ranks.allocator.budget = RankBudget(target_rank=2, start_updates=0, final_updates=0)
+        trainer.train()
+        found.append(state(trainer))
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_it_trains_through_the_models_own_layers(tmp_path: Path) -> None:
+    """Fused layers serve LoRA alone: asked for, they say so; `auto` takes the model's code."""
+    trainer = make(tmp_path)
+    with pytest.raises(ConfigError, match="AdaLoRALinear"):
+        prepare_model(trainer.model, trainer.args, "fused", "auto")
+    assert trainer.fused is None
+
+
+def test_checkpointing_gives_the_same_gradients(tmp_path: Path) -> None:
+    results = []
+    for checkpointing in (False, True):
+        trainer = make(tmp_path / str(checkpointing), gradient_checkpointing=checkpointing)
+        trainer.train()
+        results.append(state(trainer))
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(results[1][name], tensor)
+
+
+def test_the_record_and_the_report_have_the_ranks(tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    trainer.train()
+    training = describe_training(trainer, 1.0)
+    ranks = training["ranks"]
+    assert ranks["updates"] == [0, 2, 4, 6]
+    assert len(ranks["modules"]) == len(ranks["ranks"][-1]) == 14
+    assert all(entry["penalty"] > 0 for entry in training["history"])
+    page = record()
+    page["training"] = page["training"] | {"ranks": ranks, "updates": 9}
+    text = render_report(page)
+    assert "Rank of every matrix" in text
+    assert "0 q_proj" in text
+    assert "Rank of every matrix" not in render_report(record())
+    assert read_adapter(last_checkpoint(tmp_path)).config.target_rank == 2
+
+
+@pytest.mark.parametrize("modules", [1, 14, 224, 560])
+def test_the_picture(modules: int) -> None:
+    names = [f"model.layers.{i // 7}.self_attn.<q{i % 7}>" for i in range(modules)]
+    ranks = [[12] * modules, [12 - i % 13 for i in range(modules)], [i % 13 for i in range(modules)]]
+    history = {"modules": names, "updates": [0, 10, 20], "budget": [12, 6, 6], "ranks": ranks}
+    svg = ElementTree.fromstring(str(rank_map(history, 100)))
+    height = float(svg.attrib["viewBox"].split()[3])
+    assert height < 1500
+    rectangles = [e for e in svg.iter() if e.tag.endswith("rect")]
+    assert 0 < len(rectangles) <= 3 * modules
+    for e in rectangles:
+        assert 0 <= float(e.attrib["y"]) < height
+        assert float(e.attrib["width"]) > 0
+        assert 0.1 <= float(e.attrib["fill-opacity"]) <= 1
+    texts = [e.text for e in svg.iter() if e.tag.endswith("text")]
+    assert "0 <q0>" in texts
+    assert str(rank_map({"modules": [], "updates": [], "ranks": []}, 5)) == ""
