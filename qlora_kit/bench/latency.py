@@ -21,14 +21,17 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qlora_kit.adapters.bottleneck_config import Bottleneck
 from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.inject import attach
 from qlora_kit.adapters.lora import LoRALinear
-from qlora_kit.bench.bottleneck import KINDS, install_bottlenecks
 from qlora_kit.bench.random_model import random_model
 from qlora_kit.bench.record import Row
 from qlora_kit.bench.shapes import config_of
 from qlora_kit.bench.timing import Captured, spread
+
+KINDS = ("pfeiffer", "houlsby")
+"""Bottlenecks: one per layer, and two."""
 
 VARIANTS = ("base", "lora", "merged", *KINDS)
 """In the order of the table."""
@@ -76,8 +79,15 @@ def variant(model: PreTrainedModel, name: str, options: LatencyOptions) -> tuple
     if name == "base":
         return made, 0
     if name in KINDS:
-        pieces = install_bottlenecks(made, name, options.reduction)
-        return made, sum(p.numel() for piece in pieces for p in piece.trainable().values())
+        bottleneck = Bottleneck(
+            kind=name,  # type: ignore[arg-type]
+            reduction=options.reduction,
+            norms="freeze",
+            activation="relu",
+            dtype=options.dtype,  # type: ignore[arg-type]
+        )
+        count = attach(made, bottleneck).num_trainable
+        return made.requires_grad_(False), count
     adapter = attach(made, LoRA(rank=options.rank, alpha=options.rank, dtype=options.dtype))
     with torch.no_grad():
         for piece in adapter.pieces:

@@ -104,7 +104,9 @@ def run_settings(path: str) -> RunConfig | None:
 
     for folder in (Path(path), Path(path).resolve().parent):
         file = folder / "config.json"
-        if (folder / "adapter" / ADAPTER_FILE).is_file() and file.is_file():
+        made = folder / "adapter"
+        trained = (made / ADAPTER_FILE).is_file() or (made / "config.json").is_file()
+        if trained and file.is_file():
             return build_config(json.loads(file.read_text(encoding="utf-8")))
     return None
 
@@ -124,6 +126,9 @@ def resolve_target(path: str, options: argparse.Namespace) -> Target:
     """
     folder = find_adapter(path)
     if folder is None:
+        whole = Path(path) / "adapter"
+        if (whole / "config.json").is_file():  # the run was a full fine-tuning
+            path = str(whole)
         if options.base_model:
             raise ConfigError(f"--base-model goes with an adapter, and {path} is none.")
         in_nf4 = options.bits == "4" or (options.bits is None and _stored_as_nf4(path))
