@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.lora import LowRankLinear
-from qlora_kit.adapters.peft_format import LowRank
+from qlora_kit.adapters.low_rank import LowRank
 from qlora_kit.nn.linear import NF4Linear
 
 _START_STD = 0.02

@@ -43,6 +43,8 @@ class LoRA:
     """Probability of dropping an input of A while training."""
     targets: str | tuple[str, ...] = ALL_LINEAR
     """`all-linear` (every linear of the blocks, not the head), name endings, or `re:` patterns."""
+    layers_to_transform: tuple[int, ...] = ()
+    """Numbers of the blocks to adapt, from 0; empty: all. Embeddings and heads are not in any."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Pattern to rank, for modules that differ from `rank`; the first match counts."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -76,6 +78,10 @@ class LoRA:
         for pattern, rank in self.rank_pattern.items():
             if rank < 1:
                 raise ConfigError(f"rank_pattern[{pattern!r}] must be at least 1, got {rank}.")
+        if any(index < 0 for index in self.layers_to_transform):
+            raise ConfigError(
+                f"layers_to_transform counts from 0, got {min(self.layers_to_transform)}."
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout}.")
         if self.lr_ratio_b <= 0 or (self.freeze_a and self.lr_ratio_b != 1.0):
@@ -228,7 +234,7 @@ def make_adapter_config(method: str, *settings: Method) -> Any:
     if method == "rslora":
         values["rslora"] = True
     if method == "adalora":
-        values["budget"] = next((s for s in settings if type(s) is RankBudget), RankBudget())
+        values["budget"] = next((s for s in settings if isinstance(s, RankBudget)), RankBudget())
     return METHODS[method](**values)
 
 

@@ -108,11 +108,9 @@ class RankAllocator:
         self.budget = budget
         self.whole = sum(module.rank for module in self.modules)
         self.target = min(self.whole, target_rank * len(self.modules))
-        named = [
-            (f"{m.place}.{key}", m.rank, p) for m in self.modules for key, p in m.trainable().items()
-        ]
-        self._names = [name for name, _, _ in named]
-        self._values: list[nn.Parameter] = [p for _, _, p in named]
+        named = {f"{m.place}.{key}": p for m in self.modules for key, p in m.trainable().items()}
+        self._names = list(named)
+        self._values: list[nn.Parameter] = list(named.values())
         self.reset()
 
     def reset(self) -> None:
@@ -239,7 +237,7 @@ class RankAllocator:
 
     def _zero(self, kept: Tensor) -> None:
         parts = kept.split([module.rank for module in self.modules])
-        values = [module.lora_E for module in self.modules]
+        values: list[Tensor] = [module.lora_E for module in self.modules]
         masks = [part.reshape(-1, 1).to(v.dtype) for part, v in zip(parts, values, strict=True)]
         torch._foreach_mul_(values, masks)
 

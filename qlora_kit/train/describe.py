@@ -19,6 +19,7 @@ HISTORY = (
     "tokens",
     "tokens_per_s",
     "memory_gib",
+    "penalty",
 )
 """What is kept of every training log; held-out losses are kept too."""
 
@@ -100,6 +101,7 @@ def describe_training(trainer: Trainer, seconds: float) -> dict[str, Any]:
         "best_update": state.best_global_step,
         "stopped_early": state.global_step < state.max_steps,
         "history": [entry for entry in history if len(entry) > 2],
+        "ranks": None if trainer.ranks is None else trainer.ranks.allocator.history.to_dict(),
     }
 
 

@@ -27,6 +27,7 @@ from qlora_kit.train.config import (
     RunConfig,
     TrainConfig,
 )
+from qlora_kit.train.rank_picture import rank_map
 from qlora_kit.train.record import result_from_dict
 from qlora_kit.train.summary import count, duration, metric_rows
 
@@ -68,7 +69,7 @@ def render_report(record: Mapping[str, Any]) -> str:
         config=config,
         tiles=_tiles(record),
         sets=_sets(record),
-        charts=_charts(record["training"]["history"]),
+        charts=_charts(record["training"]["history"]) + _ranks(record["training"]),
         samples=_samples(record),
         merge=_merge(record["merge"]),
         data=_data(record["data"]),
@@ -184,12 +185,23 @@ def _charts(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         ("Learning rate", "", "learning_rate", True),
         ("Speed", "tokens per second", "tokens_per_s", True),
         ("Gradient norm", "before clipping", "grad_norm", True),
+        ("Regularizer", "part of the training loss", "penalty", True),
     ):
         # The first line includes one-time work: it would set the scale of the speed chart.
         points = _points(history, key)
         points = points[1:] if key == "tokens_per_s" and len(points) > 2 else points
         charts.append(_chart(title, unit, [Series(name=title, points=points)], from_zero))
     return [chart for chart in charts if chart["svg"]]
+
+
+def _ranks(training: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """AdaLoRA's ranks over time; nothing for other methods."""
+    history = training.get("ranks")
+    if not history:
+        return []
+    svg = rank_map(history, training["updates"], title="Rank of every matrix")
+    unit = f"of {history['budget'][0]:,} at the start, {history['budget'][-1]:,} at the end"
+    return [{"title": "Rank of every matrix", "unit": unit, "svg": svg, "legend": []}]
 
 
 def _chart(title: str, unit: str, lines: list[Series], from_zero: bool = False) -> dict[str, Any]:

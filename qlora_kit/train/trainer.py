@@ -11,6 +11,7 @@ What is different from the parent, and why:
 - Evaluation weighs tokens, not batches, and never gathers logits.
 - The first update checks that the adapter receives gradients at all.
 - AdamW and clipping work on flat buffers (`update.py`).
+- AdaLoRA's term in the loss and its ranks are followed (`rank_allocation.py`).
 - Logs carry tokens per second and memory.
 """
 
@@ -43,6 +44,7 @@ from qlora_kit.train.checkpoints import (
     restore_adapter,
 )
 from qlora_kit.train.held_out import loss_totals
+from qlora_kit.train.rank_allocation import RankAllocation
 from qlora_kit.train.sampling import EpochSampler, SortedSampler
 from qlora_kit.train.throughput import Throughput
 from qlora_kit.train.update import UpdatingTrainer
@@ -138,6 +140,7 @@ class Trainer(UpdatingTrainer):
         self.adapter = adapter
         self.base_model = base_model
         self.group_by_length = group_by_length
+        self.ranks = RankAllocation.of(adapter)
         trainable = list(adapter.named_parameters())
         if not trainable:
             raise AdapterError(
@@ -158,10 +161,12 @@ class Trainer(UpdatingTrainer):
             eval_dataset=eval_dataset,
             callbacks=[GradientGuard(trainable), *callbacks],
         )
+        if self.ranks is not None:
+            self.add_callback(self.ranks)
         self.remove_callback(transformers.PrinterCallback)
         self.causal = causal
         alone = args.world_size == 1 and self.accelerator.scaler is None
-        alone = alone and self.fused is not None and self.fused.never_waits
+        alone = alone and self.fused is not None and self.fused.never_waits and self.ranks is None
         self.graphs = StepGraphs(self._graph_loss, [p for _, p in trainable]) if alone else None
         # True: the loss is a sum over tokens divided by `num_items_in_batch`, so it is not
         # divided again by the number of accumulated batches.
@@ -217,8 +222,12 @@ class Trainer(UpdatingTrainer):
             )
             if self.args.average_tokens_across_devices and num_items_in_batch is not None:
                 loss = loss * self.accelerator.num_processes
+            if model.training:
+                loss = self.with_penalty(loss, is_share=num_items_in_batch is not None)
             return (loss, {}) if return_outputs else loss
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        as_it_is = return_outputs or not model.training
+        return found if as_it_is else self.with_penalty(found, is_share=False)
 
     def _graph_loss(self, inputs: Batch, num_items: Tensor) -> Tensor:
         loss: Tensor = self.compute_loss(self.model, inputs, num_items_in_batch=num_items)
@@ -347,7 +356,7 @@ class Trainer(UpdatingTrainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        self.adapter.save(folder, base_model=self.base_model, overwrite=True)
+        self.adapter.save(folder, base_model=self.base_model, overwrite=True, resumable=True)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self.throughput.outside():

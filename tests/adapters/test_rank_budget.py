@@ -79,7 +79,9 @@ def test_scores_match_a_plain_formula():
             with torch.no_grad():
                 for module in modules:
                     module.lora_E.normal_()
-        before = {(m.place, k): p.detach().double() for m in modules for k, p in m.trainable().items()}
+        before = {
+            (m.place, k): p.detach().double() for m in modules for k, p in m.trainable().items()
+        }
         kept.observe(t, updates=UPDATES)
         for (place, key), w in before.items():
             module = next(m for m in modules if m.place == place)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 import torch
@@ -178,9 +178,10 @@ def test_the_record_and_the_report_have_the_ranks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("modules", [1, 14, 224, 560])
 def test_the_picture(modules: int) -> None:
     names = [f"model.layers.{i // 7}.self_attn.<q{i % 7}>" for i in range(modules)]
-    ranks = [[12] * modules, [12 - i % 13 for i in range(modules)], [i % 13 for i in range(modules)]]
+    falling = [12 - i % 13 for i in range(modules)]
+    ranks = [[12] * modules, falling, falling[::-1]]
     history = {"modules": names, "updates": [0, 10, 20], "budget": [12, 6, 6], "ranks": ranks}
-    svg = ElementTree.fromstring(str(rank_map(history, 100)))
+    svg = ET.fromstring(str(rank_map(history, 100)))
     height = float(svg.attrib["viewBox"].split()[3])
     assert height < 1500
     rectangles = [e for e in svg.iter() if e.tag.endswith("rect")]
