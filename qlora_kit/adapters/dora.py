@@ -174,8 +174,9 @@ class DoRALinear(LowRankLinear):
         if self.training and self.dropout > 0.0:
             y, branch = self._base_product(x), F.dropout(x, self.dropout)
         elif isinstance(self.base, NF4Linear):
-            a, b = self.lora_A, self.lora_B
-            return nf4_linear(x, self.base.nf4_weight, lora_a=a, lora_b=b, scale=self.scale)
+            pair = self.lora_A, self.lora_B
+            weight, s = self.base.nf4_weight, self.scale
+            return nf4_linear(x, weight, lora_a=pair[0], lora_b=pair[1], scale=s)
         else:
             y, branch = self._base_product(x), x
         z = F.linear(branch, self.lora_A.to(x.dtype)).reshape(-1, self.rank)

@@ -9,26 +9,24 @@ keeps the original. `detach_from_model` puts those very objects back, and the or
 One adapter per model at a time: a second `attach` is refused with the place of the first.
 Two low-rank branches on one linear are one branch of the summed rank, so nothing is lost.
 
-A later method adds its configuration and a builder to `_BUILDERS`, and a reader and a
-writer for its files; nothing else here knows which method it installs.
+What a method consists of is made elsewhere: `lora_family.py` for those like LoRA,
+`families.py` for the others; nothing here knows which method it installs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from qlora_kit.adapters.adalora import AdaLoRALinear
 from qlora_kit.adapters.attached import ATTACHED, AttachedAdapter, base_info
-from qlora_kit.adapters.config import ALL_LINEAR, AdaLoRA, DoRA, LoRA, LoRAFA
-from qlora_kit.adapters.dora import DoRALinear
+from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.families import build_pieces
-from qlora_kit.adapters.lora import LoRALinear, LowRankLinear, linear_shape
+from qlora_kit.adapters.lora import linear_shape
+from qlora_kit.adapters.lora_family import lora_pieces, saved_piece
 from qlora_kit.adapters.method import Method
-from qlora_kit.adapters.peft_format import AdapterFiles, LowRank, read_adapter
+from qlora_kit.adapters.peft_format import AdapterFiles, read_adapter
 from qlora_kit.adapters.protocol import ModuleWrapper, Piece, TrainedCopy, load_stored_state
-from qlora_kit.adapters.targets import linear_targets, whole_modules
 from qlora_kit.core.errors import AdapterError
 from qlora_kit.core.log import log_once
 from qlora_kit.quant.config import QuantConfig
@@ -60,7 +58,7 @@ def attach(
     """
     _refuse_second(model)
     if isinstance(config, LoRA):
-        return _install(model, config, name, _BUILDERS[type(config)](model, config, seed))
+        return _install(model, config, name, lora_pieces(model, config, seed))
     return _install(model, config, name, build_pieces(model, config, seed))
 
 
@@ -98,7 +96,7 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = "default") ->
     dtype = getattr(torch, files.config.dtype)
     # in the model's order, as `attach` does: optimizers match their state by position
     pieces: list[Piece] = [
-        _loaded(module, place, files.config, pair)
+        saved_piece(module, place, files.config, pair)
         for place, module in model.named_modules()
         if (pair := files.deltas.get(place)) is not None
     ]
@@ -119,39 +117,6 @@ def _load_other(model: nn.Module, files: AdapterFiles, name: str) -> AttachedAda
         adapter.detach_from_model()
         raise
     return adapter
-
-
-def _kind(config: LoRA) -> type[LowRankLinear]:
-    if isinstance(config, AdaLoRA):
-        return AdaLoRALinear
-    return DoRALinear if isinstance(config, DoRA) else LoRALinear
-
-
-def _loaded(module: nn.Module, place: str, config: LoRA, pair: LowRank) -> Piece:
-    """A piece of the sizes in a file, whose values are still to be filled in."""
-    rank = pair.a.shape[0]
-    return _kind(config)(module, place, config, seed=0, rank=rank, scale=pair.scale)
-
-
-def _lora_pieces(model: nn.Module, config: LoRA, seed: int) -> list[Piece]:
-    whole = whole_modules(model, config)
-    linears = linear_targets(model, config.targets, outside=whole)
-    if config.targets == ALL_LINEAR:
-        _tell_about_experts(model)
-    kind = _kind(config)
-    pieces: list[Piece] = [
-        kind(module, place, config, seed=seed) for place, module in linears.items()
-    ]
-    dtype = getattr(torch, config.dtype)
-    return pieces + [TrainedCopy(model.get_submodule(m), m, dtype) for m in whole]
-
-
-_BUILDERS: dict[type[LoRA], Callable[[nn.Module, LoRA, int], list[Piece]]] = {
-    LoRA: _lora_pieces,
-    LoRAFA: _lora_pieces,
-    DoRA: _lora_pieces,
-    AdaLoRA: _lora_pieces,
-}
 
 
 def _install(
@@ -219,12 +184,3 @@ def _whole_places(model: nn.Module, files: AdapterFiles) -> list[str]:
         if any(place == m or place.endswith(f".{m}") for m in files.module_names)
         and any(name.startswith(f"{place}.") for name in files.modules)
     ]
-
-
-def _tell_about_experts(model: nn.Module) -> None:
-    fused = [n for n, p in model.named_parameters() if ".experts." in n and p.ndim == 3]
-    if fused:
-        log_once(
-            f"all-linear adapts the attention and dense layers of {type(model).__name__}; its "
-            "experts, which are fused in three-dimensional parameters, stay as they are."
-        )

@@ -46,7 +46,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     """Give a linear's (out_features, in_features), however it stores its weight.
 
     Args:
-        module: one of `LINEARS`.
+        module: one of `LINEARS`, or an embedding: a linear map of one-hot rows.
 
     Returns:
         (N, K).
@@ -62,6 +62,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
         return module.weight.shape[1], module.weight.shape[0]
     if isinstance(module, NF4Linear | nn.Linear):
         return module.out_features, module.in_features
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim, module.num_embeddings
     raise AdapterError(
         f"LoRA wraps NF4Linear, nn.Linear and transformers' Conv1D, not {type(module).__name__}."
     )
@@ -81,6 +83,24 @@ def stores_transposed(module: nn.Module) -> bool:
         (True, False)
     """
     return isinstance(module, Conv1D) or (isinstance(module, NF4Linear) and module.transposed)
+
+
+def seeded(name: str, seed: int) -> torch.Generator:
+    """Make the generator of one module's random start.
+
+    Args:
+        name: the module's dotted name.
+        seed: the run's.
+
+    Returns:
+        A CPU generator that depends on both alone.
+
+    Example:
+        >>> seeded("q", 0).initial_seed() == seeded("q", 0).initial_seed()
+        True
+    """
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
 
 
 def initial_a(config: LoRA, name: str, rank: int, in_features: int, seed: int) -> Tensor:
@@ -106,8 +126,7 @@ def initial_a(config: LoRA, name: str, rank: int, in_features: int, seed: int) -
         >>> bool(first.abs().max() <= 1 / 64**0.5)
         True
     """
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+    generator = seeded(name, seed)
     a = torch.empty(rank, in_features)
     if config.init == "gaussian":
         return a.normal_(0.0, 1.0 / rank, generator=generator)

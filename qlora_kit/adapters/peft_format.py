@@ -7,6 +7,8 @@ and nowhere else:
     base_model.model.<module>.lora_A.weight   (r, in)    <module>.lora_A
     base_model.model.<module>.lora_B.weight   (out, r)   <module>.lora_B
     base_model.model.<module>.lora_magnitude_vector (out,) <module>.lora_magnitude, of DoRA
+    base_model.model.<module>.lora_embedding_A (r, V)    <module>.lora_embedding_A
+    base_model.model.<module>.lora_embedding_B (H, r)    <module>.lora_embedding_B
     base_model.model.<module>.lora_A, .lora_E, .lora_B     AdaLoRA's Q (r, in), λ (r, 1), P
     base_model.model.<name>                              <name>, of a module saved whole
 
@@ -22,13 +24,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qlora_kit import __version__
 from qlora_kit.adapters.adalora_peft import with_side_fields
-from qlora_kit.adapters.config import AdaLoRA, DoRA, LoRA
+from qlora_kit.adapters.config import AdaLoRA, LoRA
 from qlora_kit.adapters.folder import (
     CONFIG_FILE,
     SIDE_FILE,
@@ -36,6 +37,7 @@ from qlora_kit.adapters.folder import (
     read_tensors,
     weights_path,
 )
+from qlora_kit.adapters.low_rank import LowRank, dtype_name, pair_up
 from qlora_kit.adapters.method import Method
 from qlora_kit.adapters.own_format import OWN_TYPE, own_config_json, parse_own_config
 from qlora_kit.adapters.peft_config import (
@@ -50,55 +52,15 @@ from qlora_kit.core.atomic import atomic_directory, atomic_write_text
 from qlora_kit.core.errors import FormatError, SourceError
 
 _PREFIX = "base_model.model."
+_EMBEDDING = ".base_layer.weight"
 _PAIR = {
     "lora_A": ".lora_A.weight",
     "lora_B": ".lora_B.weight",
     "lora_magnitude": ".lora_magnitude_vector",
     "lora_E": ".lora_E",
+    "lora_embedding_A": ".lora_embedding_A",
+    "lora_embedding_B": ".lora_embedding_B",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class LowRank:
-    """One module's change s·B·A, of DoRA with the length of every row.
-
-    Example:
-        >>> LowRank(torch.ones(1, 3), torch.ones(2, 1), 0.5).delta()
-        tensor([[0.5000, 0.5000, 0.5000],
-                [0.5000, 0.5000, 0.5000]])
-    """
-
-    a: Tensor
-    """(r, in)."""
-    b: Tensor
-    """(out, r)."""
-    scale: float
-    """s."""
-    magnitude: Tensor | None = None
-    """DoRA's m, (out,): the length of every row of W + s·B·A once merged."""
-
-    values: Tensor | None = None
-    """AdaLoRA's λ, (r, 1): A is then diag(λ)·`a`."""
-
-    def named(self) -> dict[str, Tensor]:
-        """Key to tensor, as the piece that owns them names them."""
-        pair = {"lora_A": self.a, "lora_B": self.b}
-        if self.values is not None:
-            pair["lora_E"] = self.values
-        return pair if self.magnitude is None else pair | {"lora_magnitude": self.magnitude}
-
-    def delta(self) -> Tensor:
-        """Compute s·B·A, (out, in) float32: without `magnitude` the change of the weight."""
-        pair = self.folded()
-        return torch.mm(pair.b.float(), pair.a.float()).mul_(self.scale)
-
-    def folded(self) -> "LowRank":
-        """The same change as A and B alone: λ multiplied into A, rows of λ = 0 left out."""
-        if self.values is None:
-            return self
-        kept = self.values.reshape(-1) != 0
-        a = self.values[kept].float() * self.a[kept].float()
-        return LowRank(a, self.b[:, kept].float(), self.scale, self.magnitude)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,12 +244,12 @@ def read_adapter(folder: Path | str) -> AdapterFiles:
     tensors = read_tensors(weights)
     saved = tuple(fields.get("modules_to_save") or ())
     pairs, modules = _sort_tensors(tensors, saved, weights)
-    deltas = _pair_up(pairs, config, weights)
+    deltas = pair_up(pairs, config, weights)
     config = replace(
         config,
         targets=tuple(deltas),
         train_modules=tuple(m for m in saved if _belongs(m, modules)),
-        dtype=_dtype_name(next(iter(deltas.values())).a.dtype, weights),
+        dtype=dtype_name(next(iter(deltas.values())).a.dtype, weights),
     )
     return AdapterFiles(
         config=config,
@@ -321,7 +283,10 @@ def _sort_tensors(
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     pairs: dict[str, dict[str, Tensor]] = {}
     modules: dict[str, Tensor] = {}
+    adapted = {key.partition(".lora_")[0] for key in tensors if ".lora_" in key}
     for key, tensor in tensors.items():
+        if key.removesuffix(_EMBEDDING) in adapted:
+            continue  # PEFT saves the table of an adapted embedding, frozen, beside the pair
         name = own_name(key)
         module, _, last = (name or "").rpartition(".")
         if name is not None and last in _PAIR:
@@ -339,52 +304,6 @@ def _sort_tensors(
 def _belongs(module: str, names: Mapping[str, Tensor] | tuple[str, ...]) -> bool:
     """Whether a parameter lies in a module given by its name or the ending of it."""
     return any(f".{module}." in f".{name}" for name in names)
-
-
-def _pair_up(
-    pairs: Mapping[str, Mapping[str, Tensor]], config: LoRA, where: Path
-) -> dict[str, LowRank]:
-    if not pairs:
-        raise FormatError(f"{where} holds no lora_A and lora_B pair.")
-    deltas = {}
-    for module, pair in pairs.items():
-        wanted = {"lora_A", "lora_B"} | ({"lora_magnitude"} if isinstance(config, DoRA) else set())
-        if isinstance(config, AdaLoRA):
-            wanted.add("lora_E")
-        if pair.keys() != wanted:
-            raise FormatError(
-                f"{where}: {module} has {' and '.join(sorted(pair))} where "
-                f"{' and '.join(sorted(wanted))} belong."
-            )
-        a, b, values = pair["lora_A"], pair["lora_B"], pair.get("lora_E")
-        rank = config.rank_of(module) if values is None else min(config.rank, values.numel())
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
-            raise FormatError(
-                f"{where}: {module} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}, but "
-                f"its rank is {rank} by {CONFIG_FILE}; expected (r, in) and (out, r)."
-            )
-        if values is not None and values.shape != (rank, 1):
-            raise FormatError(f"{where}: {module} has lora_E {tuple(values.shape)}, not {rank, 1}.")
-        magnitude = pair.get("lora_magnitude")
-        if magnitude is not None and magnitude.shape != b.shape[:1]:
-            raise FormatError(
-                f"{where}: {module} has a lora_magnitude_vector {tuple(magnitude.shape)} beside "
-                f"lora_B {tuple(b.shape)}; expected ({b.shape[0]},)."
-            )
-        for tensor in pair.values():
-            _dtype_name(tensor.dtype, where)
-        deltas[module] = LowRank(a, b, config.scale_of(module), magnitude, values)
-    return deltas
-
-
-def _dtype_name(dtype: torch.dtype, where: Path) -> str:
-    name = str(dtype).removeprefix("torch.")
-    if name not in ("float32", "bfloat16", "float16"):
-        raise FormatError(
-            f"{where}: tensors are {name}; expected float32, bfloat16 or float16. Save the "
-            "adapter again in one of these."
-        )
-    return name
 
 
 def _listed(value: object) -> tuple[str, ...]:

@@ -3,8 +3,9 @@
 `all-linear` means the linears inside the model's blocks: below a `ModuleList`, as every
 transformers model keeps its layers. Output heads, classification heads, poolers and
 embeddings lie outside. A model without any `ModuleList` has all its linears taken but
-the heads. Names and `re:` patterns select linears anywhere, by the one rule in
-`core.patterns`; a pattern that selects nothing is an error that lists what exists.
+the heads. Names and `re:` patterns select linears anywhere, and embeddings where the
+method can adapt them, by the one rule in `core.patterns`; a pattern that selects nothing
+is an error that lists what exists. `layers_to_transform` keeps to some of the blocks.
 
 Modules that are trained whole are chosen here too: what `train_modules` names, the new
 head of a sequence classification model, without which nothing could be learned, and
@@ -80,14 +81,21 @@ def whole_modules(model: nn.Module, config: LoRA) -> tuple[str, ...]:
 
 
 def linear_targets(
-    model: nn.Module, targets: str | tuple[str, ...], *, outside: Iterable[str] = ()
+    model: nn.Module,
+    targets: str | tuple[str, ...],
+    *,
+    outside: Iterable[str] = (),
+    layers: tuple[int, ...] = (),
+    embeddings: bool = False,
 ) -> dict[str, nn.Module]:
     """Find the linears an adapter wraps.
 
     Args:
         model: the model to adapt.
-        targets: `all-linear`, one pattern, or several.
+        targets: `all-linear`, one pattern, or several, among which `all-linear` may be.
         outside: modules trained whole; nothing inside them is selected.
+        layers: indices of the blocks to stay in; empty: everywhere.
+        embeddings: whether a pattern may select an embedding.
 
     Returns:
         Dotted name to module, in the model's order.
@@ -110,9 +118,17 @@ def linear_targets(
     }
     if not linears:
         raise AdapterError(f"{type(model).__name__} has no linear layer that could be adapted.")
-    if targets == ALL_LINEAR:
-        return _block_linears(model, linears)
-    patterns = (targets,) if isinstance(targets, str) else targets
+    chosen = _block_linears(model, linears) if ALL_LINEAR in _listed(targets) else {}
+    if layers:
+        linears = _in_layers(model, linears, layers)
+        chosen = {name: module for name, module in chosen.items() if name in linears}
+    elif embeddings:
+        linears = {
+            name: module
+            for name, module in model.named_modules()
+            if name in linears or (isinstance(module, nn.Embedding) and not inside(name, whole))
+        }
+    patterns = tuple(pattern for pattern in _listed(targets) if pattern != ALL_LINEAR)
     for pattern in patterns:
         if not any(matches(name, pattern) for name in linears):
             raise AdapterError(
@@ -120,7 +136,7 @@ def linear_targets(
                 f"Its linear layers end in: {', '.join(_last_parts(linears))}. Use whole name "
                 "parts, `re:` and a regular expression for the full name, or all-linear."
             )
-    found = {n: m for n, m in linears.items() if matches_any(n, patterns)}
+    found = {n: m for n, m in linears.items() if n in chosen or matches_any(n, patterns)}
     _refuse_tied(model, found)
     return found
 
@@ -144,6 +160,27 @@ def compact_names(chosen: Iterable[str], existing: Iterable[str]) -> tuple[str, 
     wanted = set(chosen)
     forbidden = {ending for name in existing if name not in wanted for ending in _endings(name)}
     return tuple(sorted({next((e for e in _endings(n) if e not in forbidden), n) for n in wanted}))
+
+
+def _listed(targets: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (targets,) if isinstance(targets, str) else targets
+
+
+def _in_layers(
+    model: nn.Module, linears: dict[str, nn.Module], layers: tuple[int, ...]
+) -> dict[str, nn.Module]:
+    """The linears inside blocks of these numbers; blocks are entries of outermost lists."""
+    lists = {n: len(m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    outer = {n: count for n, count in lists.items() if not inside(n, lists.keys() - {n})}
+    count = max(outer.values(), default=0)
+    wrong = [index for index in layers if index >= count]
+    if wrong:
+        raise AdapterError(
+            f"layers_to_transform: {type(model).__name__} has {count} layers, numbered from 0; "
+            f"there is no layer {wrong[0]}."
+        )
+    blocks = {f"{name}.{index}" for name in outer for index in layers}
+    return {name: module for name, module in linears.items() if inside(name, blocks)}
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -178,7 +215,8 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 
 def _refuse_tied(model: nn.Module, found: dict[str, nn.Module]) -> None:
     embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-    for name, module in found.items():
+    linears = {name: m for name, m in found.items() if not isinstance(m, nn.Embedding)}
+    for name, module in linears.items():
         if any(getattr(module, "weight", None) is weight for weight in embeddings):
             raise AdapterError(
                 f"targets: {name} shares its weight with the input embedding, so an adapter on it "

@@ -214,7 +214,7 @@ class _Planner:
 
     def add_changes(self, files: AdapterFiles) -> None:
         """Attach every low-rank change to the item it belongs to."""
-        tied = set(self.plan.model.all_tied_weights_keys)
+        tied = {n for pair in self.plan.model.all_tied_weights_keys.items() for n in pair}
         for module, pair in files.deltas.items():
             name = self._module_name(module)
             item = self.by_param.get(f"{name}.weight")

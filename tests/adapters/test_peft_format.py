@@ -255,7 +255,7 @@ A_KEY = "base_model.model.layers.a.lora_A.weight"
         ),
         (
             lambda t: t.update({"base_model.model.embed.lora_embedding_A": torch.ones(1)}),
-            "unexpected tensor",
+            "embed has lora_embedding_A where",
         ),
         (lambda t: t.clear(), "no lora_A and lora_B pair"),
     ],

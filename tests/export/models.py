@@ -69,6 +69,12 @@ def plain_logits(folder: Path, family: str = "llama", dtype: torch.dtype = torch
     return logits(model.eval())
 
 
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a saved model."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
 def error(got: torch.Tensor, expected: torch.Tensor) -> float:
     """Relative error, root mean square."""
     return ((got - expected).norm() / expected.norm()).item()
