@@ -16,14 +16,17 @@ from qlora_kit.adapters.peft_format import read_adapter
 from qlora_kit.core.errors import ConfigError, SourceError
 from qlora_kit.step.prepare import prepare_model
 from qlora_kit.train.checkpoints import last_checkpoint
+from qlora_kit.train.config import ExportConfig
 from qlora_kit.train.data.collate import PadCollator
 from qlora_kit.train.describe import describe_training
 from qlora_kit.train.rank_picture import rank_map
 from qlora_kit.train.report import render_report
+from qlora_kit.train.run import run_training
 from qlora_kit.train.trainer import Trainer
 from tests import tiny_models
 from tests.train.helpers import arguments, rows, state
 from tests.train.sample_record import record
+from tests.train.test_run import make_config, quiet
 
 BUDGET = RankBudget(target_rank=2, start_updates=1, final_updates=3, every=2)
 
@@ -193,3 +196,25 @@ def test_the_picture(modules: int) -> None:
     texts = [e.text for e in svg.iter() if e.tag.endswith("text")]
     assert "0 <q0>" in texts
     assert str(rank_map({"modules": [], "updates": [], "ranks": []}, 5)) == ""
+
+
+def test_a_whole_run(tmp_path: Path) -> None:
+    """From the configuration: NF4, merged, resumed from the middle, ranks in record and report."""
+    base = tiny_models.save("llama", tmp_path / "base")
+    tiny_models.tokenizer(base)
+    config = make_config(
+        base,
+        tmp_path,
+        method="adalora",
+        adalora=RankBudget(target_rank=2, start_updates=1, final_updates=2, every=2),
+        export=ExportConfig(merge=True, dtype="float32"),
+    )
+    result = run_training(config, console=quiet())
+    ranks = result.record["training"]["ranks"]
+    assert sum(ranks["ranks"][-1]) == ranks["budget"][-1] == 2 * 14
+    assert result.record["merge"]["deviation"]["kl"] < 1e-6
+    assert "Rank of every matrix" in result.report.read_text()
+    adapter = read_adapter(result.adapter)
+    assert adapter.config.budget == config.adalora
+    values = [pair.values for pair in adapter.deltas.values()]
+    assert sum(int((value != 0).sum()) for value in values) == 2 * 14
