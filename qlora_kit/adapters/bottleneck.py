@@ -286,7 +286,7 @@ def bottleneck_pieces(
     """
     places = _places(model, config, outside)
     layers = sorted({layer for layer, _ in places.values()})
-    if config.drop_layers >= len(layers) or config.drop_random > len(layers):
+    if max(config.drop_layers, config.drop_random) >= len(layers):
         raise AdapterError(
             f"bottleneck.drop_layers is {config.drop_layers} and drop_random {config.drop_random}, "
             f"and the model has {len(layers)} layers with adapters. Leave at least one."
