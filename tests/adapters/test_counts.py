@@ -11,8 +11,11 @@ from transformers import (
     RobertaConfig,
 )
 
+from qlora_kit.adapters.bitfit_config import BitFit
+from qlora_kit.adapters.bottleneck_config import Bottleneck
 from qlora_kit.adapters.config import LoRA, LoRAFA
 from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.whole_config import Full, TopK
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -55,6 +58,11 @@ def llama_8b() -> LlamaConfig:
     )
 
 
+def houlsby(width: int) -> Bottleneck:
+    """Without the layer norms, as the papers' tables count."""
+    return Bottleneck(width=width, norms="freeze")
+
+
 CASES = {
     "RoBERTa-base, r8 on q,v": (roberta(768, 12, 12), 8, ("query", "value"), 294_912),
     "RoBERTa-large, r8 on q,v": (roberta(1024, 24, 16), 8, ("query", "value"), 786_432),
@@ -67,6 +75,44 @@ CASES = {
     "DeBERTa-XXL, r16 on q,v": (roberta(1536, 48, 24), 16, ("query", "value"), 4_718_592),
     "Llama-3.1-8B, r16 on all seven": (llama_8b(), 16, "all-linear", 41_943_040),
 }
+
+
+def gpt3_own() -> GPT2Config:
+    """GPT-3's blocks with the biases they have."""
+    return gpt2(12288, 96, 96)
+
+
+MORE = {
+    **{
+        f"GPT-3, Houlsby r{width}": (gpt3_own(), houlsby(width), count)
+        for width, count in (
+            (1, 7_078_080),
+            (4, 21_234_432),
+            (8, 40_109_568),
+            (16, 77_859_840),
+            (64, 304_361_472),
+        )
+    },
+    "RoBERTa-large, Pfeiffer r16": (
+        roberta(1024, 24, 16),
+        Bottleneck(kind="pfeiffer", width=16),
+        811_392,
+    ),
+    "RoBERTa-large, Houlsby r8": (roberta(1024, 24, 16), houlsby(8), 835_968),
+    "GPT-2 M, Top2": (gpt2(1024, 24, 16), TopK(blocks=2, final_norm=False), 25_192_448),
+    "GPT-2 M, Top2 + ln_f": (gpt2(1024, 24, 16), TopK(blocks=2), 25_194_496),
+    "RoBERTa-base, BitFit": (roberta(768, 12, 12), BitFit(), 102_144),
+    "GPT-2 L, full": (gpt2(1280, 36, 20), Full(), 774_030_080),
+}
+
+
+@pytest.mark.parametrize("case", MORE)
+def test_published_counts_of_other_methods(case):
+    config, method, count = MORE[case]
+    model = on_meta(config)
+    adapter = attach(model, method)
+    assert adapter.num_trainable == count
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
 
 
 def on_meta(config: PreTrainedConfig):
