@@ -20,6 +20,7 @@ from qlora_kit.core.errors import ConfigError, UserError
 
 COMMANDS = {
     "train": "fine-tune a model as a YAML file says",
+    "plan": "predict memory and speed of a run, and what fits a card",
     "eval": "measure a model or an adapter on any data file",
     "chat": "talk to a model or an adapter",
     "merge": "write the adapter into the base's weights",

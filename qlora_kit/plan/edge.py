@@ -27,15 +27,13 @@ class Remembered:
         return self.known[n]
 
 
-def largest(room: Callable[[int], int], most: int, *, guess: int = 1, beyond: bool = True) -> int:
+def largest(room: Callable[[int], int], most: int, *, guess: int = 1) -> int:
     """The largest whole number for which there is room, where room falls about evenly.
 
     Args:
         room: of a number, at least one; negative where it does not fit.
         most: where to stop.
         guess: where to begin.
-        beyond: look once more at twice and four times the answer, in case room does not fall
-            all the way: tiles make long sequences cheaper than shorter ones without.
 
     Returns:
         A number with room whose successor has none, or `most`; 0 if not even one has room.
@@ -52,10 +50,6 @@ def largest(room: Callable[[int], int], most: int, *, guess: int = 1, beyond: bo
         else:
             high = at
         at = _next(room, low, high, most)
-    if beyond and low:
-        for more in (2 * low, 4 * low):
-            if more <= most and room(more) >= 0:
-                return largest(room, most, guess=more)
     return low
 
 

@@ -17,12 +17,14 @@ Larger batches of fewer accumulated passes are an update of the same rows, and a
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import combinations
 
 from transformers import PreTrainedConfig
 
 from qlora_kit.block.policy import POLICIES
 from qlora_kit.block.tiles import AUTO_FROM_TILES, AUTO_MOST
 from qlora_kit.core.errors import ConfigError
+from qlora_kit.core.log import unsaid
 from qlora_kit.plan.budget import Budget, needed_bytes, step_bytes
 from qlora_kit.plan.edge import Remembered, largest
 from qlora_kit.plan.gpus import Gpu
@@ -31,10 +33,8 @@ from qlora_kit.plan.setup import FULL, Setup
 
 UNIT = 64
 """Sequences are multiples of this."""
-MOST_TOKENS = 1 << 16
-"""Of a batch: larger ones are not looked for, unless asked about."""
-WIDEST_TOKENS = 1 << 15
-"""Of a batch: from here on, more rows at a time make nothing faster."""
+MOST_TOKENS = 1 << 15
+"""Of a batch: more rows at a time make nothing faster, and are looked for only if asked about."""
 WORTH = 0.005
 """A gain in speed below this share is not worth more memory."""
 _PAIRS = 4
@@ -94,7 +94,8 @@ class Planner:
         key = repr(setup)
         if key not in self._made:
             try:
-                self._made[key] = predict(self.config, setup, self.gpu)
+                with unsaid():
+                    self._made[key] = predict(self.config, setup, self.gpu)
             except (RuntimeError, TypeError) as error:  # what needs a value, on the meta device
                 what = str(error).strip().split("\n", 1)[0]
                 raise ConfigError(
@@ -128,9 +129,10 @@ class Planner:
         """
         most = max(1, max(self.positions, setup.seq) // UNIT)
         room = Remembered(lambda n: self.room(setup.with_tokens(seq=n * UNIT)))
-        found = largest(room, most, guess=self._guess(setup, setup.seq // UNIT), beyond=False)
-        if 0 < found * UNIT * setup.batch < _TILED_TOKENS:  # tiles may make more tokens cheaper
-            found = largest(room, most, guess=found)
+        tiled = _TILED_TOKENS // UNIT // setup.batch + 1
+        found = self._largest(room, setup, setup.seq // UNIT, most)
+        if 0 < found < tiled <= most and room(tiled) >= 0:  # tiles make more tokens cheaper
+            found = largest(room, most, guess=tiled)
         return UNIT * found
 
     def largest_batch(self, setup: Setup) -> int:
@@ -144,13 +146,15 @@ class Planner:
         """
         most = max(1, MOST_TOKENS // setup.seq, setup.batch)
         room = Remembered(lambda n: self.room(setup.with_tokens(batch=n)))
-        return largest(room, most, guess=self._guess(setup, setup.batch), beyond=False)
+        return self._largest(room, setup, setup.batch, most)
 
-    def _guess(self, setup: Setup, now: int) -> int:
-        """What would fit in place of so many, if a step's memory were in proportion."""
+    def _largest(self, room: Remembered, setup: Setup, now: int, most: int) -> int:
+        """`largest`, from what would fit if a step's memory were in proportion to its tokens."""
+        now = min(max(1, now), most)
         made = self.predict(setup)
         takes = max(1, needed_bytes(made) - _resident(made))
-        return int(max(1, now) * (1 + self.budget.room(made) / takes))
+        room(now)
+        return largest(room, most, guess=int(now * (1 + self.budget.room(made) / takes)))
 
     def thriftiest(self, setup: Setup) -> Setup:
         """The same run with the policy that takes the least memory of the GPU.
@@ -171,31 +175,35 @@ class Planner:
             return POLICIES if host != 0 else [p for p in POLICIES if "offload" not in p]
         return ("save", "recompute_all")
 
-    def kinds(self, setup: Setup) -> list[Setup]:
+    def kinds(self, setup: Setup, *, decoded: bool = True) -> list[Setup]:
         """The run with all layers alike, in every way that makes a difference.
 
         Args:
             setup: of the run; its policy does not matter.
+            decoded: whether weights may be kept decoded; if not, it is as the run says.
 
         Returns:
             Setups, from the most memory to the least.
         """
+        if not decoded:
+            return [replace(setup, activations=p) for p in self._policies(setup)]
         made = [replace(setup, activations=p, keep_decoded=0) for p in self._policies(setup)]
         if not (setup.bits == 4 and setup.method != FULL and self.predict(setup).fused):
             return made
         kept = [replace(one, keep_decoded=self.layers) for one in made]
         return [one for one in kept if one.activations in _DECODED_WITH] + made
 
-    def fastest(self, setup: Setup) -> Prediction | None:
+    def fastest(self, setup: Setup, *, decoded: bool = True) -> Prediction | None:
         """The fastest way to keep activations and decoded weights that fits.
 
         Args:
             setup: of the run; its policy does not matter.
+            decoded: whether weights may be kept decoded; if not, it is as the run says.
 
         Returns:
             The prediction, its setup included; None if nothing fits.
         """
-        made = [self.predict(kind) for kind in self.kinds(setup)]
+        made = [self.predict(kind) for kind in self.kinds(setup, decoded=decoded)]
         fit = [one for one in made if self.budget.fits(one)]
         if not fit:
             return None
@@ -206,7 +214,8 @@ class Planner:
 
     def _mixtures(self, made: list[Prediction], best: float) -> Iterator[Prediction]:
         """The best mixtures of two kinds."""
-        pairs = [(one, other) for one in made for other in made if one is not other]
+        ranked = sorted(made, key=self.budget.room)  # the most memory first
+        pairs = list(combinations(ranked, 2))
         promises = [(*self._promise(*pair), at) for at, pair in enumerate(pairs)]
         for promise, count, at in sorted(promises)[:_PAIRS]:
             if promise > best * (1 - WORTH / 2):
@@ -238,7 +247,7 @@ class Planner:
         room = Remembered(lambda n: self.room(mixture(one.setup, other.setup, n, layers)))
         # more layers that wait for copies would be slower again
         most = guess if one.limited_by == "link" else layers - 1
-        count = largest(room, most, guess=guess, beyond=False)
+        count = largest(room, most, guess=guess)
         return self.predict(mixture(one.setup, other.setup, count, layers)) if count else None
 
     def fastest_update(
@@ -268,7 +277,7 @@ class Planner:
         Where the largest fits by a thrifty policy only, a smaller one may be faster.
         """
         rows = setup.batch * setup.accumulation
-        widest = max(setup.batch, WIDEST_TOKENS // setup.seq)
+        widest = max(setup.batch, MOST_TOKENS // setup.seq)
         divisors = [n for n in range(1, min(rows, widest) + 1) if rows % n == 0]
         thrifty = self.thriftiest(setup)
         most = largest(
@@ -306,8 +315,8 @@ def mixture(fast: Setup, slow: Setup, count: int, layers: int) -> Setup:
     """
     first, second = (slow, layers - count), (fast, count)
     kept = 0
-    if fast.keep_decoded and slow.keep_decoded:
-        kept = layers
+    if fast.keep_decoded == slow.keep_decoded:
+        kept = fast.keep_decoded
     elif fast.keep_decoded:
         first, second, kept = second, first, count
     elif slow.keep_decoded:

@@ -114,6 +114,8 @@ class TrainConfig:
     """How layers run: `fused` as one step each, by torch.compile, or by the model's own code."""
     activations: str = "auto"
     """What fused layers keep for the backward: save, recompute_elementwise, recompute_all, ..."""
+    keep_decoded: int | None = None
+    """Layers whose 4-bit weights stay decoded, for speed; null: as planned, none without a plan."""
     tile: Literal["auto"] | int | None = "auto"
     """Tokens that fused layers treat at a time, for long rows; null: all at once."""
     group_by_length: bool = True
@@ -208,6 +210,10 @@ class RunConfig:
     """Measurements on held-out rows."""
     export: ExportConfig = field(default_factory=ExportConfig)
     """Merged model."""
+    plan: Literal["auto", "off"] = "auto"
+    """`auto`: on a GPU, predict memory first, refuse what cannot fit and choose `auto` settings."""
+    budget: str = "auto"
+    """GPU memory the run may take, such as 44GiB; `auto`: what the card has free."""
     output: str = "runs/run"
     """Folder for the adapter, checkpoints, logs, merged model and report."""
     resume: bool = False

@@ -19,7 +19,7 @@ from qlora_kit.plan.budget import (
 from qlora_kit.plan.edge import Remembered, largest
 from qlora_kit.plan.gpus import find_gpu
 from qlora_kit.plan.predict import CONTEXT
-from qlora_kit.plan.search import UNIT, WORTH, Planner, mixture
+from qlora_kit.plan.search import MOST_TOKENS, UNIT, WORTH, Planner, mixture
 from qlora_kit.plan.setup import Setup
 from tests.plan.shapes import llama, planner
 
@@ -88,19 +88,21 @@ def test_every_edge_is_found(edge, guess):
     """Of a line, a curve and a staircase; and never asks for more than there is."""
     for fall in (lambda n: edge - n, lambda n: edge**2 - n**2, lambda n: edge // 8 - n // 8):
         wanted = max(n for n in range(1, 4097) if fall(n) >= 0)
-        assert largest(Remembered(fall), 4096, guess=guess, beyond=False) == wanted
+        assert largest(Remembered(fall), 4096, guess=guess) == wanted
     assert largest(lambda n: -n, 4096, guess=guess) == 0
     assert largest(lambda n: 1, 4096, guess=guess) == 4096
 
 
-def test_the_search_looks_beyond_a_dent():
-    """Tiles make 300 cheaper than 150: the first edge is not the last."""
+def test_longest_looks_behind_the_dent_that_tiles_make(monkeypatch):
+    """Where tiles begin, more tokens take less: the first edge is not the last."""
+    made = planner("4GiB")
 
-    def room(n: int) -> int:
-        return 100 - n if n < 180 else 400 - n
+    def room(setup: Setup) -> int:
+        tokens = setup.tokens
+        return (20_000 if tokens < 32_768 else 60_000) - tokens
 
-    assert largest(room, 1000, guess=10) == 400
-    assert largest(room, 1000, guess=10, beyond=False) == 100
+    monkeypatch.setattr(made, "room", room)
+    assert made.longest(replace(LONG, batch=1)) == 60_000 // UNIT * UNIT
 
 
 def test_longest_sequence_and_largest_batch_are_the_edges():
@@ -111,9 +113,11 @@ def test_longest_sequence_and_largest_batch_are_the_edges():
     assert longest > 0
     assert made.fits(setup.with_tokens(seq=longest))
     assert not made.fits(setup.with_tokens(seq=longest + UNIT))
-    batch = made.largest_batch(LONG)
-    assert made.fits(LONG.with_tokens(batch=batch))
-    assert not made.fits(LONG.with_tokens(batch=batch + 1))
+    short, tight = replace(LONG, seq=1024), planner("3GiB")
+    batch = tight.largest_batch(short)
+    assert tight.fits(short.with_tokens(batch=batch))
+    assert not tight.fits(short.with_tokens(batch=batch + 1))
+    assert made.largest_batch(replace(short, activations="offload")) == MOST_TOKENS // 1024
 
 
 def test_nothing_fits_where_the_weights_do_not():
