@@ -23,7 +23,7 @@ from qlora_kit.adapters.embedding import LoRAEmbedding
 from qlora_kit.adapters.lora import LowRankLinear, stores_transposed
 from qlora_kit.adapters.method import Method
 from qlora_kit.adapters.peft_config import BaseInfo
-from qlora_kit.adapters.peft_format import AdapterFiles, LowRank, write_adapter
+from qlora_kit.adapters.peft_format import AdapterFiles, write_adapter
 from qlora_kit.adapters.protocol import Piece, TrainedCopy, load_stored_state, stored_state
 from qlora_kit.adapters.targets import compact_names, task_type, whole_modules
 from qlora_kit.adapters.whole_config import Full
@@ -114,6 +114,17 @@ class AttachedAdapter:
             AdapterError: a name is missing, unknown, or of another shape.
         """
         load_stored_state(self.pieces, state)
+
+    def load_files(self, files: AdapterFiles) -> None:
+        """Copy the values of a saved adapter in, all of them or none.
+
+        Args:
+            files: of an adapter with the same configuration.
+
+        Raises:
+            AdapterError: they do not fit.
+        """
+        self.load_state_dict(own_state(self.pieces, files))
 
     def without_gradient(self) -> tuple[str, ...]:
         """Name trained parameters that have no gradient: call it after a backward pass.
@@ -214,7 +225,7 @@ class AttachedAdapter:
         existing = _original_names(self.model, self.pieces)
         return AdapterFiles(
             config=self.config,
-            deltas={p.place: low_rank_of(p) for p in low_rank},
+            deltas={p.place: p.low_rank() for p in low_rank},
             modules={name: t.detach() for name, t in stored_state(whole).items()},
             module_names=tuple(piece.place for piece in whole),
             base=base_info(self.model) if base is None else base,
@@ -289,25 +300,32 @@ class AttachedAdapter:
         )
 
 
-def low_rank_of(piece: LowRankLinear | LoRAEmbedding) -> LowRank:
-    """Describe a piece as it would be saved; tensors are shared.
+def own_state(pieces: Sequence[Piece], files: AdapterFiles) -> dict[str, Tensor]:
+    """Give the values of an adapter folder the names of `stored_state`.
 
     Args:
-        piece: on a model.
+        pieces: of an adapter with the same configuration.
+        files: the folder's content.
 
     Returns:
-        A, B, s, DoRA's m and AdaLoRA's λ.
+        `<place>.<key>` to tensor.
+
+    Raises:
+        AdapterError: a piece cannot hold what is saved for it.
 
     Example:
-        >>> from qlora_kit.adapters.lora import LoRALinear
-        >>> low_rank_of(LoRALinear(nn.Linear(8, 4), "proj", LoRA(rank=2), seed=0)).magnitude
+        >>> from qlora_kit.adapters.low_rank import LowRank
+        >>> pairs = {"proj": LowRank(torch.ones(2, 8), torch.ones(4, 2), 1.0)}
+        >>> sorted(own_state((), AdapterFiles(config=LoRA(rank=2), deltas=pairs)))
+        ['proj.lora_A', 'proj.lora_B']
     """
-    state = piece.state()
-    if isinstance(piece, LoRAEmbedding):
-        a, b = piece.lora_embedding_A, piece.lora_embedding_B
-        return LowRank(a, b, piece.scale, embedding=True)
-    magnitude, values = state.get("lora_magnitude"), state.get("lora_E")
-    return LowRank(state["lora_A"], state["lora_B"], piece.scale, magnitude, values)
+    owners = {p.place: p for p in pieces if isinstance(p, LowRankLinear | LoRAEmbedding)}
+    state = dict(files.modules)
+    for place, pair in files.deltas.items():
+        owner = owners.get(place)
+        named = pair.named() if owner is None else owner.own_state(pair)
+        state |= {f"{place}.{key}": tensor for key, tensor in named.items()}
+    return state
 
 
 def base_info(model: nn.Module) -> BaseInfo:

@@ -11,12 +11,17 @@ from typing import Any, TypeVar
 from qlora_kit.adapters.adalora_config import RankBudget
 from qlora_kit.adapters.bitfit_config import BitFit
 from qlora_kit.adapters.bottleneck_config import Bottleneck
+from qlora_kit.adapters.glora_config import GLoRA
 from qlora_kit.adapters.method import Method
+from qlora_kit.adapters.prompt_config import PrefixTuning, PromptTuning
 from qlora_kit.adapters.whole_config import Full, TopK
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.core.patterns import matches
 
 ALL_LINEAR = "all-linear"
+INITS = ("kaiming", "gaussian", "pissa", "loftq")
+"""How A and B may start: uniform A with a = √5 (the reference code), normal A (the paper), from
+the weight's leading singular directions, from the error of its quantization."""
 
 
 T = TypeVar("T")
@@ -53,8 +58,10 @@ class LoRA:
     """Modules trained and saved whole, in the same notation; a classifier's head always is."""
     rslora: bool = False
     """Scale by alpha/√rank (arXiv:2312.03732) instead of alpha/rank."""
+    slices: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Pattern of a fused linear to the slices to adapt, each with its own A: `c_attn: [q, v]`."""
     init: str = "kaiming"
-    """How A starts: `kaiming` (uniform, a = √5, the reference code) or `gaussian` (the paper)."""
+    """How A starts: `kaiming`, `gaussian`, or with B from the weight: `pissa`, `loftq`."""
     dtype: str = "float32"
     """Dtype of the trained A and B; the low-rank product runs in the dtype of x."""
     lr_ratio_b: float = 1.0
@@ -88,10 +95,24 @@ class LoRA:
             raise ConfigError(
                 f"lr_ratio_b must be positive, and 1 where A is frozen, got {self.lr_ratio_b}."
             )
-        if self.init not in ("kaiming", "gaussian"):
-            raise ConfigError(f"init must be kaiming or gaussian, got {self.init!r}.")
+        if self.init not in INITS:
+            raise ConfigError(f"init must be one of {', '.join(INITS)}, got {self.init!r}.")
+        self._check_variant()
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}.")
+
+    def _check_variant(self) -> None:
+        """Starts from the weight, and slices, are for plain LoRA, and not for one module both."""
+        spectral = self.init in ("pissa", "loftq")
+        if (spectral or self.slices) and type(self) is not LoRA:
+            what = f"init {self.init}" if spectral else "slices"
+            raise ConfigError(f"{what} is for the methods lora and rslora alone.")
+        if spectral and self.slices:
+            raise ConfigError(f"slices start at random: init {self.init} is not for them.")
+
+    def slices_of(self, module_name: str) -> tuple[str, ...]:
+        """Slices of one fused module to adapt; empty: all of it, as one."""
+        return _first_match(module_name, self.slices, ())
 
     def scale(self, rank: int, alpha: float) -> float:
         """Factor on B·A for one module, after its patterns were applied."""
@@ -190,8 +211,11 @@ METHODS: dict[str, type[LoRA]] = {
 OTHERS: dict[str, type[Any]] = {
     "bottleneck": Bottleneck,
     "bitfit": BitFit,
+    "glora": GLoRA,
     "top_k": TopK,
     "full": Full,
+    "prefix_tuning": PrefixTuning,
+    "prompt_tuning": PromptTuning,
 }
 """Methods with settings of their own, in a section of the run that is called as they are."""
 

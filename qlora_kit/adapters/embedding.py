@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.lora import seeded
+from qlora_kit.adapters.low_rank import LowRank
 from qlora_kit.adapters.protocol import ModuleWrapper
 from qlora_kit.core.errors import AdapterError
 
@@ -123,6 +124,14 @@ class LoRAEmbedding(ModuleWrapper):
         """A and B."""
         return dict(self.trainable())
 
+    def low_rank(self) -> LowRank:
+        """Describe the piece as files hold it; tensors are shared."""
+        return LowRank.of(self.state(), self.scale)
+
+    def own_state(self, pair: LowRank) -> dict[str, Tensor]:
+        """Give the values that `low_rank` described their own names, as `state` has them."""
+        return pair.named()
+
     def merge_delta(self) -> Tensor:
         """Compute s·B·A.
 
@@ -139,13 +148,13 @@ class LoRAEmbedding(ModuleWrapper):
 
 def _refuse(base: nn.Embedding, place: str, config: LoRA) -> None:
     """Raise where the low-rank table would not be a change of the base's."""
-    plain = type(config) is LoRA
+    plain = type(config) is LoRA and config.init in ("kaiming", "gaussian")
     scaled = isinstance(getattr(base, "embed_scale", None), Tensor)
     known = scaled or type(base).forward is nn.Embedding.forward
     if not plain:
         raise AdapterError(
-            f"targets: {place} is an embedding, which only lora and rslora adapt. Leave it out, "
-            "or train it whole with train_modules."
+            f"targets: {place} is an embedding, which only lora and rslora with a random start "
+            "adapt. Leave it out, or train it whole with train_modules."
         )
     if base.max_norm is not None or not known:
         raise AdapterError(

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qlora_kit.adapters.attached import ATTACHED, AttachedAdapter, base_info
+from qlora_kit.adapters.attached import ATTACHED, AttachedAdapter, base_info, own_state
 from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.families import build_pieces
 from qlora_kit.adapters.lora import linear_shape
@@ -27,13 +27,19 @@ from qlora_kit.adapters.lora_family import lora_pieces, saved_piece
 from qlora_kit.adapters.method import Method
 from qlora_kit.adapters.peft_format import AdapterFiles, read_adapter
 from qlora_kit.adapters.protocol import ModuleWrapper, Piece, TrainedCopy, load_stored_state
+from qlora_kit.adapters.spectral import Originals
 from qlora_kit.core.errors import AdapterError
 from qlora_kit.core.log import log_once
 from qlora_kit.quant.config import QuantConfig
 
 
 def attach(
-    model: nn.Module, config: Method, name: str = "default", seed: int = 0
+    model: nn.Module,
+    config: Method,
+    name: str = "default",
+    seed: int = 0,
+    *,
+    originals: Originals | None = None,
 ) -> AttachedAdapter:
     """Freeze a model and put a new adapter on it, in place.
 
@@ -42,9 +48,11 @@ def attach(
         config: the method, its size and where it goes.
         name: for messages.
         seed: of the random start, together with each module's name.
+        originals: module name to its weight before it was quantized, for `init: loftq` alone;
+            `qlora_kit.export.originals` makes one.
 
     Returns:
-        The adapter. Until it is trained the model computes what it did before.
+        The adapter. Until it is trained the model computes what it did before, but for LoftQ.
 
     Raises:
         AdapterError: the model already has an adapter, or the targets do not fit it.
@@ -58,7 +66,7 @@ def attach(
     """
     _refuse_second(model)
     if isinstance(config, LoRA):
-        return _install(model, config, name, lora_pieces(model, config, seed))
+        return _install(model, config, name, lora_pieces(model, config, seed, originals))
     return _install(model, config, name, build_pieces(model, config, seed))
 
 
@@ -96,13 +104,12 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = "default") ->
     dtype = getattr(torch, files.config.dtype)
     # in the model's order, as `attach` does: optimizers match their state by position
     pieces: list[Piece] = [
-        saved_piece(module, place, files.config, pair)
-        for place, module in model.named_modules()
+        saved_piece(model, place, files.config, pair)
+        for place, _ in model.named_modules()
         if (pair := files.deltas.get(place)) is not None
     ]
     pieces += [TrainedCopy(model.get_submodule(m), m, dtype) for m in _whole_places(model, files)]
-    state = {f"{m}.{key}": t for m, p in files.deltas.items() for key, t in p.named().items()}
-    load_stored_state(pieces, state | files.modules)
+    load_stored_state(pieces, own_state(pieces, files))
     return _install(model, files.config, name, pieces)
 
 

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.adapters.config import LoRA
+from qlora_kit.adapters.low_rank import LowRank
 from qlora_kit.adapters.protocol import ModuleWrapper
 from qlora_kit.core.errors import AdapterError
 from qlora_kit.nn.linear import NF4Linear
@@ -205,6 +206,14 @@ class LowRankLinear(ModuleWrapper):
     def state(self) -> dict[str, Tensor]:
         """A and B; a frozen A as well, since a merge and another machine need it."""
         return {"lora_A": self.lora_A, "lora_B": self.lora_B}
+
+    def low_rank(self) -> LowRank:
+        """Describe the piece as files hold it; tensors are shared where they can be."""
+        return LowRank.of(self.state(), self.scale)
+
+    def own_state(self, pair: LowRank) -> dict[str, Tensor]:
+        """Give the values that `low_rank` described their own names, as `state` has them."""
+        return pair.named()
 
     def merge_delta(self) -> Tensor:
         """Compute s·B·A.

@@ -26,6 +26,7 @@ from typing import Any
 from qlora_kit.adapters.adalora_peft import PEFT_TYPE, adalora_fields, parse_adalora, side_fields
 from qlora_kit.adapters.config import METHODS, OTHERS, AdaLoRA, DoRA, LoRA, method_name
 from qlora_kit.adapters.method import Method
+from qlora_kit.adapters.stored_config import own_fields
 from qlora_kit.core.errors import FormatError
 from qlora_kit.quant.config import QuantConfig
 
@@ -183,6 +184,7 @@ def side_file_json(config: Method, base: BaseInfo, version: str) -> str:
         "dtype": base.dtype,
         "qlora_kit_version": version,
         **side_fields(config),
+        **own_fields(config),
     }
     return json.dumps(fields, indent=2) + "\n"
 

@@ -48,6 +48,7 @@ from qlora_kit.adapters.peft_config import (
     read_json,
     side_file_json,
 )
+from qlora_kit.adapters.stored_config import plain_config, with_own
 from qlora_kit.core.atomic import atomic_directory, atomic_write_text
 from qlora_kit.core.errors import FormatError, SourceError
 
@@ -189,8 +190,10 @@ def _config_text(files: AdapterFiles) -> str:
             base_path=files.base.path,
             revision=files.base.revision,
         )
+    sizes = {module: (pair.a.shape[0], pair.scale) for module, pair in files.deltas.items()}
+    adaptive = isinstance(files.config, AdaLoRA)
     return peft_config_json(
-        files.config,
+        files.config if adaptive else plain_config(files.config, sizes),
         target_modules=files.target_modules or tuple(sorted(files.deltas)),
         modules_to_save=files.module_names,
         task_type=files.task_type,
@@ -246,7 +249,7 @@ def read_adapter(folder: Path | str) -> AdapterFiles:
     pairs, modules = _sort_tensors(tensors, saved, weights)
     deltas = pair_up(pairs, config, weights)
     config = replace(
-        config,
+        with_own(config, side, where=folder / SIDE_FILE),
         targets=tuple(deltas),
         train_modules=tuple(m for m in saved if _belongs(m, modules)),
         dtype=dtype_name(next(iter(deltas.values())).a.dtype, weights),

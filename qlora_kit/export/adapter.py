@@ -44,7 +44,7 @@ def export_adapter(
     old = files.config
     if plain_scale and isinstance(old, LoRA) and old.rslora:
         own = old.rank_pattern or old.alpha_pattern  # then each module has an alpha of its own
-        alphas = {name: pair.scale * pair.a.shape[0] for name, pair in files.deltas.items()}
+        alphas = {name: pair.scale * old.rank_of(name) for name, pair in files.deltas.items()}
         config = replace(
             old,
             rslora=False,

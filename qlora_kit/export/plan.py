@@ -59,6 +59,11 @@ def make_plan(
     if reason is not None:
         raise AdapterError(f"this adapter cannot be merged. {reason}")
     notes: list[str] = []
+    if files is not None and into == "original" and getattr(files.config, "init", "") == "loftq":
+        raise AdapterError(
+            "the adapter started as the error of quantization (init loftq), which the original "
+            "weights do not have. Merge into the quantized base."
+        )
     quant = _quantization(source, files, into, notes)
     task = files.task_type if files is not None else None
     labels = _num_labels(files)

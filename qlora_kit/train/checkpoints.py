@@ -168,11 +168,7 @@ def restore_adapter(adapter: AttachedAdapter, folder: Path) -> None:
         >>> adapter.save(folder)
         >>> restore_adapter(adapter, folder)
     """
-    files = read_adapter(folder)
-    state = dict(files.modules)
-    for module, pair in files.deltas.items():
-        state |= {f"{module}.{key}": tensor for key, tensor in pair.named().items()}
-    adapter.load_state_dict(state)
+    adapter.load_files(read_adapter(folder))
 
 
 def repage_state(optimizer: Any) -> int:

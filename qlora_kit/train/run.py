@@ -21,14 +21,17 @@ from transformers import (
     set_seed,
 )
 
-from qlora_kit.adapters.config import make_adapter_config
+from qlora_kit.adapters.config import LoRA, make_adapter_config
 from qlora_kit.adapters.inject import AttachedAdapter, attach
+from qlora_kit.adapters.method import Method
+from qlora_kit.adapters.spectral import Originals
 from qlora_kit.adapters.whole_model import computing_dtype
-from qlora_kit.checkpoint.source import open_source
+from qlora_kit.checkpoint.source import Source, open_source
 from qlora_kit.core.atomic import atomic_write_text
 from qlora_kit.core.errors import SourceError
 from qlora_kit.core.memory import PeakMemory
 from qlora_kit.core.units import format_bytes
+from qlora_kit.export.originals import original_weights
 from qlora_kit.load.model import load
 from qlora_kit.load.tokenizer import load_tokenizer
 from qlora_kit.ops.autocast import autocast
@@ -156,8 +159,12 @@ class _Run:
             with stages.stage("load"):
                 model, tokenizer = self._load(sets["train"])
             self._measure_with(tokenizer, model)
+            settings = make_adapter_config(config.method, *config.settings)
             adapter = attach(
-                model, make_adapter_config(config.method, *config.settings), seed=config.train.seed
+                model,
+                settings,
+                seed=config.train.seed,
+                originals=self._originals(settings, source),
             )
             settle_ends(model, config.model)
             self.computing = computing_dtype(adapter.pieces)
@@ -230,6 +237,13 @@ class _Run:
         if train.label_names:
             name_classes(model, train.label_names)
         return model, tokenizer
+
+    def _originals(self, settings: Method, source: Source) -> Originals | None:
+        """What LoftQ's start needs beside the quantized weights."""
+        if not isinstance(settings, LoRA) or settings.init != "loftq":
+            return None
+        classes = self.config.model.task == "sequence_classification"
+        return original_weights(source, task_type="SEQ_CLS" if classes else None)
 
     def _measure_with(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         self.pad = 8 if model.device.type == "cuda" else 1

@@ -16,7 +16,7 @@ from qlora_kit.core.errors import ConfigError
         ({"rank_pattern": {"q_proj": -1}}, "rank_pattern"),
         ({"dropout": 1.0}, "dropout"),
         ({"dropout": -0.1}, "dropout"),
-        ({"init": "zeros"}, "kaiming or gaussian"),
+        ({"init": "zeros"}, "one of kaiming, gaussian, pissa, loftq"),
         ({"dtype": "int8"}, "float32, bfloat16 or float16"),
     ],
 )

@@ -167,7 +167,7 @@ def test_peft_answers_alike(family, direction, tmp_path):
 def test_what_cannot_be_adapted_is_refused():
     model = tiny_models.build("llama")
     for config in (DoRA(targets=("embed_tokens",)), LoRAFA(targets=("embed_tokens",))):
-        with pytest.raises(AdapterError, match="only lora and rslora adapt"):
+        with pytest.raises(AdapterError, match="only lora and rslora with a random start"):
             attach(model, config)
     model.model.embed_tokens.max_norm = 1.0
     with pytest.raises(AdapterError, match="more than look rows up"):
