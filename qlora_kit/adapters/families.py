@@ -12,7 +12,12 @@ from qlora_kit.adapters.bitfit_config import BitFit
 from qlora_kit.adapters.bottleneck import bottleneck_pieces
 from qlora_kit.adapters.bottleneck_config import Bottleneck
 from qlora_kit.adapters.config import LoRA
+from qlora_kit.adapters.glora import glora_pieces
+from qlora_kit.adapters.glora_config import GLoRA
 from qlora_kit.adapters.method import Method
+from qlora_kit.adapters.prefix import PrefixPiece
+from qlora_kit.adapters.prompt import PromptPiece
+from qlora_kit.adapters.prompt_config import PrefixTuning, PromptTuning
 from qlora_kit.adapters.protocol import Piece, TrainedCopy
 from qlora_kit.adapters.targets import whole_modules
 from qlora_kit.adapters.whole import block_pieces, weight_pieces
@@ -51,8 +56,14 @@ def build_pieces(
         pieces = list(bias_pieces(model, config, outside=heads))
     elif isinstance(config, Bottleneck):
         pieces = list(bottleneck_pieces(model, config, seed, outside=heads))
+    elif isinstance(config, GLoRA):
+        pieces = list(glora_pieces(model, config, seed, outside=heads))
     elif isinstance(config, TopK):
         pieces = list(block_pieces(model, config, outside=heads))
+    elif isinstance(config, PrefixTuning):
+        pieces = [PrefixPiece(model, config, seed)]
+    elif isinstance(config, PromptTuning):
+        pieces = [PromptPiece(model, config, seed)]
     else:
         raise AdapterError(f"{type(config).__name__} is no configuration of a method.")
     dtype = getattr(torch, config.dtype)

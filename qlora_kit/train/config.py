@@ -12,6 +12,7 @@ from qlora_kit.adapters.adalora_config import RankBudget
 from qlora_kit.adapters.bitfit_config import BitFit
 from qlora_kit.adapters.bottleneck_config import Bottleneck
 from qlora_kit.adapters.config import LoRA
+from qlora_kit.adapters.glora_config import GLoRA
 from qlora_kit.adapters.whole_config import Full, TopK
 from qlora_kit.quant.config import QuantConfig
 
@@ -186,6 +187,7 @@ class RunConfig:
         "dora",
         "bottleneck",
         "bitfit",
+        "glora",
         "top_k",
         "full",
     ] = "lora"
@@ -198,6 +200,8 @@ class RunConfig:
     """Kind and size, for method bottleneck."""
     bitfit: BitFit = field(default_factory=BitFit)
     """Which biases, for method bitfit."""
+    glora: GLoRA = field(default_factory=GLoRA)
+    """Which supports, for method glora."""
     top_k: TopK = field(default_factory=TopK)
     """Which blocks, for method top_k."""
     full: Full = field(default_factory=Full)
@@ -224,7 +228,15 @@ class RunConfig:
     @property
     def settings(self) -> tuple[Any, ...]:
         """The sections that describe methods, for `make_adapter_config`."""
-        return (self.adapter, self.adalora, self.bottleneck, self.bitfit, self.top_k, self.full)
+        return (
+            self.adapter,
+            self.adalora,
+            self.bottleneck,
+            self.bitfit,
+            self.glora,
+            self.top_k,
+            self.full,
+        )
 
     @property
     def base_quant(self) -> QuantConfig | None:
