@@ -2,6 +2,7 @@
 
 from qlora_kit.adapters.bottleneck_config import Bottleneck
 from qlora_kit.adapters.method import Method
+from qlora_kit.adapters.prompt_config import PrefixTuning, PromptTuning
 from qlora_kit.adapters.whole_config import Full
 
 
@@ -28,4 +29,9 @@ def why_not_merged(config: Method) -> str | None:
         )
     if isinstance(config, Full):
         return "Full fine-tuning saves the whole model: there is nothing to merge."
+    if isinstance(config, PrefixTuning | PromptTuning):
+        return (
+            "A prefix or a prompt takes positions of its own beside the tokens: no weight of the "
+            "base can take it in. Keep the adapter beside the base model."
+        )
     return None
