@@ -25,7 +25,17 @@ import pytest  # noqa: E402
 EXPECTED = "QLORA_KIT_EXPECT_TRANSFORMERS"
 """Set by scripts/test.sh: the transformers that this run is meant to test."""
 
-COMPAT_FOLDERS = {"load", "adapters", "nn", "block", "checkpoint", "export", "train", "cli"}
+COMPAT_FOLDERS = {
+    "adapters",
+    "analysis",
+    "block",
+    "checkpoint",
+    "cli",
+    "export",
+    "load",
+    "nn",
+    "train",
+}
 """Folders whose tests all run with the oldest supported transformers as well."""
 
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "chat": "talk to a model or an adapter",
     "merge": "write the adapter into the base's weights",
     "preview": "show training examples token by token, with the loss mask",
+    "inspect": "look into adapters: subspaces, amplification, spectra, sweeps",
     "bench": "measure memory and speed of every method on this machine",
     "doctor": "check this machine and this installation",
     "version": "print versions",

@@ -1,0 +1,1 @@
+"""What an adapter learned: subspaces, amplification, spectra, sweeps; read from files alone."""
