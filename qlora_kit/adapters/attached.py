@@ -24,6 +24,8 @@ from qlora_kit.adapters.lora import LowRankLinear, stores_transposed
 from qlora_kit.adapters.method import Method
 from qlora_kit.adapters.peft_config import BaseInfo
 from qlora_kit.adapters.peft_format import AdapterFiles, write_adapter
+from qlora_kit.adapters.prefix import PrefixPiece
+from qlora_kit.adapters.prompt import PromptPiece
 from qlora_kit.adapters.protocol import Piece, TrainedCopy, load_stored_state, stored_state
 from qlora_kit.adapters.targets import compact_names, task_type, whole_modules
 from qlora_kit.adapters.whole_config import Full
@@ -113,7 +115,10 @@ class AttachedAdapter:
         Raises:
             AdapterError: a name is missing, unknown, or of another shape.
         """
-        load_stored_state(self.pieces, state)
+        # PEFT's files do not know where in the model a prompt is
+        ours = (p for p in self.pieces if isinstance(p, PrefixPiece | PromptPiece))
+        places = {key: f"{piece.place}.{key}" for piece in ours for key in piece.state()}
+        load_stored_state(self.pieces, {places.get(name, name): t for name, t in state.items()})
 
     def load_files(self, files: AdapterFiles) -> None:
         """Copy the values of a saved adapter in, all of them or none.
@@ -209,17 +214,18 @@ class AttachedAdapter:
         piece = next((piece for piece in self.pieces if piece.place == module_name), None)
         return None if piece is None else piece.merge_delta()
 
-    def files(self, base: BaseInfo | None = None) -> AdapterFiles:
+    def files(self, base: BaseInfo | None = None, *, resumable: bool = False) -> AdapterFiles:
         """Describe the adapter as it would be saved; tensors are shared, not copied.
 
         Args:
             base: where the base came from; None: what the model itself knows.
+            resumable: with what only training needs, the MLP of a prefix.
 
         Returns:
             The content of an adapter folder.
         """
         if not isinstance(self.config, LoRA):
-            return self._other_files(base)
+            return self._other_files(base, resumable)
         low_rank = [p for p in self.pieces if isinstance(p, LowRankLinear | LoRAEmbedding)]
         whole = [piece for piece in self.pieces if isinstance(piece, TrainedCopy)]
         existing = _original_names(self.model, self.pieces)
@@ -234,13 +240,22 @@ class AttachedAdapter:
             target_modules=compact_names((p.place for p in low_rank), existing),
         )
 
-    def _other_files(self, base: BaseInfo | None) -> AdapterFiles:
+    def _other_files(self, base: BaseInfo | None, resumable: bool) -> AdapterFiles:
         """Everything by the names of the state."""
         heads = whole_modules(self.model, LoRA())
+        state, config, sizes = stored_state(self.pieces), self.config, dict[str, int]()
+        for piece in self.pieces:
+            if isinstance(piece, PrefixPiece | PromptPiece):
+                sizes = piece.sizes()
+            if isinstance(piece, PrefixPiece) and not resumable:  # without the MLP
+                config, own = piece.without_mlp()
+                others = [other for other in self.pieces if other is not piece]
+                state = own | stored_state(others)
         return AdapterFiles(
-            config=self.config,
+            config=config,
             deltas={},
-            modules={name: t.detach() for name, t in stored_state(self.pieces).items()},
+            modules={name: t.detach() for name, t in state.items()},
+            sizes=sizes,
             module_names=tuple(p.place for p in self.pieces if p.place in heads),
             base=base_info(self.model) if base is None else base,
             task_type=task_type(self.model),
@@ -290,7 +305,8 @@ class AttachedAdapter:
             revision=revision,
             quant=quant if quant is not None else own.quant,
         )
-        write_adapter(folder, self.files(base), overwrite=overwrite)
+        files = self.files(base, resumable=resumable)
+        write_adapter(folder, files, overwrite=overwrite)
 
     def __repr__(self) -> str:
         """Say what is attached, in one line."""

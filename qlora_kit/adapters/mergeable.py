@@ -1,4 +1,4 @@
-"""Which methods can be merged into the base, and why the others cannot; free of torch."""
+"""What methods cannot do: merge into the base, train on packed rows. Free of torch."""
 
 from qlora_kit.adapters.bottleneck_config import Bottleneck
 from qlora_kit.adapters.method import Method
@@ -35,3 +35,21 @@ def why_not_merged(config: Method) -> str | None:
             "base can take it in. Keep the adapter beside the base model."
         )
     return None
+
+
+def sees_packed_rows(config: Method) -> bool:
+    """Tell whether a method acts alike on every document of a packed row.
+
+    Args:
+        config: of any method.
+
+    Returns:
+        False for prompts and infixes.
+
+    Example:
+        >>> sees_packed_rows(PrefixTuning()), sees_packed_rows(PromptTuning())
+        (True, False)
+    """
+    if isinstance(config, PrefixTuning):
+        return config.place == "prefix"
+    return not isinstance(config, PromptTuning)

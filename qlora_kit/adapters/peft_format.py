@@ -48,6 +48,14 @@ from qlora_kit.adapters.peft_config import (
     read_json,
     side_file_json,
 )
+from qlora_kit.adapters.peft_prompt import (
+    KEY,
+    PEFT_TYPES,
+    parse_prompt,
+    peft_prompt_type,
+    prompt_config_json,
+    prompt_sizes,
+)
 from qlora_kit.adapters.stored_config import plain_config, with_own
 from qlora_kit.core.atomic import atomic_directory, atomic_write_text
 from qlora_kit.core.errors import FormatError, SourceError
@@ -84,6 +92,8 @@ class AdapterFiles:
     """Whether the checkpoint of the base stores the adapted weights as (in, out)."""
     target_modules: tuple[str, ...] = ()
     """Short endings for PEFT that select the same modules; empty: full names are written."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Of the model, for a prefix or a prompt: PEFT's `token_dim` and its like."""
 
 
 def peft_key(name: str) -> str:
@@ -143,7 +153,7 @@ def write_adapter(folder: Path | str, files: AdapterFiles, *, overwrite: bool = 
         SourceError: an adapter is already there and overwrite is False.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> folder = Path(tempfile.mkdtemp()) / "adapter"
         >>> pair = LowRank(torch.ones(2, 8), torch.ones(4, 2), 1.0)
         >>> write_adapter(folder, AdapterFiles(config=LoRA(rank=2, alpha=2), deltas={"proj": pair}))
@@ -167,6 +177,8 @@ def write_adapter(folder: Path | str, files: AdapterFiles, *, overwrite: bool = 
 def _write_files(folder: Path, files: AdapterFiles) -> None:
     lora = isinstance(files.config, LoRA)
     tensors = {peft_key(name) if lora else name: _own(t) for name, t in files.modules.items()}
+    if peft_prompt_type(files.config, files.module_names) is not None:
+        tensors = dict.fromkeys([KEY], next(iter(tensors.values())))
     for module, pair in files.deltas.items():
         named = {f"{module}.{key}": t for key, t in pair.named().items()}
         plain = pair.values is not None  # PEFT keeps AdaLoRA's as parameters, not as modules
@@ -182,6 +194,16 @@ def _write_files(folder: Path, files: AdapterFiles) -> None:
 
 
 def _config_text(files: AdapterFiles) -> str:
+    kind = peft_prompt_type(files.config, files.module_names)
+    if kind is not None:
+        return prompt_config_json(
+            kind,
+            files.config,
+            files.sizes,
+            task_type=files.task_type,
+            base_path=files.base.path,
+            revision=files.base.revision,
+        )
     if not isinstance(files.config, LoRA):
         return own_config_json(
             files.config,
@@ -221,7 +243,7 @@ def read_adapter(folder: Path | str) -> AdapterFiles:
             or missing tensors, or shapes and configuration that contradict each other.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> folder = Path(tempfile.mkdtemp()) / "adapter"
         >>> pair = LowRank(torch.ones(2, 8), torch.ones(4, 2), 1.0)
         >>> write_adapter(folder, AdapterFiles(config=LoRA(rank=2, alpha=2), deltas={"proj": pair}))
@@ -241,6 +263,13 @@ def read_adapter(folder: Path | str) -> AdapterFiles:
         base = replace(base, path=path, revision=revision)
     if fields.get("peft_type") == OWN_TYPE:
         return _read_own(fields, weights, base)
+    if fields.get("peft_type") in PEFT_TYPES:
+        prompt, own = parse_prompt(fields, read_tensors(weights), folder)
+        task = fields.get("task_type")
+        sizes = prompt_sizes(fields)
+        return AdapterFiles(
+            config=prompt, deltas={}, modules=own, base=base, task_type=task, sizes=sizes
+        )
     config = parse_peft_config(fields, method=method, where=where)
     if isinstance(config, AdaLoRA):
         config = with_side_fields(config, side)

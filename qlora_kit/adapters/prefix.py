@@ -29,6 +29,7 @@ Defaults: l = 10, k = 512. Source: arXiv:2101.00190.
 """
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ from qlora_kit.ops.attention.transformers_door import attention_function
 
 NAME = "qlora_kit_prefix"
 """What models with a prefix have as `attn_implementation`."""
+VALUES = "qlora_kit_prefix.values"
+"""Key of P once the MLP is dropped."""
 SLOT = "_qlora_kit_prefix"
 """Attribute of an attention module: the prefix, and which layer it is."""
 
@@ -120,7 +123,7 @@ class Prefix(PromptParameters):
 
 
 def _mask(*positional: Any, **named: Any) -> Tensor | None:
-    """transformers' own mask, always made: what it leaves out, a prefix would let see the future."""
+    """The mask of transformers, always made: one left out would show a prefix the future."""
     return sdpa_mask(*positional, **named | {"allow_is_causal_skip": False})
 
 
@@ -274,6 +277,18 @@ class PrefixPiece:
     def state(self) -> dict[str, Tensor]:
         """The same."""
         return dict(self.trainable())
+
+    def without_mlp(self) -> tuple[PrefixTuning, dict[str, Tensor]]:
+        """What is kept after training: the configuration and P, by its name in the model."""
+        with torch.no_grad():
+            values = self.prefix()
+        return replace(self.config, hidden=None), {f"{self.place}.{VALUES}": values}
+
+    def sizes(self) -> dict[str, int]:
+        """The model's sizes by the names in PEFT's file."""
+        shape = self.prefix.shape
+        sizes = {"token_dim": shape.kv_width, "num_attention_heads": shape.kv_heads}
+        return sizes | {"num_layers": shape.layers}
 
     def merge_delta(self) -> Tensor | None:
         """Refuse.

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qlora_kit.adapters.answer_start import announced_labels, last_prompt_token
 from qlora_kit.adapters.prefix import PromptParameters
@@ -109,6 +110,13 @@ def _gather(source: Tensor, index: Tensor) -> Tensor:
     return source.gather(1, index)
 
 
+def _embeddings(base: nn.Module) -> nn.Module:
+    assert isinstance(base, PreTrainedModel)
+    found = base.get_input_embeddings()
+    assert isinstance(found, nn.Module)
+    return found
+
+
 class PromptPiece:
     """A prompt on a model: hooks of the base model and, for PreLayer, of its blocks."""
 
@@ -127,7 +135,7 @@ class PromptPiece:
         if config.place == "infix" and not shape.causal:
             raise AdapterError("an infix stands before an answer, and an encoder has none.")
         self.place, self.config, self.enabled = shape.place, config, True
-        table = model.get_submodule(shape.place).get_input_embeddings()
+        table = _embeddings(model.get_submodule(shape.place))
         self.prompt = Prompt(config, shape, table, seed)
         self._labels: Tensor | None = None
         self._places: _Places | None = None
@@ -184,7 +192,7 @@ class PromptPiece:
         places = self._places = _Places(virtual, length, last)
         embeds = call.get("inputs_embeds")
         if embeds is None:
-            embeds = module.get_input_embeddings()(call.pop("input_ids"))  # type: ignore[operator]
+            embeds = _embeddings(module)(call.pop("input_ids"))
         ours = self.prompt.embedding.to(embeds.dtype).expand(batch, -1, -1)
         call["input_ids"], call["inputs_embeds"] = None, places.mix(ours, embeds)
         if isinstance(mask, Tensor):
@@ -198,9 +206,7 @@ class PromptPiece:
             call["token_type_ids"] = places.mix(kinds.new_zeros(batch, virtual), kinds)
         return (), call
 
-    def _moved(
-        self, positions: Tensor, places: _Places, last: Tensor | None, batch: int
-    ) -> Tensor:
+    def _moved(self, positions: Tensor, places: _Places, last: Tensor | None, batch: int) -> Tensor:
         positions = positions.expand(batch, -1)
         if positions.device.type == "cpu" and bool((positions.diff(dim=1) < 0).any()):
             raise AdapterError("prompt-tuning cannot stand in front of packed rows.")
@@ -209,9 +215,7 @@ class PromptPiece:
             ours = ours + 1 + _gather(positions, last)
         return places.mix(ours, positions + places.moved.to(positions.device))
 
-    def _after(
-        self, module: nn.Module, _args: Any, _kwargs: dict[str, Any], output: Any
-    ) -> Any:
+    def _after(self, module: nn.Module, _args: Any, _kwargs: dict[str, Any], output: Any) -> Any:
         """Take the positions out of the output again."""
         places, self._places = self._places, None
         if places is None:
@@ -245,6 +249,12 @@ class PromptPiece:
     def state(self) -> dict[str, Tensor]:
         """The same."""
         return dict(self.trainable())
+
+    def sizes(self) -> dict[str, int]:
+        """The model's sizes by the names in PEFT's file."""
+        shape = self.shape
+        sizes = {"token_dim": shape.width, "num_attention_heads": shape.kv_heads}
+        return sizes | {"num_layers": shape.layers}
 
     def merge_delta(self) -> Tensor | None:
         """Refuse.

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_kit.adapters.prefix import PromptParameters
 from qlora_kit.block.description import Description, why_not
 from qlora_kit.block.final_norm import fuse_norm, restore_norm
 from qlora_kit.block.layer import Call, forward
@@ -359,6 +360,8 @@ def why_not_fused(model: nn.Module) -> str | None:
         >>> why_not_fused(nn.Linear(1, 1))
         'it has no list of layers'
     """
+    if any(isinstance(module, PromptParameters) for module in model.modules()):
+        return "it has a prefix or a prompt beside its tokens"
     layers = decoder_layers(model)
     if not layers:
         return "it has no list of layers"

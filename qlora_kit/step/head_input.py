@@ -31,6 +31,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from qlora_kit.adapters.answer_start import announced
 from qlora_kit.core.log import log_once
 from qlora_kit.nn.loss_head import IGNORE, HeadLoss, LogitRule, head_loss, is_plain_linear
 from qlora_kit.ops.autocast import autocast, autocast_dtype
@@ -336,7 +337,8 @@ class _HeadTap:
         if self.way == "ask":
             handles.append(head.register_forward_hook(self._after))
         try:
-            return forward(**without_targets(inputs))
+            with announced(inputs["labels"]):
+                return forward(**without_targets(inputs))
         finally:
             for handle in handles:
                 handle.remove()

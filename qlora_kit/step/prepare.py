@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
+from qlora_kit.adapters.prefix import PromptParameters
 from qlora_kit.block.compiled import CompiledLayers, compile_layers
 from qlora_kit.block.install import FusedBlocks, fuse_blocks, why_not_fused
 from qlora_kit.block.tiles import Tile, tile_tokens
@@ -175,6 +176,11 @@ def prepare_model(
         activations = "recompute_all" if checkpointing else "recompute_elementwise"
     layers: FusedBlocks | CompiledLayers
     if step == "compiled":
+        if any(isinstance(module, PromptParameters) for module in model.modules()):
+            raise ConfigError(
+                "a prefix or a prompt works through the model's own attention and hooks, which "
+                "compiled layers replace. Use train.step=eager."
+            )
         layers = compile_layers(model, activations)
     else:
         layers = fuse_blocks(

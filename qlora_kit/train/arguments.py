@@ -18,7 +18,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from qlora_kit.adapters.config import make_adapter_config
-from qlora_kit.adapters.mergeable import why_not_merged
+from qlora_kit.adapters.mergeable import sees_packed_rows, why_not_merged
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.train.config import RunConfig, TrainConfig
 
@@ -121,7 +121,13 @@ def check_method(config: RunConfig) -> None:
             "method full changes every weight, and a 4-bit weight has no gradient. Set "
             "model.bits=16, or train part of the model: top_k decodes the blocks it trains."
         )
-    reason = why_not_merged(make_adapter_config(config.method, *config.settings))
+    method = make_adapter_config(config.method, *config.settings)
+    if config.data.packing and not sees_packed_rows(method):
+        raise ConfigError(
+            f"method {config.method} puts positions at one place of a row, where only one of the "
+            "documents packed in it would see them. Set data.packing=false."
+        )
+    reason = why_not_merged(method)
     if config.export.merge and reason is not None:
         raise ConfigError(f"export.merge is not for method {config.method}. {reason}")
 

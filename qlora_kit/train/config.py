@@ -13,6 +13,7 @@ from qlora_kit.adapters.bitfit_config import BitFit
 from qlora_kit.adapters.bottleneck_config import Bottleneck
 from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.glora_config import GLoRA
+from qlora_kit.adapters.prompt_config import PrefixTuning, PromptTuning
 from qlora_kit.adapters.whole_config import Full, TopK
 from qlora_kit.quant.config import QuantConfig
 
@@ -190,6 +191,8 @@ class RunConfig:
         "glora",
         "top_k",
         "full",
+        "prefix_tuning",
+        "prompt_tuning",
     ] = "lora"
     """How the model is adapted."""
     adapter: LoRA = field(default_factory=LoRA)
@@ -206,6 +209,10 @@ class RunConfig:
     """Which blocks, for method top_k."""
     full: Full = field(default_factory=Full)
     """How all weights are held, for method full."""
+    prefix_tuning: PrefixTuning = field(default_factory=PrefixTuning)
+    """Length and MLP, for method prefix_tuning."""
+    prompt_tuning: PromptTuning = field(default_factory=PromptTuning)
+    """Length and layers, for method prompt_tuning."""
     quant: QuantConfig = field(default_factory=QuantConfig)
     """How the base is stored when `model.bits` is 4."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -236,6 +243,8 @@ class RunConfig:
             self.glora,
             self.top_k,
             self.full,
+            self.prefix_tuning,
+            self.prompt_tuning,
         )
 
     @property
