@@ -1,6 +1,7 @@
 """What methods cannot do: merge into the base, train on packed rows. Free of torch."""
 
 from qlora_kit.adapters.bottleneck_config import Bottleneck
+from qlora_kit.adapters.glora_config import GLoRA
 from qlora_kit.adapters.method import Method
 from qlora_kit.adapters.prompt_config import PrefixTuning, PromptTuning
 from qlora_kit.adapters.whole_config import Full
@@ -26,6 +27,11 @@ def why_not_merged(config: Method) -> str | None:
         return (
             "A bottleneck adapter is a layer of its own, with a nonlinearity: no weight of the "
             "base can take it in. Keep the adapter beside the base model."
+        )
+    if isinstance(config, GLoRA) and config.super_net:
+        return (
+            "A GLoRA super-net is many structures at once. Search the best one first "
+            "(qlora_kit.train.glora.search_structures), and merge that."
         )
     if isinstance(config, Full):
         return "Full fine-tuning saves the whole model: there is nothing to merge."

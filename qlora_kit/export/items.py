@@ -36,6 +36,8 @@ class Item:
     """Chunks start at multiples of so many rows."""
     pair: LowRank | None = None
     """The change to add."""
+    change: Callable[[Rows], Rows] | None = None
+    """What makes the result of the base's rows, where it is more than adding a pair."""
     transposed: bool = False
     """Whether it is stored as (in, out)."""
     value: Tensor | None = None
@@ -52,13 +54,15 @@ class Item:
     @property
     def changed(self) -> bool:
         """Whether the adapter has a say in it."""
-        return self.pair is not None or self.value is not None
+        return any(given is not None for given in (self.pair, self.value, self.change))
 
     def rows(self) -> Rows:
         """Rows of the result, float32."""
         if self.value is not None:
             return InMemory(self.value)
         rows = self.open_rows()
+        if self.change is not None:
+            return self.change(rows)
         if self.pair is None:
             return rows
         return Merged(rows, self.pair, self.transposed)

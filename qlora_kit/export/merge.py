@@ -148,7 +148,7 @@ def merge(
         out=Path(out),
         into=into,
         dtype=dtype,
-        merged=sum(item.pair is not None for item in plan.items),
+        merged=sum(item.pair is not None or item.change is not None for item in plan.items),
         decoded=sum(item.decoded for item in plan.items),
         replaced=sum(item.value is not None for item in plan.items),
         tensors=len(plan.items),

@@ -10,12 +10,15 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from qlora_kit.adapters.bitfit_config import BitFit
+from qlora_kit.adapters.glora_config import GLoRA
 from qlora_kit.adapters.mergeable import why_not_merged
 from qlora_kit.adapters.peft_format import AdapterFiles
 from qlora_kit.checkpoint.source import Source
 from qlora_kit.core.errors import AdapterError, FormatError
+from qlora_kit.export.glora import add_supports, open_biases, split_supports
 from qlora_kit.export.items import Item, MergePlan
 from qlora_kit.export.naming import Entry, build_skeleton, is_transposed, map_names
 from qlora_kit.export.rows import (
@@ -68,6 +71,11 @@ def make_plan(
     task = files.task_type if files is not None else None
     labels = _num_labels(files)
     model = build_skeleton(source, task_type=task, num_labels=labels)
+    supports: dict[str, dict[str, Tensor]] = {}
+    new: set[str] = set()
+    if files is not None and isinstance(files.config, GLoRA):
+        supports, files = split_supports(files)
+        source, new = open_biases(model, source, supports)
     entries = map_names(model, source.weight_names())
     compute = _DTYPES.get(files.base.dtype or "") if files is not None else None
     plan = MergePlan(
@@ -84,6 +92,7 @@ def make_plan(
     planner.add_weights()
     if files is not None:
         planner.add_changes(files)
+        add_supports(plan, planner.by_param, supports, new=new, transposed=planner.is_transposed)
         planner.replace_modules(files)
     return plan
 
@@ -162,7 +171,7 @@ class _Planner:
         name, dtype = entry.name, self.compute_dtype
 
         def open_rows() -> Rows:
-            if not self._transposed(entry.param):
+            if not self.is_transposed(entry.param):
                 rows = self.plan.stored_rows(name)
                 weight = nf4_weight([rows], config, shape=rows.shape, dtype=dtype, name=name)
                 return Decoded.of(weight, dtype)
@@ -179,7 +188,7 @@ class _Planner:
     def _stored_nf4(self, entry: Entry) -> Item:
         """A weight the checkpoint holds as NF4."""
         source, name = self.plan.source, entry.name
-        transposed = self._transposed(entry.param)
+        transposed = self.is_transposed(entry.param)
         dtype = self.compute_dtype
 
         def weight() -> NF4Weight:
@@ -206,7 +215,8 @@ class _Planner:
             raw=lambda: weight().dequantize(),
         )
 
-    def _transposed(self, param: str | None) -> bool:
+    def is_transposed(self, param: str | None) -> bool:
+        """Whether a parameter is stored as (in, out)."""
         return param is not None and is_transposed(self.modules[param.rpartition(".")[0]])
 
     def _refuse_opaque(self, entry: Entry) -> None:
@@ -230,7 +240,7 @@ class _Planner:
                     "without this module."
                 )
             self._refuse_opaque(self.entries[item.name])
-            item.transposed = pair.embedding or self._transposed(item.param)
+            item.transposed = pair.embedding or self.is_transposed(item.param)
             expected = item.shape[::-1] if item.transposed else item.shape
             if (pair.b.shape[0], pair.a.shape[1]) != tuple(expected):
                 raise AdapterError(
