@@ -89,6 +89,10 @@ class Prefix(PromptParameters):
         self.asked: set[int] = set()
         self.labels: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to a forward pass: copies of a model start without."""
+        return self.__dict__ | {"now": None, "sees": None, "labels": None, "asked": set()}
+
     @torch.no_grad()
     def _start(self, seed: int) -> None:
         digest = hashlib.sha256(f"{seed}:prefix".encode()).digest()
@@ -188,7 +192,9 @@ class PrefixPiece:
         if config.place == "infix" and not shape.causal:
             raise AdapterError("an infix stands before an answer, and an encoder has none.")
         first = next(model.parameters())
-        self.place = shape.place
+        assert isinstance(model, PreTrainedModel)
+        self.place, self._model = shape.place, model
+        self._attention: str | None = model.config._attn_implementation
         self.config = config
         self.prefix = Prefix(config, shape, first.device, seed)
 
@@ -200,6 +206,8 @@ class PrefixPiece:
     @enabled.setter
     def enabled(self, value: bool) -> None:
         self.prefix.enabled = value
+        # switched off, the model attends as it did, which is not the same to the last bit
+        self._model.set_attn_implementation(NAME if value else self._attention)
 
     def install(self, model: nn.Module) -> None:
         """Register hooks and the attention's name."""
@@ -218,7 +226,6 @@ class PrefixPiece:
         ]
         if base is not model:
             self._handles.append(model.register_forward_pre_hook(self._look, with_kwargs=True))
-        self._attention = model.config._attn_implementation
         model.set_attn_implementation(NAME)
 
     def uninstall(self, model: nn.Module) -> None:

@@ -217,7 +217,7 @@ class PromptPiece:
 
     def _after(self, module: nn.Module, _args: Any, _kwargs: dict[str, Any], output: Any) -> Any:
         """Take the positions out of the output again."""
-        places, self._places = self._places, None
+        places = self._places  # kept: recomputed blocks ask for it in the backward pass
         if places is None:
             return output
         if isinstance(output, tuple):

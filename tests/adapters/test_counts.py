@@ -15,6 +15,7 @@ from qlora_kit.adapters.bitfit_config import BitFit
 from qlora_kit.adapters.bottleneck_config import Bottleneck
 from qlora_kit.adapters.config import LoRA, LoRAFA
 from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.prompt_config import PrefixTuning, PromptTuning
 from qlora_kit.adapters.whole_config import Full, TopK
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -102,6 +103,8 @@ MORE = {
     "GPT-2 M, Top2": (gpt2(1024, 24, 16), TopK(blocks=2, final_norm=False), 25_192_448),
     "GPT-2 M, Top2 + ln_f": (gpt2(1024, 24, 16), TopK(blocks=2), 25_194_496),
     "RoBERTa-base, BitFit": (roberta(768, 12, 12), BitFit(), 102_144),
+    "Prefix GPT-2 M, l 5": (gpt2(1024, 24, 16), PrefixTuning(length=5, hidden=None), 245_760),
+    "Prefix GPT-2 M, l 10": (gpt2(1024, 24, 16), PrefixTuning(length=10, hidden=None), 491_520),
     "GPT-2 L, full": (gpt2(1280, 36, 20), Full(), 774_030_080),
 }
 
@@ -136,3 +139,19 @@ def test_lora_fa_trains_b_alone():
     b_alone = 32 * 16 * (4096 + 1024 + 1024 + 4096 + 14336 + 14336 + 4096)
     assert adapter.num_trainable == b_alone
     assert sum(t.numel() for t in adapter.state_dict().values()) == 41_943_040
+
+
+def test_a_prefix_saves_what_the_table_counts():
+    """The MLP is there while training, and dropped from what is saved."""
+    adapter = attach(on_meta(gpt2(1024, 24, 16)), PrefixTuning(length=5, hidden=512))
+    assert adapter.num_trainable == 5 * 1024 + 1024 * 512 + 512 + 512 * 49_152 + 49_152
+    assert sum(t.numel() for t in adapter.files().modules.values()) == 245_760
+
+
+def test_prompts_and_grouped_queries():
+    assert attach(on_meta(gpt3_own()), PromptTuning(length=256)).num_trainable == 256 * 12_288
+    prelayer = PromptTuning(length=8, layers="all")
+    assert attach(on_meta(gpt3_own()), prelayer).num_trainable == 96 * 12_288 * 8
+    # Llama-3.1-8B: K and V have 8 heads of 128 columns, not 4,096
+    prefix = PrefixTuning(length=10, hidden=None)
+    assert attach(on_meta(llama_8b()), prefix).num_trainable == 10 * 32 * 2 * 1024

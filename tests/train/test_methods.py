@@ -1,5 +1,6 @@
 """Runs of the methods that are not like LoRA: from the configuration to what they leave behind."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from qlora_kit.adapters.bitfit_config import BitFit
 from qlora_kit.adapters.bottleneck_config import Bottleneck
 from qlora_kit.adapters.inject import attach, load_adapter
+from qlora_kit.adapters.prompt_config import PrefixTuning, PromptTuning
 from qlora_kit.adapters.whole_config import Full, TopK
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.load.model import load
@@ -27,6 +29,8 @@ CONFIGS = {
     "bottleneck": Bottleneck(width=4),
     "top_k": TopK(blocks=1),
     "full": Full(),
+    "prefix_tuning": PrefixTuning(length=3, hidden=8),
+    "prompt_tuning": PromptTuning(length=3, place="infix"),
 }
 
 
@@ -37,7 +41,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", ["bitfit", "bottleneck", "top_k"])
+@pytest.mark.parametrize("method", [name for name in CONFIGS if name != "full"])
 def test_a_run_on_a_4_bit_base(base: Path, tmp_path: Path, method: str) -> None:
     merges = method == "top_k"
     config = make_config(
@@ -53,8 +57,11 @@ def test_a_run_on_a_4_bit_base(base: Path, tmp_path: Path, method: str) -> None:
         assert result.record["merge"]["deviation"]["kl"] < 1e-6
     model, _ = load(base, quant=QuantConfig(), device="cpu")
     adapter = load_adapter(model, result.adapter)
-    assert adapter.config == CONFIGS[method]
-    assert adapter.num_trainable == result.record["model"]["trainable"]
+    if method == "prefix_tuning":  # its MLP is dropped
+        assert adapter.config == PrefixTuning(length=3, hidden=None)
+    else:
+        assert adapter.config == CONFIGS[method]
+        assert adapter.num_trainable == result.record["model"]["trainable"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -88,6 +95,15 @@ def test_settings_that_do_not_fit_the_method(base: Path, tmp_path: Path) -> None
         )
         with pytest.raises(ConfigError, match=f"not for method {method}"):
             run_training(config, console=quiet())
+
+
+def test_packed_rows_are_refused_where_they_would_not_see_a_prompt(
+    base: Path, tmp_path: Path
+) -> None:
+    config = make_config(base, tmp_path, method="prompt_tuning")
+    config = replace(config, data=replace(config.data, packing=True))
+    with pytest.raises(ConfigError, match=r"data\.packing=false"):
+        run_training(config, console=quiet())
 
 
 def make_trainer(folder: Path, method: str, **changes: Any) -> Trainer:
