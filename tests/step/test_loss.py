@@ -17,9 +17,9 @@ from qlora_kit.nn import loss_head
 from qlora_kit.nn.linear import NF4Linear
 from qlora_kit.nn.loss_head import LogitRule
 from qlora_kit.quant.config import QuantConfig
+from qlora_kit.step import head_input as heads
 from qlora_kit.step.head_input import HeadInput, head_input, label_mask
 from qlora_kit.step.loss import causal_lm_loss, count_targets
-from qlora_kit.step import head_input as heads
 from qlora_kit.train.held_out import language_model_losses, loss_totals
 from tests import tiny_models
 
