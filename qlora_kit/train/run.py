@@ -23,8 +23,6 @@ from transformers import (
 
 from qlora_kit.adapters.config import LoRA, make_adapter_config
 from qlora_kit.adapters.inject import AttachedAdapter, attach
-from qlora_kit.adapters.method import Method
-from qlora_kit.adapters.spectral import Originals
 from qlora_kit.adapters.whole_model import computing_dtype
 from qlora_kit.checkpoint.source import Source, open_source
 from qlora_kit.core.atomic import atomic_write_text
@@ -159,15 +157,7 @@ class _Run:
             with stages.stage("load"):
                 model, tokenizer = self._load(sets["train"])
             self._measure_with(tokenizer, model)
-            settings = make_adapter_config(config.method, *config.settings)
-            adapter = attach(
-                model,
-                settings,
-                seed=config.train.seed,
-                originals=self._originals(settings, source),
-            )
-            settle_ends(model, config.model)
-            self.computing = computing_dtype(adapter.pieces)
+            adapter = self._attach(model, source)
             self._print_start(model, adapter, sets)
             with adapter.disabled():
                 before = self._before(model, sets, stages)
@@ -238,12 +228,17 @@ class _Run:
             name_classes(model, train.label_names)
         return model, tokenizer
 
-    def _originals(self, settings: Method, source: Source) -> Originals | None:
-        """What LoftQ's start needs beside the quantized weights."""
-        if not isinstance(settings, LoRA) or settings.init != "loftq":
-            return None
-        classes = self.config.model.task == "sequence_classification"
-        return original_weights(source, task_type="SEQ_CLS" if classes else None)
+    def _attach(self, model: PreTrainedModel, source: Source) -> AttachedAdapter:
+        config = self.config
+        settings = make_adapter_config(config.method, *config.settings)
+        originals = None
+        if isinstance(settings, LoRA) and settings.init == "loftq":  # starts at what these lost
+            classes = config.model.task == "sequence_classification"
+            originals = original_weights(source, task_type="SEQ_CLS" if classes else None)
+        adapter = attach(model, settings, seed=config.train.seed, originals=originals)
+        settle_ends(model, config.model)
+        self.computing = computing_dtype(adapter.pieces)
+        return adapter
 
     def _measure_with(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         self.pad = 8 if model.device.type == "cuda" else 1

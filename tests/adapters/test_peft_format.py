@@ -213,7 +213,7 @@ def test_a_base_stored_otherwise_is_mentioned(tmp_path, caplog, monkeypatch, mad
 
 
 REFUSED_FIELDS = [
-    ({"peft_type": "ADALORA"}, "peft_type is 'ADALORA'"),
+    ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
     ({"peft_type": None}, "peft_type is None"),
     ({"use_dora": True}, "lora_A and lora_B where lora_A and lora_B and lora_magnitude belong"),
     ({"bias": "all"}, "trained biases"),
