@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
-from qlora_kit.adapters.config import LoRA, make_adapter_config
+from qlora_kit.adapters.config import METHODS, OTHERS, LoRA, make_adapter_config
 from qlora_kit.block.tiles import Tile
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.quant.config import QuantConfig
@@ -81,6 +81,11 @@ class Setup:
         """
         if self.batch < 1 or self.seq < 1:
             raise ConfigError(f"a plan needs batch and seq above 0, got {self.batch}, {self.seq}.")
+        if self.method in OTHERS and self.method != FULL:
+            raise ConfigError(
+                f"a plan knows the methods like LoRA ({', '.join(METHODS)}) and full, and not "
+                f"{self.method}."
+            )
         if self.method == FULL and self.bits == 4:
             raise ConfigError("full fine-tuning trains 16-bit weights; set bits to 16.")
 

@@ -71,6 +71,7 @@ def setup_of(config: RunConfig, *, batch: int, seq: int) -> Setup:
         optimizer=train.optimizer,
         step="fused" if fused else "eager",
         dtype="bfloat16" if model.dtype == "auto" else model.dtype,
+        mixed=config.full.dtype == "float32",
         accumulation=train.gradient_accumulation,
         graph=not model.embeddings_on_host,
     )
