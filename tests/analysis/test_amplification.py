@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.peft_format import AdapterFiles, read_adapter
-from qlora_kit.analysis.amplification import amplification, amplification_table
+from qlora_kit.analysis.amplification import Amplification, amplification, amplification_table
 from qlora_kit.analysis.directions import Directions, decompose
 from qlora_kit.checkpoint.source import open_source
 from qlora_kit.core.errors import AdapterError, FormatError, ShapeError
@@ -162,3 +162,24 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(AdapterError, match="no module that matches k_proj"):
         list(amplification_table(source, files, modules=("k_proj",)))
     assert decompose(pair).rank == 2
+
+
+@pytest.mark.parametrize(
+    ("rank", "projected", "random", "delta", "factor"),
+    [(4, 0.32, 0.02, 6.91, 21.5), (64, 1.90, 0.33, 3.57, 1.9)],
+)
+def test_the_papers_table_7_follows_from_its_norms(rank, projected, random, delta, factor):
+    """GPT-3's W_q of layer 48, ‖W‖ = 61.95, 12,288 wide: to the digits that were printed."""
+    line = Amplification(
+        module="h.48.q",
+        shape=(12288, 12288),
+        rank=rank,
+        delta_norm=delta,
+        weight_norm=61.95,
+        by_delta=(projected,),
+        by_weight=(),
+        by_random=(),
+    )
+    assert line.factor == pytest.approx(factor, rel=0.005 / projected + 0.05 / factor)
+    assert line.expected_random == pytest.approx(random, abs=0.01)
+    assert line.delta_norm / random != pytest.approx(factor, rel=0.1)  # not over the random one
