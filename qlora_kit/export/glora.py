@@ -95,8 +95,10 @@ def open_biases(
             )
         config[FLAGS[part]] = True
         for name, module in modules.items():
-            if isinstance(module, nn.Linear) and module.bias is None and f".{part}." in f".{name}":
-                module.bias = nn.Parameter(torch.empty(module.out_features, device="meta"))
+            free = isinstance(module, nn.Linear) and getattr(module, "bias", None) is None
+            if free and f".{part}." in f".{name}":
+                size = module.get_parameter("weight").shape[0]
+                module.bias = nn.Parameter(torch.empty(size, device="meta"))
                 new.add(f"{name}.bias")
     return replace(source, config=config), new
 

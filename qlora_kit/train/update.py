@@ -24,6 +24,7 @@ from qlora_kit.adapters.whole_config import Full
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.optim.corrected import CorrectedGradient
 from qlora_kit.optim.create import FLAT_NAMES, flat_optimizer, make_flat_optimizer
+from qlora_kit.train.glora import StructureDraws
 from qlora_kit.train.rank_allocation import RankAllocation
 
 
@@ -34,6 +35,30 @@ class UpdatingTrainer(transformers.Trainer):
     optimizer: torch.optim.Optimizer | None
     _correction: CorrectedGradient | None = None
     ranks: RankAllocation | None = None
+    _draws: StructureDraws | None = None
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Forward and backward of one batch; a GLoRA super-net draws its structures for it.
+
+        Args:
+            model: the model.
+            inputs: a collated batch.
+            num_items_in_batch: predicted tokens of all accumulated batches.
+
+        Returns:
+            () the detached loss.
+        """
+        if self._draws is None:
+            self._draws = StructureDraws()
+        update = self.state.global_step
+        with self._draws.drawn(self.adapter, seed=self.args.seed, update=update):
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
 
     def with_penalty(self, loss: Tensor, *, is_share: bool) -> Tensor:
         """Add the method's own term to the loss of a batch that is trained on.
