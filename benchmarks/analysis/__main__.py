@@ -5,8 +5,8 @@
 
 Three adapters are expected in this order: the figure shows how φ of the first with the
 second, which started from the same random A, differs from φ with the third, which did not.
-Measures nothing itself. Averages over layers are kept in full, single modules at powers of
-two.
+Measures nothing itself. What is kept: φ averaged over layers up to 16 rows, φ(8, 8) of every
+layer, the first singular values of every ΔW, the table of amplification at full rank.
 """
 
 import argparse
@@ -17,7 +17,10 @@ from typing import Any
 from benchmarks.harness.record import ROOT, write_record
 from qlora_kit.analysis.heat import Panel, heat_maps
 
-_KEPT = ("method", "rank", "modules", "amplification")
+_SPECTRUM = 8
+"""Singular values kept of every module."""
+_LAYER_RANK = 8
+"""i and j of what is kept of every layer."""
 
 
 def rows_of(inspected: dict[str, Any], sweeps: list[dict[str, Any]]) -> list[dict[str, object]]:
@@ -30,14 +33,8 @@ def rows_of(inspected: dict[str, Any], sweeps: list[dict[str, Any]]) -> list[dic
     Returns:
         A row per adapter, per pair, and per run of a sweep.
     """
-    rows: list[dict[str, object]] = []
-    for adapter in inspected["adapters"]:
-        name = Path(adapter["path"]).parent.name
-        rows.append({"what": "adapter", "name": name} | {key: adapter[key] for key in _KEPT})
-    for pair in inspected["similarity"]:
-        names = [Path(pair[key]).parent.name for key in ("first", "second")]
-        means = [entry for entry in pair["means"] if len(entry["phi"]) <= 16]
-        rows.append({"what": "pair", "names": names, "means": means, "modules": pair["modules"]})
+    rows = [_adapter(adapter) for adapter in inspected["adapters"]]
+    rows += [_pair(pair) for pair in inspected["similarity"]]
     for sweep in sweeps:
         config = sweep["config"]
         settings = {
@@ -49,6 +46,49 @@ def rows_of(inspected: dict[str, Any], sweeps: list[dict[str, Any]]) -> list[dic
         }
         rows += [{"what": sweep["bench"], **settings, **row} for row in sweep["rows"]]
     return rows
+
+
+def _name(path: str) -> str:
+    """The run that an adapter's folder belongs to."""
+    return Path(path).parent.name
+
+
+def _short(value: object) -> object:
+    """Numbers with four digits."""
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _adapter(adapter: dict[str, Any]) -> dict[str, object]:
+    modules = {line["module"]: dict(line) for line in adapter["modules"]}
+    for line in adapter["amplification"] or ():
+        last = {key: line[key][-1:] for key in ("by_delta", "by_weight", "by_random")}
+        own = {key: line[key] for key in ("weight_norm", "expected_random", "factor")}
+        modules[line["module"]] |= own | {key: v[0] if v else None for key, v in last.items()}
+    rows = []
+    for line in modules.values():
+        values = [_short(value) for value in line.pop("values")[:_SPECTRUM]]
+        rows.append({key: _short(value) for key, value in line.items()} | {"values": values})
+    kept = {key: adapter[key] for key in ("method", "rank")}
+    return {"what": "adapter", "name": _name(adapter["path"]), **kept, "modules": rows}
+
+
+def _pair(pair: dict[str, Any]) -> dict[str, object]:
+    layers = [
+        {
+            "module": line["module"],
+            "side": line["side"],
+            "phi": line["phi"][line["i"].index(_LAYER_RANK)][line["j"].index(_LAYER_RANK)],
+        }
+        for line in pair["modules"]
+        if _LAYER_RANK in line["i"] and _LAYER_RANK in line["j"]
+    ]
+    return {
+        "what": "pair",
+        "names": [_name(pair[key]) for key in ("first", "second")],
+        "means": [entry for entry in pair["means"] if len(entry["phi"]) <= 16],
+        "layers": layers,
+        "layer_rank": _LAYER_RANK,
+    }
 
 
 def figure(inspected: dict[str, Any], kind: str = "self_attn.q_proj") -> str:

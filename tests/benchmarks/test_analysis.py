@@ -42,6 +42,8 @@ def test_record_and_figure(tmp_path):
     assert [row["what"] for row in rows] == ["adapter"] * 3 + ["pair"] * 3 + ["sweep of ranks"]
     assert [len(row["means"]) for row in rows[3:6]] == [2, 2, 0]  # 20 x 20 is left out
     assert rows[3]["names"] == ["r2-s0", "r20-s0"]
+    assert [len(row["layers"]) for row in rows[3:6]] == [0, 0, 4]  # φ(8, 8) needs rank 8
+    assert [len(module["values"]) for module in rows[1]["modules"]] == [8, 8]
     assert rows[6]["scale"] == 2
     text = figure.read_text()
     assert text.startswith("<svg")
