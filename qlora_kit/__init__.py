@@ -18,16 +18,24 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from qlora_kit.adapters.bitfit_config import BitFit as BitFit
+    from qlora_kit.adapters.bottleneck_config import Bottleneck as Bottleneck
+    from qlora_kit.adapters.config import DoRA as DoRA
     from qlora_kit.adapters.config import LoRA as LoRA
     from qlora_kit.adapters.config import LoRAFA as LoRAFA
     from qlora_kit.adapters.inject import AttachedAdapter as AttachedAdapter
     from qlora_kit.adapters.inject import attach as attach
     from qlora_kit.adapters.inject import load_adapter as load_adapter
+    from qlora_kit.adapters.prompt_config import PrefixTuning as PrefixTuning
+    from qlora_kit.adapters.prompt_config import PromptTuning as PromptTuning
+    from qlora_kit.adapters.whole_config import Full as Full
+    from qlora_kit.adapters.whole_config import TopK as TopK
     from qlora_kit.core.errors import QloraKitError as QloraKitError
     from qlora_kit.core.errors import UserError as UserError
     from qlora_kit.export.deviation import Deviation as Deviation
     from qlora_kit.export.deviation import compare as compare
     from qlora_kit.export.merge import merge as merge
+    from qlora_kit.export.originals import original_weights as original_weights
     from qlora_kit.export.quantized import save_quantized as save_quantized
     from qlora_kit.load.hf_quantizer import NF4Config as NF4Config
     from qlora_kit.load.model import load as load
@@ -48,19 +56,26 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AttachedAdapter": "qlora_kit.adapters.inject",
+    "BitFit": "qlora_kit.adapters.bitfit_config",
+    "Bottleneck": "qlora_kit.adapters.bottleneck_config",
     "DataConfig": "qlora_kit.train.config",
+    "DoRA": "qlora_kit.adapters.config",
     "Deviation": "qlora_kit.export.deviation",
     "EvalConfig": "qlora_kit.train.config",
     "ExportConfig": "qlora_kit.train.config",
+    "Full": "qlora_kit.adapters.whole_config",
     "LoRA": "qlora_kit.adapters.config",
     "LoRAFA": "qlora_kit.adapters.config",
     "ModelConfig": "qlora_kit.train.config",
     "NF4Config": "qlora_kit.load.hf_quantizer",
     "NF4Linear": "qlora_kit.nn.linear",
     "NF4Weight": "qlora_kit.quant.weight",
+    "PrefixTuning": "qlora_kit.adapters.prompt_config",
+    "PromptTuning": "qlora_kit.adapters.prompt_config",
     "QloraKitError": "qlora_kit.core.errors",
     "QuantConfig": "qlora_kit.quant.config",
     "RunConfig": "qlora_kit.train.config",
+    "TopK": "qlora_kit.adapters.whole_config",
     "TrainConfig": "qlora_kit.train.config",
     "Trainer": "qlora_kit.train.trainer",
     "UserError": "qlora_kit.core.errors",
@@ -71,6 +86,7 @@ _HOMES = {
     "load_adapter": "qlora_kit.adapters.inject",
     "merge": "qlora_kit.export.merge",
     "nf4_linear": "qlora_kit.ops.nf4_linear.op",
+    "original_weights": "qlora_kit.export.originals",
     "plan": "qlora_kit.plan.plan",
     "run_training": "qlora_kit.train.run",
     "save_quantized": "qlora_kit.export.quantized",

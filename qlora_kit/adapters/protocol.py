@@ -15,13 +15,15 @@ Three ways to act at a place cover the methods we know, none of them a patch:
   projection of attention or feed-forward) and cannot merge. A top-k block, a norm or
   a classification head that is trained whole is a wrapper around a trainable copy
   (`TrainedCopy`), and merges by replacing.
-- *Unfreeze a parameter in place* (BitFit): `install` keeps a copy of the bias, or
-  registers a zero one, and lets it train; `enabled` is a property that swaps the
-  values; `uninstall` puts the copy back.
+- *Train a parameter in place*: BitFit puts a float32 master, of zeros where there was
+  no bias, behind `bias` through torch's own `parametrize`; `enabled` is a property that
+  hands out the base's; `uninstall` puts the very parameter back. Full fine-tuning
+  widens the parameters themselves, and keeps no copy.
 - *Feed the forward of a module* (prefix-tuning, infix and embedding-only prompts):
   `install` registers torch's own `register_forward_pre_hook(with_kwargs=True)` on
-  the decoder, which supplies the key/value cache, mask and positions of the prefix
-  computed from parameters the piece owns; `uninstall` removes the handle.
+  the base model, which puts embeddings, mask and positions of the prompt among the
+  tokens', from parameters the piece owns; `uninstall` removes the handle. Keys and
+  values of a prefix come in by a function in transformers' `AttentionInterface`.
 
 Parameters are named `<place>.<key>` (`model.layers.0.self_attn.q_proj.lora_A`). Only
 `peft_format.py` knows how PEFT spells the same names.
