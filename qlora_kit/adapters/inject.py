@@ -49,7 +49,7 @@ def attach(
         name: for messages.
         seed: of the random start, together with each module's name.
         originals: module name to its weight before it was quantized, for `init: loftq` alone;
-            `qlora_kit.export.originals` makes one.
+            `qk.original_weights` makes one.
 
     Returns:
         The adapter. Until it is trained the model computes what it did before, but for LoftQ.

@@ -239,8 +239,8 @@ def start_at_error(piece: LoRALinear, originals: Originals | None, seed: int) ->
         )
     if originals is None:
         raise AdapterError(
-            "init loftq needs the original weights beside the quantized ones: pass "
-            "attach(..., originals=original_weights(folder, model)), of qlora_kit.export.originals."
+            "init loftq needs the original weights beside the quantized ones. Pass "
+            "attach(..., originals=qk.original_weights(path of the 16-bit model))."
         )
     weight = originals(piece.place).to(piece.lora_A.device, torch.float32)
     if tuple(weight.shape) != base.shape:
