@@ -49,6 +49,7 @@ def dry_run(config: RunConfig) -> None:
 
         _table(f"data: {name}", describe(data.report))
     _table("run", _run_rows(config, len(sets["train"])))
+    _print_plan(config, folder, sets["train"], on_gpu=device.startswith("cuda"))
     print("dry run: nothing was trained or written")
 
 
@@ -171,6 +172,22 @@ def _run_rows(config: RunConfig, examples: int) -> Rows:
         ("updates", f"{update_count(train, examples):,}"),
         ("output", f"{output} ({format_bytes(free.free)} free)"),
     ]
+
+
+def _print_plan(config: RunConfig, folder: str, train: "TokenizedSet", *, on_gpu: bool) -> None:
+    """The planner's table for this data, where a run would be planned."""
+    from qlora_kit.plan.read import read_config
+    from qlora_kit.plan.table import memory_table
+    from qlora_kit.train.planning import gpu_of, plan_run
+
+    gpu = gpu_of(config) if on_gpu else None
+    if gpu is None:
+        return
+    made = plan_run(config, read_config(folder, revision=config.model.revision), train.lengths, gpu)
+    if made is not None:
+        print(f"# plan\n  {made.line}\n")
+        print(memory_table(made.predicted, made.planner.budget))
+        print()
 
 
 def _short(dtype: "torch.dtype") -> str:

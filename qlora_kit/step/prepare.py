@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -128,6 +129,16 @@ class FusedModel:
     def never_waits(self) -> bool:
         """Whether a step may be recorded as a CUDA graph: with fused layers, all on the GPU."""
         return isinstance(self.blocks, FusedBlocks) and not has_host_embeddings(self._model)
+
+    def keep_decoded(self, layers: int, dtype: torch.dtype) -> None:
+        """Decode some layers' weights once and for all, where layers are fused.
+
+        Args:
+            layers: how many, from the first on.
+            dtype: that they compute in.
+        """
+        if isinstance(self.blocks, FusedBlocks):
+            self.blocks.keep_decoded(layers, dtype)
 
     def remove(self) -> None:
         """Give the model its own layers and attention back."""

@@ -47,6 +47,22 @@ def _unknown(kind: str, name: str, known: list[str]) -> ConfigError:
     return ConfigError(f"unknown {kind} {name!r}; known: {', '.join(sorted(known))}.{hint}")
 
 
+def is_on_gpu(device: str) -> bool:
+    """Whether a run trains on a GPU.
+
+    Args:
+        device: as a run names it.
+
+    Returns:
+        For `auto`, whether there is one.
+
+    Example:
+        >>> is_on_gpu("cpu"), is_on_gpu("cuda:0")
+        (False, True)
+    """
+    return torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+
+
 def check_optimizer(name: str, *, on_gpu: bool) -> None:
     """Refuse an optimizer that is unknown, not installed, or needs a GPU.
 

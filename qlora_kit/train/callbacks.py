@@ -24,10 +24,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from qlora_kit.core.errors import AdapterError, NonFiniteError
 from qlora_kit.core.memory import rss_bytes
+from qlora_kit.train.config import TrainConfig
 
 T = TypeVar("T")
 
@@ -282,7 +289,7 @@ def training_note(logs: dict[str, float]) -> str:
         logs: as the Trainer logs them.
 
     Returns:
-        Loss, learning rate, tokens per second, memory: at most about 45 characters.
+        Loss, learning rate, tokens per second, memory: at most about 65 characters.
 
     Example:
         >>> training_note({"loss": 0.5, "learning_rate": 2e-4, "tokens_per_s": 812.0})
@@ -292,8 +299,12 @@ def training_note(logs: dict[str, float]) -> str:
     parts = [f"loss {logs['loss']:.4f}", f"lr {rate}"]
     if "tokens_per_s" in logs:
         parts.append(f"{logs['tokens_per_s']:,.0f} tok/s")
+    if "mfu" in logs:
+        parts.append(f"MFU {logs['mfu']:.0%}")
     if "memory_gib" in logs:
-        parts.append(f"{logs['memory_gib']:.1f} GiB")
+        planned = logs.get("memory_predicted_gib")
+        of = "" if planned is None else f" of {planned:.1f}"
+        parts.append(f"{logs['memory_gib']:.1f}{of} GiB")
     return " · ".join(parts)
 
 
@@ -333,3 +344,25 @@ def tensorboard_callback(folder: Path) -> TrainerCallback:
     from transformers.integrations import TensorBoardCallback
 
     return TensorBoardCallback(SummaryWriter(log_dir=os.fspath(folder)))
+
+
+def extra_callbacks(config: TrainConfig, logs: Path) -> list[TrainerCallback]:
+    """The callbacks that a run asks for besides its progress.
+
+    Args:
+        config: the optimization.
+        logs: folder for TensorBoard.
+
+    Returns:
+        Transformers callbacks.
+
+    Example:
+        >>> extra_callbacks(TrainConfig(loggers=()), Path("logs"))
+        []
+    """
+    callbacks: list[TrainerCallback] = []
+    if "tensorboard" in config.loggers:
+        callbacks.append(tensorboard_callback(logs))
+    if config.early_stopping is not None:
+        callbacks.append(EarlyStoppingCallback(config.early_stopping))
+    return callbacks

@@ -19,6 +19,8 @@ HISTORY = (
     "tokens",
     "tokens_per_s",
     "memory_gib",
+    "memory_predicted_gib",
+    "mfu",
     "penalty",
 )
 """What is kept of every training log; held-out losses are kept too."""

@@ -14,9 +14,9 @@ by length; results do not depend on the batch size beyond float rounding.
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -38,10 +38,12 @@ from qlora_kit.train.held_out import (
     to_device,
 )
 from qlora_kit.train.metrics import accuracy, is_json_object, macro_f1, same_answer
-from qlora_kit.train.sampling import SortedSampler
+from qlora_kit.train.sampling import SortedSampler, divide
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 MAX_CHOICES = 20
 """Most distinct answers for which `auto` takes a task for a choice."""
@@ -143,6 +145,7 @@ class Evaluator:
         *,
         phases: Phases,
         pad_to_multiple_of: int = 1,
+        most_tokens: int | None = None,
     ) -> None:
         """Remember how to measure.
 
@@ -151,11 +154,14 @@ class Evaluator:
             config: task, labels, batch size.
             phases: shows progress.
             pad_to_multiple_of: widths of batches are rounded up to this.
+            most_tokens: of a batch, prompt and answer together; None for any number. A row that
+                is longer is a batch of its own.
         """
         self.tokenizer = tokenizer
         self.config = config
         self.phases = phases
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.most_tokens = most_tokens
 
     def measure(
         self, model: PreTrainedModel, data: TokenizedSet, name: str, *, label: str | None = None
@@ -200,12 +206,15 @@ class Evaluator:
             seconds=time.perf_counter() - start,
         )
 
+    def _divide(self, items: list[T], length: Callable[[T], int]) -> list[list[T]]:
+        """Batches of items that come longest first."""
+        return divide(items, length, self.config.batch_size, self.most_tokens)
+
     def _batches(self, data: TokenizedSet, name: str) -> Iterable[tuple[list[int], dict[str, Any]]]:
         """Length-sorted batches, each with the row numbers it holds."""
         collate = make_collator(data, pad_to_multiple_of=self.pad_to_multiple_of)
         order = SortedSampler(data.lengths).order
-        size = self.config.batch_size
-        chunks = [order[i : i + size] for i in range(0, len(order), size)]
+        chunks = self._divide(order, lambda row: data.lengths[row])
         for rows in self.phases.track(chunks, name):
             yield rows, collate([data[row] for row in rows])
 
@@ -288,8 +297,7 @@ class Evaluator:
         scores: dict[int, list[float]] = {
             row: [0.0] * len(labels) for row in range(len(data.examples))
         }
-        size = self.config.batch_size
-        chunks = [jobs[i : i + size] for i in range(0, len(jobs), size)]
+        chunks = self._divide(jobs, lambda job: len(job[2]))
         for chunk in self.phases.track(chunks, f"{name} labels"):
             width = len(chunk[0][2])
             ids = torch.zeros(len(chunk), width, dtype=torch.int64)
@@ -314,6 +322,7 @@ class Evaluator:
             [example.prompt_ids for example in data.examples],
             max_new_tokens=self.config.max_new_tokens,
             batch_size=self.config.batch_size,
+            most_tokens=self.most_tokens,
             track=lambda batches: self.phases.track(batches, f"{name} write"),
         )
         pairs = zip(answers, data.examples, strict=True)
@@ -338,6 +347,7 @@ class Evaluator:
             [data.examples[row].prompt_ids for row in rows],
             max_new_tokens=min(max_new_tokens, self.config.max_new_tokens),
             batch_size=self.config.batch_size,
+            most_tokens=self.most_tokens,
         )
         return [
             _answer(data.examples[row], answer, None if right is None else right[row])

@@ -23,6 +23,7 @@ from transformers import (
 
 from qlora_kit.core.errors import DataError
 from qlora_kit.train.data.collate import collate_prompts
+from qlora_kit.train.sampling import divide
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,6 +80,7 @@ def generate_answers(
     *,
     max_new_tokens: int,
     batch_size: int,
+    most_tokens: int | None = None,
     track: Track = iter,
 ) -> list[str]:
     """Answer prompts greedily, in batches of similar length.
@@ -90,6 +92,7 @@ def generate_answers(
         max_new_tokens: longest answer.
         batch_size: prompts answered together; does not change the answers beyond
             floating point ties.
+        most_tokens: of a batch, prompts and answers together; None for any number.
         track: wraps the list of batches, to show progress.
 
     Returns:
@@ -110,7 +113,7 @@ def generate_answers(
     pad = _pad_id(tokenizer, stops)
     config = _generation_config(stops, pad, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches = divide(order, lambda row: len(prompts[row]) + max_new_tokens, batch_size, most_tokens)
     answers = [""] * len(prompts)
     was_training = model.training
     model.eval()

@@ -1,6 +1,6 @@
 """What to do when memory runs out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,11 +10,15 @@ from qlora_kit.train.config import RunConfig
 
 
 @contextmanager
-def explain_memory_errors(config: RunConfig) -> Iterator[None]:
+def explain_memory_errors(
+    config: RunConfig, plan: Callable[[], str | None] = lambda: None
+) -> Iterator[None]:
     """Turn running out of memory into advice that fits the run.
 
     Args:
         config: the run, for what can still be lowered.
+        plan: makes the planner's table and the nearest settings that fit, or None where a run
+            cannot be planned; asked when memory has run out.
 
     Yields:
         Nothing.
@@ -33,11 +37,18 @@ def explain_memory_errors(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError(_memory_advice(config, str(error))) from error
+        raise UserError(_explain(config, error, plan)) from error
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise
-        raise UserError(_memory_advice(config, str(error))) from error
+        raise UserError(_explain(config, error, plan)) from error
+
+
+def _explain(config: RunConfig, error: RuntimeError, plan: Callable[[], str | None]) -> str:
+    table = plan()
+    if table is None:
+        return _memory_advice(config, str(error))
+    return f"out of memory ({_first(str(error))}).\n\n{table}"
 
 
 def _memory_advice(config: RunConfig, message: str) -> str:
@@ -58,5 +69,8 @@ def _memory_advice(config: RunConfig, message: str) -> str:
         advice.append("train.optimizer=paged_adamw_8bit")
     advice.append(f"a smaller data.max_length than {config.data.max_length}")
     advice.append(f"a smaller eval.batch_size than {config.eval.batch_size}")
-    first = message.split("\n")[0].split(". ")[0].rstrip(".")
-    return f"out of memory ({first}). Try, in this order: {'; '.join(advice)}."
+    return f"out of memory ({_first(message)}). Try, in this order: {'; '.join(advice)}."
+
+
+def _first(message: str) -> str:
+    return message.split("\n")[0].split(". ")[0].rstrip(".")

@@ -6,7 +6,7 @@ are left open it chooses them, and the layers whose weights stay decoded; where 
 says so and what would.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,21 +17,22 @@ from transformers import PreTrainedConfig
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.core.log import logger
 from qlora_kit.core.units import GIB, format_bytes, parse_bytes
-from qlora_kit.plan.budget import Budget, needed_bytes
+from qlora_kit.plan.budget import Budget, needed_bytes, step_bytes
 from qlora_kit.plan.gpus import DEFAULT, Gpu, find_gpu, this_gpu
 from qlora_kit.plan.plan import AUTO, describe, nearest
 from qlora_kit.plan.predict import CONTEXT, Prediction
 from qlora_kit.plan.search import Planner
-from qlora_kit.plan.setup import Setup
+from qlora_kit.plan.setup import FULL, Setup
 from qlora_kit.plan.table import memory_table, nearest_table, run_text
 from qlora_kit.train.config import RunConfig
+from qlora_kit.train.data.tokenized import TokenizedSet
 
+PLANNED = ("lora", "rslora", "lora_fa", FULL)
+"""Methods whose plans were held to measurements."""
 HOST_SHARE = 0.8
 """Of the free host memory, what may be pinned."""
-TOLERANCE = 0.05
-"""Difference of prediction and measurement from which on a run warns."""
-_LESS = 0.9
-"""What settings after running out of memory may need of what was predicted for the run."""
+_LESS = 0.1
+"""Of a step's own memory, what settings have to do without after it has run out."""
 
 
 def setup_of(config: RunConfig, *, batch: int, seq: int) -> Setup:
@@ -45,6 +46,9 @@ def setup_of(config: RunConfig, *, batch: int, seq: int) -> Setup:
     Returns:
         The setup; activations may be `auto`.
 
+    Raises:
+        ConfigError: the method is not planned.
+
     Example:
         >>> from qlora_kit.train.config import DataConfig, ModelConfig
         >>> run = RunConfig(model=ModelConfig(path="m"), data=DataConfig(train="t.jsonl"))
@@ -52,6 +56,11 @@ def setup_of(config: RunConfig, *, batch: int, seq: int) -> Setup:
         'auto'
     """
     train, model = config.train, config.model
+    if config.method not in PLANNED:
+        raise ConfigError(
+            f"method {config.method!r} is not planned yet; planned: {', '.join(PLANNED)}."
+        )
+    full = config.method == FULL
     activations = train.activations
     if activations == AUTO and train.gradient_checkpointing:
         activations = "recompute_all"
@@ -60,7 +69,8 @@ def setup_of(config: RunConfig, *, batch: int, seq: int) -> Setup:
         method=config.method,
         bits=model.bits,
         rank=config.adapter.rank,
-        shape=config.adapter,
+        shape=None if full else config.adapter,
+        mixed=config.full.dtype == "float32",
         quant=config.base_quant or config.quant,
         batch=batch,
         seq=seq,
@@ -97,6 +107,31 @@ def largest_batch(config: RunConfig, lengths: Sequence[int], multiple: int) -> t
     """
     rows = max(1, min(config.train.batch_size, len(lengths)))
     return rows, -(-max(lengths, default=1) // multiple) * multiple
+
+
+def bounded_evaluation(
+    config: RunConfig, held_out: Iterable[TokenizedSet], most_tokens: int
+) -> RunConfig:
+    """A run whose evaluation batches are no larger than its training batches.
+
+    Args:
+        config: the run.
+        held_out: rows that are evaluated while it trains.
+        most_tokens: of the largest training batch.
+
+    Returns:
+        The run, `eval.batch_size` lowered where the longest held-out row asks for it.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from qlora_kit.train.config import DataConfig, ModelConfig
+        >>> run = RunConfig(model=ModelConfig(path="m"), data=DataConfig(train="t.jsonl"))
+        >>> bounded_evaluation(run, [SimpleNamespace(lengths=[100])], 800).eval.batch_size
+        8
+    """
+    longest = max((max(data.lengths, default=1) for data in held_out), default=1)
+    rows = min(config.eval.batch_size, max(1, most_tokens // longest))
+    return replace(config, eval=replace(config.eval, batch_size=rows))
 
 
 def gpu_of(config: RunConfig) -> Gpu | None:
@@ -162,6 +197,11 @@ class RunPlan:
     planner: Planner
     predicted: Prediction
     """Of the largest batch."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted peak of allocated memory."""
+        return self.predicted.peak_bytes
 
     @property
     def line(self) -> str:
@@ -244,6 +284,7 @@ def plan_run(
     Raises:
         ConfigError: nothing fits; the message has the table and what would.
     """
+    enforce(config)
     batch, seq = largest_batch(config, lengths, multiple)
     planner = Planner(model, gpu, budget_of(config, gpu))
     try:
@@ -294,19 +335,19 @@ def advice(
         multiple: of which widths are padded to one.
 
     Returns:
-        The plan's table and the nearest settings that need at least a tenth less than was
-        predicted for the run; None where it cannot be planned.
+        The plan's table and the nearest settings whose step needs at least a tenth less than
+        was predicted for this one; None where it cannot be planned.
     """
     if config.model.task != "causal_lm":
         return None
     gpu = (this_gpu() if config.model.device != "cpu" else None) or find_gpu(DEFAULT)
     batch, seq = largest_batch(config, lengths, multiple)
-    setup = setup_of(config, batch=batch, seq=seq)
-    if setup.activations == AUTO:
-        setup = replace(setup, activations="recompute_elementwise")
     try:
+        setup = setup_of(config, batch=batch, seq=seq)
+        if setup.activations == AUTO:
+            setup = replace(setup, activations="recompute_elementwise")
         made = Planner(model, gpu, Budget.of(AUTO, gpu)).predict(setup)
-        most = min(int(_LESS * needed_bytes(made)), gpu.memory_bytes)
+        most = min(needed_bytes(made) - int(_LESS * step_bytes(made)), gpu.memory_bytes)
         if config.budget != AUTO:
             most = min(most, parse_bytes(config.budget))
         planner = Planner(model, gpu, Budget(gpu_bytes=most))
@@ -315,30 +356,3 @@ def advice(
         logger.info("no plan: %s", error)
         return None
     return f"{memory_table(made)}\n\n{nearest_table(made, found, planner.budget)}"
-
-
-def plan_record(found: dict[str, Any] | None) -> str | None:
-    """Predicted beside measured, in a line.
-
-    Args:
-        found: what `RunPlan.judge` returned.
-
-    Returns:
-        The line, with a warning where they differ by more than `TOLERANCE`.
-
-    Example:
-        >>> plan_record({"predicted_gib": 10.0, "measured_gib": 10.1, "difference": -0.0099})
-        'training peak: 10.00 GiB predicted, 10.10 GiB measured (-1.0%)'
-    """
-    if found is None:
-        return None
-    text = (
-        f"training peak: {found['predicted_gib']:.2f} GiB predicted, "
-        f"{found['measured_gib']:.2f} GiB measured ({found['difference']:+.1%})"
-    )
-    if abs(found["difference"]) > TOLERANCE:
-        text += (
-            ". That is more than 5% apart: plans for this model are not to be relied on; please "
-            "report it with the run's run.json"
-        )
-    return text

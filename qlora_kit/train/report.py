@@ -110,6 +110,8 @@ def _tiles(record: Mapping[str, Any]) -> list[dict[str, str]]:
     )
     if "gpu_peak_bytes" in memory:
         peak, kind = memory["gpu_peak_bytes"], "GPU, allocated"
+        if record.get("plan"):
+            kind += f"; {record['plan']['predicted_gib']:.2f} GiB predicted for training"
     else:
         peak, kind = memory["host_peak_bytes"], "host"
     tiles.append({"name": "peak memory", "value": format_bytes(peak), "was": kind})

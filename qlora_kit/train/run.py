@@ -13,13 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import (
-    EarlyStoppingCallback,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from qlora_kit.adapters.config import LoRA, make_adapter_config
 from qlora_kit.adapters.inject import AttachedAdapter, attach
@@ -33,24 +27,39 @@ from qlora_kit.export.originals import original_weights
 from qlora_kit.load.model import load
 from qlora_kit.load.tokenizer import load_tokenizer
 from qlora_kit.ops.autocast import autocast
-from qlora_kit.train.arguments import check_training, training_arguments, update_count
+from qlora_kit.plan.read import read_config
+from qlora_kit.train.arguments import (
+    check_training,
+    is_on_gpu,
+    training_arguments,
+    update_count,
+)
 from qlora_kit.train.callbacks import (
     ConsoleProgress,
     Phases,
+    extra_callbacks,
     quiet_transformers,
-    tensorboard_callback,
 )
 from qlora_kit.train.checkpoints import whole_checkpoints
 from qlora_kit.train.classify import name_classes
 from qlora_kit.train.config import RunConfig
-from qlora_kit.train.data.collate import Batch, Collator, make_collator
+from qlora_kit.train.data.collate import MixedCollator, make_collator
 from qlora_kit.train.data.dataset import build_dataset, eval_names
-from qlora_kit.train.data.tokenized import Row, TokenizedSet
+from qlora_kit.train.data.tokenized import TokenizedSet
 from qlora_kit.train.describe import describe_model, describe_training, memory_peaks
 from qlora_kit.train.ends import settle_ends
 from qlora_kit.train.evaluate import Evaluator, SetResult
+from qlora_kit.train.expected import expected_of
 from qlora_kit.train.finish import merge_and_check
 from qlora_kit.train.limits import explain_memory_errors
+from qlora_kit.train.planning import (
+    RunPlan,
+    advice,
+    bounded_evaluation,
+    gpu_of,
+    largest_batch,
+    plan_run,
+)
 from qlora_kit.train.record import Stages, environment, result_from_dict
 from qlora_kit.train.report import write_report
 from qlora_kit.train.summary import count, print_end, print_results, print_start
@@ -99,32 +108,8 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
         qlora_kit.core.errors.SourceError: ...
     """
     run = _Run(config, console or Console())
-    with explain_memory_errors(config), quiet_transformers():
+    with explain_memory_errors(config, run.memory_advice), quiet_transformers():
         return run.go()
-
-
-class MixedCollator:
-    """Collates packed training rows and plain held-out rows, each in their own way.
-
-    Example:
-        >>> collator = MixedCollator(lambda rows: {"n": 1}, lambda rows: {"n": 2})
-        >>> collator([{"input_ids": [1], "position_ids": [0]}]), collator([{"input_ids": [1]}])
-        ({'n': 1}, {'n': 2})
-    """
-
-    def __init__(self, packed: Collator, plain: Collator) -> None:
-        """Take both.
-
-        Args:
-            packed: for rows with `position_ids`.
-            plain: for the others.
-        """
-        self.packed = packed
-        self.plain = plain
-
-    def __call__(self, rows: list[Row]) -> Batch:
-        """Collate a batch; see the class."""
-        return (self.packed if "position_ids" in rows[0] else self.plain)(rows)
 
 
 class _Run:
@@ -135,24 +120,22 @@ class _Run:
         self.console = console
         self.space = Workspace(Path(config.output))
         self.phases = Phases(console)
+        self.plan: RunPlan | None = None
+        self.lengths: list[int] = []
+        self.folder = Path()
 
     def go(self) -> RunResult:
         config = self.config
-        on_gpu = _on_gpu(config.model.device)
+        on_gpu = is_on_gpu(config.model.device)
         self.space.check(config)
         check_training(config, on_gpu=on_gpu, has_eval=bool(eval_names(config.data)))
-        source = open_source(config.model.path, revision=config.model.revision)
-        tokenizer = load_tokenizer(source.folder)
-        if tokenizer is None:
-            raise SourceError(
-                f"{config.model.path} has no tokenizer. Copy the tokenizer files of the original "
-                "model beside the weights."
-            )
+        source, tokenizer = self._open()
         set_seed(config.train.seed)
         stages = Stages(torch.device("cuda" if on_gpu else "cpu"))
         with PeakMemory(interval_s=0.05) as memory:
             with stages.stage("data"):
                 sets = self._data(tokenizer)
+            self._make_plan(sets["train"], stages, on_gpu=on_gpu)
             self.space.open(config)
             with stages.stage("load"):
                 model, tokenizer = self._load(sets["train"])
@@ -162,17 +145,12 @@ class _Run:
             with adapter.disabled():
                 before = self._before(model, sets, stages)
             with stages.stage("train"):
-                training = self._train(model, adapter, sets)
+                training, widest = self._train(model, adapter, sets)
+            peak = stages.entries[-1].get("gpu_peak_bytes")
+            judged = self.plan.judge(peak, widest) if self.plan and peak else None
             with stages.stage("after"):
                 after = self._measure(model, sets, "after")
-            adapter.save(
-                self.space.adapter,
-                base_model=self._base_name(),
-                revision=config.model.revision,
-                overwrite=True,
-            )
-            if config.method == "full":  # a model needs its tokenizer
-                source.copy_side_files(self.space.adapter)
+            self._save(adapter, source)
             merge = None
             if config.export.merge:
                 merge = merge_and_check(
@@ -192,9 +170,42 @@ class _Run:
             "stages": stages.entries,
             "seconds": round(stages.total_seconds, 3),
             "memory": memory_peaks(stages, memory.peak_bytes),
-            "outputs": self._outputs(),
+            "plan": judged,
+            "outputs": self.space.outputs(merged=config.export.merge),
         }
         return self._finish(record, before, after)
+
+    def _open(self) -> tuple[Source, PreTrainedTokenizerBase]:
+        """The model's folder, its headers read, and its tokenizer."""
+        model = self.config.model
+        source = open_source(model.path, revision=model.revision)
+        tokenizer = load_tokenizer(source.folder)
+        if tokenizer is None:
+            raise SourceError(
+                f"{model.path} has no tokenizer. Copy the tokenizer files of the original model "
+                "beside the weights."
+            )
+        self.folder = source.folder
+        return source, tokenizer
+
+    def _make_plan(self, train: TokenizedSet, stages: Stages, *, on_gpu: bool) -> None:
+        """Plan the run where it is on a GPU, before its model is there."""
+        self.pad = 8 if on_gpu else 1
+        self.lengths = list(train.lengths)
+        gpu = gpu_of(self.config)
+        if gpu is None:
+            return
+        model = read_config(self.folder)
+        with stages.stage("plan"):
+            self.plan = plan_run(self.config, model, self.lengths, gpu, multiple=self.pad)
+        if self.plan is not None:
+            self.config = self.plan.apply(self.config)
+
+    def memory_advice(self) -> str | None:
+        """What would fit, after memory ran out."""
+        if not self.lengths:
+            return None
+        return advice(self.config, read_config(self.folder), self.lengths, multiple=self.pad)
 
     def _data(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, TokenizedSet]:
         config = self.config
@@ -241,9 +252,14 @@ class _Run:
         return adapter
 
     def _measure_with(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-        self.pad = 8 if model.device.type == "cuda" else 1
+        rows, width = largest_batch(self.config, self.lengths, self.pad)
+        self.most_tokens = rows * width
         self.evaluator = Evaluator(
-            tokenizer, self.config.eval, phases=self.phases, pad_to_multiple_of=self.pad
+            tokenizer,
+            self.config.eval,
+            phases=self.phases,
+            pad_to_multiple_of=self.pad,
+            most_tokens=self.most_tokens,
         )
 
     def _measure(
@@ -292,11 +308,14 @@ class _Run:
             "device": f"{model.device}, computing in {facts['dtype']}",
             "output": str(self.space.folder),
         }
+        if self.plan is not None:
+            lines["plan"] = self.plan.line
         print_start(self.console, list(lines.items()))
 
     def _train(
         self, model: PreTrainedModel, adapter: AttachedAdapter, sets: dict[str, TokenizedSet]
-    ) -> dict[str, Any]:
+    ) -> tuple[dict[str, Any], tuple[int, int]]:
+        """Train; also rows and tokens of the largest batch that came."""
         config, train = self.config, sets["train"]
         held_out = {name: data for name, data in sets.items() if name != "train"}
         single = len(held_out) == 1
@@ -304,7 +323,7 @@ class _Run:
         if held_out:
             metric = "eval_loss" if single else f"eval_{next(iter(held_out))}_loss"
         arguments = training_arguments(
-            config,
+            bounded_evaluation(config, held_out.values(), self.most_tokens),
             folder=self.space.checkpoints,
             rows=len(train),
             device=str(model.device),
@@ -323,48 +342,40 @@ class _Run:
             train_dataset=train,
             eval_dataset=next(iter(held_out.values())) if single else held_out or None,
             data_collator=MixedCollator(packed, plain),
-            callbacks=self._callbacks(progress),
+            callbacks=[progress, *extra_callbacks(config.train, self.space.logs)],
             group_by_length=config.train.group_by_length and not train.packed,
             base_model=self._base_name(),
             step=config.train.step,
             activations=config.train.activations,
             tile=config.train.tile,
+            keep_decoded=config.train.keep_decoded or 0,
+            expected=expected_of(model, train, self.plan.peak_bytes if self.plan else None),
         )
         try:
             output = trainer.train(resume_from_checkpoint=True if config.resume else None)
         except KeyboardInterrupt:
             progress.close()
             left = whole_checkpoints(self.space.checkpoints)
-            advice = f"{left[-1].name} is whole: continue with resume=true" if left else ""
-            self.console.print(f"stopped. {advice}", highlight=False)
+            hint = f"{left[-1].name} is whole: continue with resume=true" if left else ""
+            self.console.print(f"stopped. {hint}", highlight=False)
             raise
         finally:
             progress.close()
             if trainer.fused is not None:
                 trainer.fused.remove()
-        return describe_training(trainer, output.metrics["train_runtime"])
+        described = describe_training(trainer, output.metrics["train_runtime"])
+        return described, trainer.throughput.widest
 
-    def _callbacks(self, progress: ConsoleProgress) -> list[TrainerCallback]:
-        callbacks: list[TrainerCallback] = [progress]
-        if "tensorboard" in self.config.train.loggers:
-            callbacks.append(tensorboard_callback(self.space.logs))
-        if self.config.train.early_stopping is not None:
-            callbacks.append(EarlyStoppingCallback(self.config.train.early_stopping))
-        return callbacks
+    def _save(self, adapter: AttachedAdapter, source: Source) -> None:
+        base, revision = self._base_name(), self.config.model.revision
+        adapter.save(self.space.adapter, base_model=base, revision=revision, overwrite=True)
+        if self.config.method == "full":  # a model needs its tokenizer
+            source.copy_side_files(self.space.adapter)
 
     def _base_name(self) -> str:
         """The base as an adapter should name it: absolute for a local path, else the hub id."""
         path = Path(self.config.model.path)
         return str(path.resolve()) if path.exists() else self.config.model.path
-
-    def _outputs(self) -> dict[str, str | None]:
-        space = self.space
-        return {
-            "adapter": str(space.adapter),
-            "merged": str(space.merged) if self.config.export.merge else None,
-            "record": str(space.record),
-            "report": str(space.report),
-        }
 
     def _finish(
         self, record: dict[str, Any], before: list[SetResult], after: list[SetResult]
@@ -382,7 +393,3 @@ class _Run:
             after=tuple(after),
             record=record,
         )
-
-
-def _on_gpu(device: str) -> bool:
-    return torch.cuda.is_available() if device == "auto" else device.startswith("cuda")

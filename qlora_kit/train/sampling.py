@@ -6,13 +6,45 @@ run sees other batches than an uninterrupted one. Here each epoch has a generato
 of its own.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.utils.data import Sampler
 
+T = TypeVar("T")
+
 _MEGABATCH = 50
 """Batches that are sorted by length together: larger wastes less, mixes less."""
+
+
+class RowSet(Protocol):
+    """Any map-style data set: a list of rows, a `TokenizedSet`, a torch `Dataset` with a length."""
+
+    def __len__(self) -> int:
+        """Count rows."""
+
+    def __getitem__(self, index: int, /) -> Any:
+        """Give one row, a mapping with `input_ids`."""
+
+
+def row_lengths(dataset: RowSet) -> list[int]:
+    """Tokens of each row, from the data set's `lengths` or by counting.
+
+    Args:
+        dataset: map-style; rows are mappings with `input_ids`.
+
+    Returns:
+        One length per row.
+
+    Example:
+        >>> row_lengths([{"input_ids": [1, 2]}, {"input_ids": [1]}])
+        [2, 1]
+    """
+    known = getattr(dataset, "lengths", None)
+    if known is not None:
+        return [int(length) for length in known]
+    return [len(dataset[row]["input_ids"]) for row in range(len(dataset))]
 
 
 class EpochSampler(Sampler[int]):
@@ -105,3 +137,33 @@ class SortedSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         """Yield every row index once."""
         return iter(self.order)
+
+
+def divide(
+    items: Sequence[T], length: Callable[[T], int], rows: int, most_tokens: int | None
+) -> list[list[T]]:
+    """Divide items that come longest first into batches of a bounded number of tokens.
+
+    Args:
+        items: longest first.
+        length: tokens of one.
+        rows: of a batch, at most.
+        most_tokens: of a batch, padding included, at most; None for any number. An item that
+            is longer is a batch of its own.
+
+    Returns:
+        The items, in order.
+
+    Example:
+        >>> divide([7, 4, 3, 3, 1], lambda item: item, 4, 8)
+        [[7], [4, 3], [3, 1]]
+    """
+    batches: list[list[T]] = []
+    start = 0
+    while start < len(items):
+        size = rows
+        if most_tokens is not None:
+            size = min(rows, max(1, most_tokens // max(1, length(items[start]))))
+        batches.append(list(items[start : start + size]))
+        start += size
+    return batches

@@ -172,6 +172,37 @@ def _samples(result: SetResult, before: SetResult | None) -> Table:
     return table
 
 
+PLAN_TOLERANCE = 0.05
+"""Difference of prediction and measurement from which on a run warns."""
+
+
+def plan_text(found: Mapping[str, Any] | None) -> str | None:
+    """Write predicted beside measured memory.
+
+    Args:
+        found: what `planning.RunPlan.judge` returned, or None.
+
+    Returns:
+        A line, with a warning where the two are more than `PLAN_TOLERANCE` apart.
+
+    Example:
+        >>> plan_text({"predicted_gib": 10.0, "measured_gib": 10.1, "difference": -0.0099})
+        'training peak: 10.00 GiB predicted, 10.10 GiB measured (-1.0%)'
+    """
+    if found is None:
+        return None
+    text = (
+        f"training peak: {found['predicted_gib']:.2f} GiB predicted, "
+        f"{found['measured_gib']:.2f} GiB measured ({found['difference']:+.1%})"
+    )
+    if abs(found["difference"]) <= PLAN_TOLERANCE:
+        return text
+    return (
+        f"{text}\nwarning: more than {PLAN_TOLERANCE:.0%} apart. Do not rely on plans for this "
+        "model, and please report it with run.json."
+    )
+
+
 def print_end(console: Console, record: Mapping[str, Any]) -> None:
     """Print how the run went and where its results lie; the report's path comes last.
 
@@ -195,6 +226,9 @@ def print_end(console: Console, record: Mapping[str, Any]) -> None:
     elif "host_peak_bytes" in memory:
         text += f"; peak memory {format_bytes(memory['host_peak_bytes'])}"
     console.print(text, highlight=False)
+    judged = plan_text(record.get("plan"))
+    if judged:
+        console.print(judged, highlight=False)
     merge = record["merge"]
     if merge and merge["deviation"]:
         console.print(

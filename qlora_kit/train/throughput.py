@@ -16,6 +16,9 @@ from torch import Tensor
 class Throughput:
     """Counts tokens and time.
 
+    Attributes:
+        widest: rows and tokens of each of the largest batch so far, padding included.
+
     Example:
         >>> speed = Throughput()
         >>> speed.count(torch.ones(2, 3), torch.tensor([[1, 1, 0], [1, 1, 1]]))
@@ -25,6 +28,7 @@ class Throughput:
 
     def __init__(self) -> None:
         """Start the clock."""
+        self.widest = (0, 0)
         self._tokens = torch.zeros((), dtype=torch.int64)
         self._mark_s = time.perf_counter()
         self._window_tokens = 0
@@ -43,6 +47,8 @@ class Throughput:
             ids: (B, T).
             mask: (B, T), 0 at padding; None, or of another shape, counts all.
         """
+        if ids.numel() > self.widest[0] * self.widest[1]:
+            self.widest = (ids.shape[0], ids.shape[1])
         padded = mask is not None and mask.shape == ids.shape
         new = mask.sum() if padded and mask is not None else torch.tensor(ids.numel())
         self._tokens = self._tokens.to(new.device) + new

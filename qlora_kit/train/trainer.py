@@ -12,12 +12,12 @@ What is different from the parent, and why:
 - The first update checks that the adapter receives gradients at all.
 - AdamW and clipping work on flat buffers (`update.py`).
 - AdaLoRA's term in the loss and its ranks are followed (`rank_allocation.py`).
-- Logs carry tokens per second and memory.
+- Logs carry tokens per second, the share of the GPU's rate, memory and what was planned.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
@@ -43,42 +43,14 @@ from qlora_kit.train.checkpoints import (
     repage_state,
     restore_adapter,
 )
+from qlora_kit.train.expected import Expected
 from qlora_kit.train.held_out import loss_totals
 from qlora_kit.train.rank_allocation import RankAllocation
-from qlora_kit.train.sampling import EpochSampler, SortedSampler
+from qlora_kit.train.sampling import EpochSampler, RowSet, SortedSampler, row_lengths
 from qlora_kit.train.throughput import Throughput
 from qlora_kit.train.update import UpdatingTrainer
 
 Batch = dict[str, Tensor]
-
-
-class RowSet(Protocol):
-    """Any map-style data set: a list of rows, a `TokenizedSet`, a torch `Dataset` with a length."""
-
-    def __len__(self) -> int:
-        """Count rows."""
-
-    def __getitem__(self, index: int, /) -> Any:
-        """Give one row, a mapping with `input_ids`."""
-
-
-def row_lengths(dataset: RowSet) -> list[int]:
-    """Tokens of each row, from the data set's `lengths` or by counting.
-
-    Args:
-        dataset: map-style; rows are mappings with `input_ids`.
-
-    Returns:
-        One length per row.
-
-    Example:
-        >>> row_lengths([{"input_ids": [1, 2]}, {"input_ids": [1]}])
-        [2, 1]
-    """
-    known = getattr(dataset, "lengths", None)
-    if known is not None:
-        return [int(length) for length in known]
-    return [len(dataset[row]["input_ids"]) for row in range(len(dataset))]
 
 
 class Trainer(UpdatingTrainer):
@@ -115,6 +87,8 @@ class Trainer(UpdatingTrainer):
         step: str = "auto",
         activations: str = "auto",
         tile: Tile = "auto",
+        keep_decoded: int = 0,
+        expected: Expected | None = None,
     ) -> None:
         """Prepare to train an adapter.
 
@@ -132,6 +106,8 @@ class Trainer(UpdatingTrainer):
             activations: what fused layers keep for the backward, see `block/policy.py`; `auto`
                 is `recompute_all` with gradient checkpointing, else `recompute_elementwise`.
             tile: tokens that fused layers treat at a time; see `block/tiles.py`.
+            keep_decoded: fused layers, from the first on, whose 4-bit weights stay decoded.
+            expected: adds MFU and planned memory to the logs; None for neither.
 
         Raises:
             AdapterError: nothing in the adapter is trainable.
@@ -151,6 +127,8 @@ class Trainer(UpdatingTrainer):
             args._n_gpu = 1
         causal = "SequenceClassification" not in type(model).__name__
         self.fused = prepare_model(model, args, step, activations, tile) if causal else None
+        if self.fused is not None and keep_decoded:
+            self.fused.keep_decoded(keep_decoded, model.dtype)
         if self.fused is not None and data_collator is not None:
             data_collator = FusedCollator(data_collator)
         super().__init__(
@@ -172,6 +150,7 @@ class Trainer(UpdatingTrainer):
         # divided again by the number of accumulated batches.
         self.model_accepts_loss_kwargs = self.causal
         self.throughput = Throughput()
+        self.expected = expected
 
     # Data
 
@@ -295,6 +274,8 @@ class Trainer(UpdatingTrainer):
             logs["tokens_per_s"] = self.throughput.window()
             logs["tokens"] = self.state.num_input_tokens_seen
             logs["memory_gib"] = round(memory_bytes(self.args.device) / GIB, 3)
+            if self.expected is not None:
+                logs |= self.expected.logs(logs["tokens_per_s"])
         super().log(logs, start_time)
 
     # Evaluation

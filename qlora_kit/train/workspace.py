@@ -54,6 +54,22 @@ class Workspace:
         self.record = folder / "run.json"
         self.report = folder / "report.html"
 
+    def outputs(self, *, merged: bool) -> dict[str, str | None]:
+        """Where results lie, for the record.
+
+        Args:
+            merged: whether there is a merged model.
+
+        Returns:
+            Name to path.
+        """
+        return {
+            "adapter": str(self.adapter),
+            "merged": str(self.merged) if merged else None,
+            "record": str(self.record),
+            "report": str(self.report),
+        }
+
     def check(self, config: RunConfig) -> None:
         """Refuse a run that would destroy something; touches nothing.
 

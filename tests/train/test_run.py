@@ -280,5 +280,8 @@ def test_out_of_memory_is_advice(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     monkeypatch.setattr(run_module.Trainer, "training_step", full)
-    with pytest.raises(UserError, match=r"train\.batch_size=2 with train\.gradient_accumulation=2"):
+    with pytest.raises(UserError, match=r"out of memory") as caught:
         run_training(make_config(base, tmp_path), console=quiet())
+    text = str(caught.value)
+    assert "needed on the GPU" in text
+    assert "--train.batch_size 2 --train.gradient_accumulation 2" in text

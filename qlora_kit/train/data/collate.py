@@ -146,6 +146,30 @@ class ClassificationCollator:
         }
 
 
+class MixedCollator:
+    """Collates packed training rows and plain held-out rows, each in their own way.
+
+    Example:
+        >>> collator = MixedCollator(lambda rows: {"n": 1}, lambda rows: {"n": 2})
+        >>> collator([{"input_ids": [1], "position_ids": [0]}]), collator([{"input_ids": [1]}])
+        ({'n': 1}, {'n': 2})
+    """
+
+    def __init__(self, packed: Collator, plain: Collator) -> None:
+        """Take both.
+
+        Args:
+            packed: for rows with `position_ids`.
+            plain: for the others.
+        """
+        self.packed = packed
+        self.plain = plain
+
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        """Collate a batch; see the class."""
+        return (self.packed if "position_ids" in rows[0] else self.plain)(rows)
+
+
 def collate_prompts(prompts: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, Tensor]:
     """Pad prompts on the left, for `generate` and for reading the next token.
 
