@@ -27,6 +27,7 @@ from qlora_kit.analysis.directions import Directions, decompose
 from qlora_kit.analysis.similarity import random_directions
 from qlora_kit.checkpoint.source import Source
 from qlora_kit.core.errors import AdapterError, ConfigError, ShapeError
+from qlora_kit.core.log import logger
 from qlora_kit.core.patterns import matches_any
 from qlora_kit.export.plan import make_plan
 from qlora_kit.export.rows import InMemory, Rows, chunks
@@ -201,6 +202,8 @@ def amplification_table(
         raise AdapterError(f"the adapter changes no module that matches {', '.join(modules)}.")
     place = device or torch.device("cpu")
     plan = make_plan(source, replace(files, deltas=chosen), into=into, device=place)
+    for note in plan.notes:
+        logger.info("%s", note)
     for number, item in enumerate(plan.items):
         if item.pair is not None:
             yield amplification(

@@ -106,17 +106,19 @@ def dense_factor(weight: torch.Tensor, delta: torch.Tensor, rank: int) -> tuple[
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("into", ["quantized", "original"])
-def test_pefts_adapter_on_a_checkpoint(family, into, tmp_path):
+def test_pefts_adapter_on_a_checkpoint(family, into, tmp_path, caplog):
     """Every line against PEFT's own ΔW and the weight of a loaded model, NF4 or not."""
     base = tiny_models.saved(family)
     names = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"]}[family]
     peft = peft_adapter(base, tmp_path / "adapter", rank=3, seed=1, target_modules=names)
     files = read_adapter(tmp_path / "adapter")
     quant = QuantConfig() if into == "quantized" else None
+    caplog.set_level("INFO", logger="qlora_kit")
     model, _ = load(base, quant=quant, dtype="float32")
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     lines = list(amplification_table(open_source(base), files, into=into))
     assert len(lines) == 2 * tiny_models.LAYERS
+    assert ("NF4 with blocks of 64" in caplog.text) == (into == "quantized")  # assumed, and said
     for line in lines:
         delta = peft_delta(peft, line.module)
         module = model.get_submodule(line.module)
