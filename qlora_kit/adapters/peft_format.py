@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qlora_kit import __version__
+from qlora_kit.adapters import glora_peft
 from qlora_kit.adapters.adalora_peft import with_side_fields
 from qlora_kit.adapters.config import AdaLoRA, LoRA
 from qlora_kit.adapters.folder import (
@@ -37,6 +38,7 @@ from qlora_kit.adapters.folder import (
     read_tensors,
     weights_path,
 )
+from qlora_kit.adapters.glora_peft import glora_config_json, to_peft
 from qlora_kit.adapters.low_rank import LowRank, dtype_name, pair_up
 from qlora_kit.adapters.method import Method
 from qlora_kit.adapters.own_format import OWN_TYPE, own_config_json, parse_own_config
@@ -179,6 +181,9 @@ def _write_files(folder: Path, files: AdapterFiles) -> None:
     tensors = {peft_key(name) if lora else name: _own(t) for name, t in files.modules.items()}
     if peft_prompt_type(files.config, files.module_names) is not None:
         tensors = dict.fromkeys([KEY], next(iter(tensors.values())))
+    glora = to_peft(files.config, files.modules, files.module_names)
+    if glora is not None:
+        tensors = {name: _own(t) for name, t in glora.tensors.items()}
     for module, pair in files.deltas.items():
         named = {f"{module}.{key}": t for key, t in pair.named().items()}
         plain = pair.values is not None  # PEFT keeps AdaLoRA's as parameters, not as modules
@@ -200,6 +205,14 @@ def _config_text(files: AdapterFiles) -> str:
             kind,
             files.config,
             files.sizes,
+            task_type=files.task_type,
+            base_path=files.base.path,
+            revision=files.base.revision,
+        )
+    glora = to_peft(files.config, files.modules, files.module_names)
+    if glora is not None:
+        return glora_config_json(
+            glora,
             task_type=files.task_type,
             base_path=files.base.path,
             revision=files.base.revision,
@@ -263,6 +276,8 @@ def read_adapter(folder: Path | str) -> AdapterFiles:
         base = replace(base, path=path, revision=revision)
     if fields.get("peft_type") == OWN_TYPE:
         return _read_own(fields, weights, base)
+    if fields.get("peft_type") == glora_peft.PEFT_TYPE:
+        return _read_glora(fields, weights, base)
     if fields.get("peft_type") in PEFT_TYPES:
         prompt, own = parse_prompt(fields, read_tensors(weights), folder)
         task = fields.get("task_type")
@@ -305,6 +320,23 @@ def _read_own(fields: Mapping[str, Any], weights: Path, base: BaseInfo) -> Adapt
         deltas={},
         modules={name: tensors[name] for name in order},
         module_names=saved,
+        base=base,
+        task_type=fields.get("task_type"),
+    )
+
+
+def _read_glora(fields: Mapping[str, Any], weights: Path, base: BaseInfo) -> AdapterFiles:
+    tensors = read_tensors(weights)
+    try:
+        dtype = dtype_name(next(iter(tensors.values())).dtype, weights) if tensors else "float32"
+        config, modules = glora_peft.from_peft(fields, tensors, dtype)
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"{weights}: {error}") from error
+    return AdapterFiles(
+        config=config,
+        deltas={},
+        modules=modules,
+        module_names=tuple(fields.get("modules_to_save") or ()),
         base=base,
         task_type=fields.get("task_type"),
     )
