@@ -45,10 +45,16 @@ SIGMA = 0.02
 class Prompt(PromptParameters):
     """The parameters: `embedding` (l, d), and `states` (L - 1, l, d) of the blocks behind."""
 
-    def __init__(self, config: PromptTuning, shape: PromptShape, like: nn.Module, seed: int):
+    def __init__(
+        self,
+        config: PromptTuning,
+        shape: PromptShape,
+        table: Tensor,
+        device: torch.device,
+        seed: int,
+    ) -> None:
         super().__init__()
-        table = like.get_parameter("weight")
-        options: dict[str, Any] = {"device": table.device, "dtype": getattr(torch, config.dtype)}
+        options: dict[str, Any] = {"device": device, "dtype": getattr(torch, config.dtype)}
         self.embedding = nn.Parameter(torch.empty(config.length, shape.width, **options))
         self.states: nn.Parameter | None = None
         if config.layers == "all":
@@ -135,8 +141,10 @@ class PromptPiece:
         if config.place == "infix" and not shape.causal:
             raise AdapterError("an infix stands before an answer, and an encoder has none.")
         self.place, self.config, self.enabled = shape.place, config, True
-        table = _embeddings(model.get_submodule(shape.place))
-        self.prompt = Prompt(config, shape, table, seed)
+        table = _embeddings(model.get_submodule(shape.place)).weight
+        assert isinstance(table, Tensor)
+        device = next(model.parameters()).device  # the table may stay in host memory
+        self.prompt = Prompt(config, shape, table, device, seed)
         self._labels: Tensor | None = None
         self._places: _Places | None = None
 

@@ -137,6 +137,11 @@ def check_method(config: RunConfig) -> None:
             "method full changes every weight, and a 4-bit weight has no gradient. Set "
             "model.bits=16, or train part of the model: top_k decodes the blocks it trains."
         )
+    if config.method == "full" and config.model.embeddings_on_host:
+        raise ConfigError(
+            "method full trains the embeddings, which cannot stay in host memory then. Set "
+            "model.embeddings_on_host=false."
+        )
     method = make_adapter_config(config.method, *config.settings)
     if config.data.packing and not sees_packed_rows(method):
         raise ConfigError(

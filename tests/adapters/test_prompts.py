@@ -15,6 +15,7 @@ from qlora_kit.adapters.prompt_config import PrefixTuning, PromptTuning
 from qlora_kit.block.install import why_not_fused
 from qlora_kit.core.errors import AdapterError, ConfigError, FormatError
 from qlora_kit.export.merge import merge
+from qlora_kit.nn.host_embedding import keep_embeddings_on_host
 from qlora_kit.step.loss import causal_lm_loss
 from tests import tiny_models
 from tests.adapters.bases import F32_EPS, quantize, relative_error
@@ -332,3 +333,15 @@ def test_refusals(tmp_path):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"num_virtual_tokens": 4}))
         with pytest.raises(FormatError, match="num_virtual_tokens"):
             read_adapter(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_embeddings_in_host_memory(name):
+    ends = []
+    for on_host in (False, True):
+        model = tiny_models.build("llama").requires_grad_(False)
+        if on_host:
+            keep_embeddings_on_host(model)
+        attach(model, CONFIGS[name], seed=3)
+        ends.append(answer(model))
+    assert torch.equal(*ends)

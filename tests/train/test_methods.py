@@ -85,6 +85,9 @@ def test_a_full_run_leaves_a_model(base: Path, tmp_path: Path, dtype: str) -> No
 def test_settings_that_do_not_fit_the_method(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.bits=16"):
         run_training(make_config(base, tmp_path, method="full"), console=quiet())
+    on_host = ModelConfig(path=str(base), bits=16, device="cpu", embeddings_on_host=True)
+    with pytest.raises(ConfigError, match="embeddings_on_host=false"):
+        run_training(make_config(base, tmp_path, method="full", model=on_host), console=quiet())
     for method, bits in (("bottleneck", 4), ("full", 16)):
         config = make_config(
             base,
