@@ -24,7 +24,9 @@ Dropout acts on the input of A alone, as in LoRA (PEFT drops inputs of Ŵ in the
 length as well; without dropout both are the same). m is kept in float32 whatever the
 dtype of A and B. rsLoRA's scale and patterns apply. Merging needs the row lengths of the
 weight that is merged into: W' = m ⊙ (W + s·B·A)/‖W + s·B·A‖ for either base. PEFT calls m
-`lora_magnitude_vector`; adapters go both ways.
+`lora_magnitude_vector`; adapters go both ways. The fused step of a layer knows plain LoRA
+alone: DoRA trains through the model's own layers or, with `train.step: compiled`, through
+one compiled graph for all of them.
 
 Source: arXiv:2402.09353.
 """
@@ -198,20 +200,23 @@ class DoRALinear(LowRankLinear):
         Returns:
             (N,) float32, without gradient.
         """
-        keep = not (self.training or torch.is_grad_enabled())
-        # an optimizer may write through another view: no version tells, but gradients came first
+        if self.training or torch.is_grad_enabled():
+            # an optimizer may write through another view, and no version tells
+            self._known = None
+            return self._measure_rows(dtype)
         key = (dtype, *((p._version, p.data_ptr()) for p in (self.lora_A, self.lora_B)))
-        if keep and self._known is not None and self._known[0] == key:
-            return self._known[1]
+        if self._known is None or self._known[0] != key:
+            self._known = key, self._measure_rows(dtype)
+        return self._known[1]
+
+    def _measure_rows(self, dtype: torch.dtype) -> Tensor:
         with torch.no_grad():
             a, b = self.lora_A.to(dtype), self.lora_B.to(dtype)
             cross = self._base_product(a).T.float()
             a, b, s = a.float(), b.float(), self.scale
             added = b * (2.0 * s * cross + s * s * (b @ (a @ a.T)))
             squares = self.base_squares.float() + added.sum(1)
-            lengths = squares.clamp_(min=torch.finfo(torch.float32).tiny).sqrt_()
-        self._known = (key, lengths) if keep else None
-        return lengths
+            return squares.clamp_(min=torch.finfo(torch.float32).tiny).sqrt_()
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """A, B and m."""

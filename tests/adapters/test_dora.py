@@ -24,7 +24,7 @@ from tests.adapters.bases import (
     make_linear,
     relative_error,
 )
-from tests.export.models import error, plain_logits, unmerged_logits, weights
+from tests.export.models import error, plain_logits, unmerged_logits, weights, wrong_scale
 
 RANK, K, N = 4, 96, 80
 SCALE = 3.0
@@ -201,6 +201,9 @@ def test_merged_equals_unmerged(family, tmp_path):
         merge(base, folder, tmp_path / f"{into}16", into=into, dtype="bfloat16")
         exact, rounded = weights(tmp_path / into), weights(tmp_path / f"{into}16")
         assert all(torch.equal(t.bfloat16(), rounded[n]) for n, t in exact.items())
+    wrong_scale(folder)
+    merge(base, folder, tmp_path / "wrong", into="original", dtype="float32")
+    assert error(plain_logits(tmp_path / "wrong", family), expected) > 1e-3
 
 
 @pytest.mark.parametrize("kind", LINEARS)

@@ -19,7 +19,7 @@ from qlora_kit.nn.host_embedding import keep_embeddings_on_host
 from qlora_kit.quant.config import QuantConfig
 from tests import tiny_models
 from tests.adapters.bases import F32_EPS, load_bitsandbytes, load_nf4, relative_error
-from tests.export.models import error, plain_logits, unmerged_logits, weights
+from tests.export.models import error, plain_logits, unmerged_logits, weights, wrong_scale
 
 V, H, RANK = 40, 24, 4
 CONFIG = LoRA(rank=RANK, alpha=12)
@@ -121,6 +121,9 @@ def test_merged_equals_unmerged(family, tmp_path):
         merge(base, folder, tmp_path / f"{into}16", into=into, dtype="bfloat16")
         exact, rounded = weights(tmp_path / into), weights(tmp_path / f"{into}16")
         assert all(torch.equal(t.bfloat16(), rounded[n]) for n, t in exact.items())
+    wrong_scale(folder)
+    merge(base, folder, tmp_path / "wrong", into="original", dtype="float32")
+    assert error(plain_logits(tmp_path / "wrong", "llama"), expected) > 1e-3
 
 
 def test_a_tied_table_is_not_merged(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from qlora_kit.adapters.config import DoRA, LoRA
 from qlora_kit.adapters.dora import DoRALinear
 from qlora_kit.adapters.inject import AttachedAdapter, attach
+from qlora_kit.block.compiled import compile_layers
 from qlora_kit.block.install import why_not_fused
 from qlora_kit.export.originals import original_weights
 from qlora_kit.load.model import load
@@ -142,6 +143,29 @@ def test_fused_layers_give_the_same_gradients(case: str, tmp_path: Path) -> None
         assert other is not None
         assert (gradient - other).norm() < 1e-4 * gradient.norm(), name
         assert (gradient - 1.01 * other).norm() > 1e-3 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("case", ["dora", "pissa", "slices"])
+def test_compiled_layers_give_the_same_gradients(case: str) -> None:
+    """One graph for both layers, nothing in it that breaks it."""
+    gradients = []
+    for compiled in (False, True):
+        adapter = adapted(case)
+        model = adapter.model.train()
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        if compiled:
+            compile_layers(model, "save", backend="aot_eager")
+        ids = tiny_models.tokens()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append({n: p.grad for n, p in adapter.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient is not None
+        other = gradients[1][name]
+        assert other is not None
+        assert (gradient - other).norm() < 1e-4 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("init", ["loftq", "pissa"])
