@@ -28,7 +28,7 @@ from qlora_kit.train.config import RunConfig
 from qlora_kit.train.data.tokenized import TokenizedSet
 
 PLANNED = ("lora", "rslora", "lora_fa", FULL)
-"""Methods whose plans were held to measurements."""
+"""Methods whose plans were held to measurements: others train without one."""
 HOST_SHARE = 0.8
 """Of the free host memory, what may be pinned."""
 _LESS = 0.1
@@ -47,7 +47,7 @@ def setup_of(config: RunConfig, *, batch: int, seq: int) -> Setup:
         The setup; activations may be `auto`.
 
     Raises:
-        ConfigError: the method is not planned.
+        ConfigError: the planner does not know the method.
 
     Example:
         >>> from qlora_kit.train.config import DataConfig, ModelConfig
@@ -56,10 +56,6 @@ def setup_of(config: RunConfig, *, batch: int, seq: int) -> Setup:
         'auto'
     """
     train, model = config.train, config.model
-    if config.method not in PLANNED:
-        raise ConfigError(
-            f"method {config.method!r} is not planned yet; planned: {', '.join(PLANNED)}."
-        )
     full = config.method == FULL
     activations = train.activations
     if activations == AUTO and train.gradient_checkpointing:
@@ -81,7 +77,6 @@ def setup_of(config: RunConfig, *, batch: int, seq: int) -> Setup:
         optimizer=train.optimizer,
         step="fused" if fused else "eager",
         dtype="bfloat16" if model.dtype == "auto" else model.dtype,
-        mixed=config.full.dtype == "float32",
         accumulation=train.gradient_accumulation,
         graph=not model.embeddings_on_host,
     )
@@ -285,6 +280,9 @@ def plan_run(
         ConfigError: nothing fits; the message has the table and what would.
     """
     enforce(config)
+    if config.method not in PLANNED:
+        logger.info("training without a plan: plans for %s were not measured", config.method)
+        return None
     batch, seq = largest_batch(config, lengths, multiple)
     planner = Planner(model, gpu, budget_of(config, gpu))
     try:

@@ -69,7 +69,7 @@ def test_a_run_becomes_a_setup():
     assert setup.embeddings_on_host
     assert not setup.graph
     assert setup_of(make(train=TrainConfig(step="compiled")), batch=1, seq=8).step == "eager"
-    with pytest.raises(ConfigError, match="is not planned yet"):
+    with pytest.raises(ConfigError, match="a plan knows the methods like LoRA"):
         setup_of(make(method="bitfit"), batch=1, seq=8)
 
 
@@ -144,7 +144,8 @@ def test_a_run_that_may_just_fit_runs_with_a_warning(caplog):
 
 
 def test_what_cannot_be_planned_trains_without_a_plan():
-    assert plan_run(make(method="bitfit"), llama(), LENGTHS, GPU) is None
+    for method in ("bitfit", "dora"):
+        assert plan_run(make(method=method), llama(), LENGTHS, GPU) is None
     assert plan_run(make(train=TrainConfig(optimizer="sgd")), llama(), LENGTHS, GPU) is None
 
 
