@@ -1,5 +1,6 @@
 """Runs of the methods that are not like LoRA: from the configuration to what they leave behind."""
 
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from qlora_kit.adapters.bottleneck_config import Bottleneck
 from qlora_kit.adapters.inject import attach, load_adapter
 from qlora_kit.adapters.prompt_config import PrefixTuning, PromptTuning
 from qlora_kit.adapters.whole_config import Full, TopK
+from qlora_kit.cli.target import resolve_target, run_settings
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.load.model import load
 from qlora_kit.quant.config import QuantConfig
@@ -80,6 +82,13 @@ def test_a_full_run_leaves_a_model(base: Path, tmp_path: Path, dtype: str) -> No
     assert model.dtype == torch.bfloat16
     assert (result.adapter / "tokenizer.json").is_file()
     assert not (result.adapter / "adapter_config.json").exists()
+    options = Namespace(base_model=None, bits=None)
+    for path in (result.output, result.adapter):  # what `chat`, `eval` and the like are given
+        target = resolve_target(str(path), options)
+        assert (target.base, target.adapter, target.quant) == (str(result.adapter), None, None)
+        settings = run_settings(str(path))
+        assert settings is not None
+        assert settings.method == "full"
 
 
 def test_settings_that_do_not_fit_the_method(base: Path, tmp_path: Path) -> None:
