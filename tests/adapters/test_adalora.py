@@ -73,7 +73,13 @@ def test_bfloat16_input_with_float32_masters(kind):
     out.backward(g)
     found = (out.detach(), x.grad, layer.lora_A.grad, layer.lora_E.grad, layer.lora_B.grad)
     assert layer.lora_E.grad.dtype == torch.float32
-    for value, exact in zip(found, wanted, strict=True):
+    for i, (value, exact) in enumerate(zip(found, wanted, strict=True)):
+        if i == 3:  # λ: one sum over rows each, which may cancel; the others stand for its path
+            terms = (g.double() @ layer.lora_B.double()).abs() * 3
+            exact_size = (terms * (x.double() @ layer.lora_A.double().T).abs()).sum(0)
+            error = (value[:, 0].double() - exact[:, 0]).abs() / exact_size
+            assert error.max() < 4 * BF16_EPS
+            continue
         assert relative_error(value, exact) < 2 * BF16_EPS
         assert relative_error(value * 1.05, exact) > 2 * BF16_EPS
 
