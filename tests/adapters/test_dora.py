@@ -1,10 +1,12 @@
 """DoRA: values and gradients by float64, the start, merging, PEFT's files both ways."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from qlora_kit.adapters.config import DoRA, LoRA, make_adapter_config
 from qlora_kit.adapters.dora import DoRALinear
@@ -247,10 +249,14 @@ def test_peft_answers_alike(family, direction, tmp_path):
 
 
 def test_files_that_contradict_themselves_are_refused(tmp_path):
-    import json
-
     adapter = attach(tiny_models.build("llama"), DoRA(rank=2))
     adapter.save(tmp_path / "a")
+    weights_file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(weights_file)
+    name = next(name for name in tensors if "magnitude" in name)
+    save_file(tensors | {name: torch.ones(3)}, weights_file)
+    with pytest.raises(FormatError, match=r"lora_magnitude_vector \(3,\) beside"):
+        load_adapter(tiny_models.build("llama"), tmp_path / "a")
     path = tmp_path / "a" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": False}))
     (tmp_path / "a" / "qlora_kit.json").unlink()

@@ -126,6 +126,15 @@ def test_merged_equals_unmerged(family, tmp_path):
     assert error(plain_logits(tmp_path / "wrong", "llama"), expected) > 1e-3
 
 
+def test_counts_on_meta_and_what_models_read():
+    with torch.device("meta"):
+        model = tiny_models.build("llama")
+        layer = LoRAEmbedding(nn.Embedding(V, H, padding_idx=3), "embed", CONFIG, seed=0)
+    adapter = attach(model, LoRA(rank=8, targets=("embed_tokens",)))
+    assert adapter.num_trainable == 8 * (tiny_models.VOCAB + tiny_models.HIDDEN)
+    assert (layer.weight.shape, layer.padding_idx) == ((V, H), 3)
+
+
 def test_a_tied_table_is_not_merged(tmp_path):
     base = tiny_models.saved("gpt2")
     model, _ = load(base, quant=QuantConfig(), dtype="float32")

@@ -1,5 +1,6 @@
 """LoRA on slices of fused linears: separate adapters in one, counts, files, PEFT, merging."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from peft import PeftModel
 from qlora_kit.adapters.config import DoRA, LoRA
 from qlora_kit.adapters.inject import attach, load_adapter
 from qlora_kit.adapters.sliced import SlicedLoRALinear, layout
-from qlora_kit.core.errors import AdapterError, ConfigError
+from qlora_kit.core.errors import AdapterError, ConfigError, FormatError
 from qlora_kit.export.merge import merge
 from qlora_kit.load.model import load
 from qlora_kit.quant.config import QuantConfig
@@ -129,6 +130,15 @@ def test_files_go_round(family, tmp_path):
     plain = load_adapter(tiny_models.build(family), tmp_path / "a")
     assert plain.num_trainable > adapter.num_trainable
     assert torch.allclose(plain.model(ids).logits, model(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("own", [[1], {"rank": 0}, {"slices": 3}, {"init": "other"}])
+def test_a_side_file_that_is_malformed_is_refused(own, tmp_path):
+    attach(tiny_models.build("gpt2"), SLICES["gpt2"]).save(tmp_path / "a")
+    path = tmp_path / "a" / "qlora_kit.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"own": own}))
+    with pytest.raises((FormatError, ConfigError)):
+        load_adapter(tiny_models.build("gpt2"), tmp_path / "a")
 
 
 def test_what_is_not_in_the_slices_is_refused(tmp_path):
