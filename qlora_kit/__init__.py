@@ -18,11 +18,14 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from qlora_kit.adapters.adalora_config import RankBudget as RankBudget
     from qlora_kit.adapters.bitfit_config import BitFit as BitFit
     from qlora_kit.adapters.bottleneck_config import Bottleneck as Bottleneck
+    from qlora_kit.adapters.config import AdaLoRA as AdaLoRA
     from qlora_kit.adapters.config import DoRA as DoRA
     from qlora_kit.adapters.config import LoRA as LoRA
     from qlora_kit.adapters.config import LoRAFA as LoRAFA
+    from qlora_kit.adapters.glora_config import GLoRA as GLoRA
     from qlora_kit.adapters.inject import AttachedAdapter as AttachedAdapter
     from qlora_kit.adapters.inject import attach as attach
     from qlora_kit.adapters.inject import load_adapter as load_adapter
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
     from qlora_kit.train.trainer import Trainer as Trainer
 
 _HOMES = {
+    "AdaLoRA": "qlora_kit.adapters.config",
     "AttachedAdapter": "qlora_kit.adapters.inject",
     "BitFit": "qlora_kit.adapters.bitfit_config",
     "Bottleneck": "qlora_kit.adapters.bottleneck_config",
@@ -64,6 +68,7 @@ _HOMES = {
     "EvalConfig": "qlora_kit.train.config",
     "ExportConfig": "qlora_kit.train.config",
     "Full": "qlora_kit.adapters.whole_config",
+    "GLoRA": "qlora_kit.adapters.glora_config",
     "LoRA": "qlora_kit.adapters.config",
     "LoRAFA": "qlora_kit.adapters.config",
     "ModelConfig": "qlora_kit.train.config",
@@ -74,6 +79,7 @@ _HOMES = {
     "PromptTuning": "qlora_kit.adapters.prompt_config",
     "QloraKitError": "qlora_kit.core.errors",
     "QuantConfig": "qlora_kit.quant.config",
+    "RankBudget": "qlora_kit.adapters.adalora_config",
     "RunConfig": "qlora_kit.train.config",
     "TopK": "qlora_kit.adapters.whole_config",
     "TrainConfig": "qlora_kit.train.config",

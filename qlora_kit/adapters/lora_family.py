@@ -49,7 +49,7 @@ def lora_pieces(
         config.targets,
         outside=whole,
         layers=config.layers_to_transform,
-        embeddings=True,
+        embeddings=not isinstance(config, AdaLoRA),  # its budget is over linears
     )
     if config.targets == ALL_LINEAR:
         _tell_about_experts(model)

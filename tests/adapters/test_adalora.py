@@ -8,7 +8,7 @@ from qlora_kit.adapters.adalora import AdaLoRALinear, orthogonality
 from qlora_kit.adapters.adalora_config import RankBudget
 from qlora_kit.adapters.config import AdaLoRA, LoRA, make_adapter_config, method_name
 from qlora_kit.adapters.inject import attach
-from qlora_kit.core.errors import ConfigError
+from qlora_kit.core.errors import AdapterError, ConfigError
 from qlora_kit.export.merge import merge
 from tests import tiny_models
 from tests.adapters.bases import (
@@ -244,6 +244,11 @@ def test_settings():
     ):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             RankBudget(**wrong)
+
+
+def test_an_embedding_is_not_for_it():
+    with pytest.raises(AdapterError, match="matches no linear"):
+        attach(tiny_models.build("llama"), AdaLoRA(targets=("embed_tokens",)))
 
 
 def test_parameter_count_from_the_configuration_alone():
