@@ -94,7 +94,7 @@ def test_words(words, expected):
             r"--train\.epoch is not a known flag\. Did you mean --train\.epoch",
         ),
         (["--bits", "16"], r"Did you mean --model\.bits\?"),
-        (["--train.rank", "4"], r"Did you mean --adapter\.rank\?"),
+        (["--train.rank", "4"], r"Did you mean --adapter\.rank"),
         (["--metod", "lora"], r"Did you mean --method\?"),
         (["--dryrun"], r"Did you mean --dry-run\?"),
         (["--frobnicate"], r"not a known flag\. `qlora-kit train --help`"),
@@ -114,7 +114,7 @@ def test_wrong_words(words, message):
     ("text", "message"),
     [
         ("train: {epoch: 2}", r"'train\.epoch' is not a known key\. Did you mean train\.epochs\?"),
-        ("train: {rank: 2}", r"Did you mean adapter\.rank\?"),
+        ("train: {rank: 2}", r"Did you mean adapter\.rank"),
         (
             "train: {lr: 2}",
             r"'train\.lr' is not a known key\. Known in 'train': epochs, .*learning",
@@ -125,7 +125,7 @@ def test_wrong_words(words, message):
         ("train: 3", r"'train' is a section and takes keys"),
         ("train: {seed: x}", r"train\.seed takes whole number, got 'x'\. Seed of data order"),
         ("train: {seed: 1.5}", r"train\.seed takes whole number, got 1\.5"),
-        ("method: qlora", r"method takes lora, rslora or lora_fa, got 'qlora'"),
+        ("method: qlora", r"method takes lora, rslora, .* got 'qlora'"),
         ("eval: {choices: a}", r"eval\.choices takes list of text, got 'a'"),
         ("adapter: {rank: 0}", r"rank must be at least 1"),
         ("quant: {block_size: 65}", r"block_size must be one of"),
