@@ -17,7 +17,6 @@ from qlora_kit.nn.linear import NF4Linear
 from qlora_kit.nn.swap import quantizable, swap
 from qlora_kit.quant.config import QuantConfig
 
-
 _SCALES = {"weight_nested_absmax": 0.004, "weight_offset": 0.02}
 """Weights then deviate by 0.01: with more, gradients of deep models drown in their rounding."""
 
