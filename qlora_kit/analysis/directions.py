@@ -15,7 +15,9 @@ two adapters with the same seed agree in `A` before they have learned anything, 
 different seeds disagree although they learned the same. B starts at zero and holds
 nothing but what was learned. `input` and `output` weigh each factor by the other.
 
-AdaLoRA's λ is part of A; of DoRA, s·B·A alone is seen, without the lengths of rows.
+AdaLoRA's λ is part of A; of DoRA, s·B·A alone is seen, without the lengths of rows. Files of PiSSA
+hold the frozen start as more rows of A and columns of B: `input` and `output` see the change
+alone, `A` and `B` the start too.
 
 Source: arXiv:2106.09685, section 7.2 and appendix G.
 """
@@ -86,7 +88,9 @@ def decompose(pair: LowRank) -> Directions:
     q_b, r_b = torch.linalg.qr(pair.b.double())
     q_a, r_a = torch.linalg.qr(pair.a.double().T)
     u, values, v = torch.linalg.svd(pair.scale * (r_b @ r_a.T), full_matrices=False)
-    kept = _numerical_rank(values, max(pair.a.shape[1], pair.b.shape[0]))
+    # Where parts of B·A cancel, as in an untrained PiSSA, what is left is rounding of them.
+    whole = abs(pair.scale) * float(r_b.norm() * r_a.norm())
+    kept = _numerical_rank(values, max(pair.a.shape[1], pair.b.shape[0]), whole)
     return Directions(q_b @ u[:, :kept], values[:kept], q_a @ v[:kept].T)
 
 
@@ -112,14 +116,12 @@ def subspace(pair: LowRank, side: Side) -> Tensor:
     pair = pair.folded()
     factor = pair.a.T if side == "A" else pair.b
     u, values, _ = torch.linalg.svd(factor.double(), full_matrices=False)
-    return u[:, : _numerical_rank(values, max(factor.shape))]
+    return u[:, : _numerical_rank(values, max(factor.shape), float(values.sum()))]
 
 
-def _numerical_rank(values: Tensor, size: int) -> int:
-    """Singular values above what rounding leaves of a zero; 0 for a factor of zeros."""
-    if not values.numel() or values[0] <= 0:
-        return 0
-    return int((values > values[0] * size * torch.finfo(torch.float64).eps).sum())
+def _numerical_rank(values: Tensor, size: int, whole: float) -> int:
+    """Singular values above what rounding leaves of a zero, in a product of this size."""
+    return int((values > whole * size * torch.finfo(torch.float64).eps).sum())
 
 
 def layer_and_kind(module: str) -> tuple[int | None, str]:

@@ -81,6 +81,15 @@ def test_a_change_of_nothing_has_no_directions():
     assert subspace(pair, "A").shape == (20, 3)
 
 
+def test_what_cancels_is_no_change():
+    """PiSSA's files before training: the start and its negative, whose sum is rounding."""
+    start = random_pair(12, 20, 3)
+    files = LowRank(torch.cat([start.a] * 2), torch.cat([start.b, -start.b], 1), start.scale)
+    assert decompose(files).rank == 0
+    moved = replace(files, a=files.a + torch.cat([0.01 * start.a, 0 * start.a]))
+    assert decompose(moved).rank == 3
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
