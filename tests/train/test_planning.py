@@ -292,6 +292,18 @@ def test_a_planned_run_prints_predicted_beside_measured(base, tmp_path, monkeypa
     assert "2.00 GiB predicted" in result.report.read_text()
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_a_run_is_planned_and_measured(base, tmp_path):
+    """A tiny model is mostly libraries' workspace, so the bound is absolute."""
+    result = run_training(whole(base, tmp_path, budget="6GiB"), console=Console(quiet=True))
+    plan = result.record["plan"]
+    assert abs(plan["predicted_gib"] - plan["measured_gib"]) < 0.1
+    assert plan["budget_gib"] == 6.0
+    logged = result.record["training"]["history"][0]
+    assert logged["mfu"] >= 0
+    assert logged["memory_predicted_gib"] > 0
+
+
 def test_running_out_of_memory_inside_the_model_is_explained(base, tmp_path, monkeypatch):
     """A layer that finds no memory: the table and what takes less, exit code 2."""
 
