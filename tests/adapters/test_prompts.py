@@ -194,7 +194,10 @@ def test_prelayer_replaces_what_enters_every_block():
     adapter = attach(model, CONFIGS["prelayer"])
     shake(adapter)
     ids = tiny_models.tokens()
-    first, later = (p.detach().double() for p in adapter.parameters())
+    logits = model(ids).logits
+    g = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+    logits.backward(g)
+    first, later = (p.detach().double().requires_grad_() for p in adapter.parameters())
     embeds = torch.cat([first.expand(2, -1, -1), twin.get_input_embeddings()(ids)], 1)
 
     def replace(_module, args, _kwargs):
@@ -203,8 +206,12 @@ def test_prelayer_replaces_what_enters_every_block():
     wrong = twin(inputs_embeds=embeds).logits[:, 3:]
     twin.model.layers[1].register_forward_pre_hook(replace, with_kwargs=True)
     found = twin(inputs_embeds=embeds).logits[:, 3:]
-    assert relative_error(answer(model), found) < ERROR
-    assert relative_error(answer(model), wrong) > ERROR
+    found.backward(g.double())
+    assert relative_error(logits, found) < ERROR
+    assert relative_error(logits, wrong) > ERROR
+    for own, exact in zip(adapter.parameters(), (first.grad, later.grad), strict=True):
+        assert relative_error(own.grad, exact) < ERROR
+        assert relative_error(1.001 * own.grad, exact) > ERROR
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])

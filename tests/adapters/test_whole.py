@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_kit.adapters.bitfit_config import BitFit
 from qlora_kit.adapters.bottleneck_config import Bottleneck
-from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.inject import attach, load_adapter
 from qlora_kit.adapters.whole_config import Full, TopK
 from qlora_kit.adapters.whole_model import computing_dtype
 from qlora_kit.core.errors import AdapterError, ConfigError, SourceError
@@ -162,3 +162,16 @@ def test_merges_that_cannot_be(tmp_path):
         with pytest.raises(AdapterError, match=reason):
             merge(folder, tmp_path / name, tmp_path / "m", device="cpu")
         assert not (tmp_path / "m").exists()
+
+
+def test_a_checkpoint_of_full_has_the_masters(tmp_path):
+    model = tiny_models.build("llama", dtype=torch.bfloat16)
+    adapter = attach(model, Full())
+    shake(adapter, 0.01)
+    wanted = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
+    adapter.save(tmp_path / "checkpoint", resumable=True)
+    fresh = tiny_models.build("llama", dtype=torch.bfloat16)
+    loaded = load_adapter(fresh, tmp_path / "checkpoint")
+    assert all(torch.equal(tensor, wanted[n]) for n, tensor in loaded.state_dict().items())
+    rounded = {n for n, t in wanted.items() if torch.equal(t, t.bfloat16().float())}
+    assert not rounded  # it would be seen if they had been saved in 16 bits

@@ -1,5 +1,6 @@
 """Runs of the methods that are not like LoRA: from the configuration to what they leave behind."""
 
+import json
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +19,13 @@ from qlora_kit.cli.target import resolve_target, run_settings
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.load.model import load
 from qlora_kit.quant.config import QuantConfig
-from qlora_kit.train.config import ExportConfig, ModelConfig
+from qlora_kit.train.config import DataConfig, ExportConfig, ModelConfig, TrainConfig
 from qlora_kit.train.data.collate import PadCollator
 from qlora_kit.train.run import run_training
 from qlora_kit.train.trainer import Trainer
 from tests import tiny_models
 from tests.train.helpers import arguments, rows, state
-from tests.train.test_run import make_config, quiet
+from tests.train.test_run import WORDS, make_config, quiet
 
 CONFIGS = {
     "bitfit": BitFit(),
@@ -116,6 +117,35 @@ def test_packed_rows_are_refused_where_they_would_not_see_a_prompt(
     config = replace(config, data=replace(config.data, packing=True))
     with pytest.raises(ConfigError, match=r"data\.packing=false"):
         run_training(config, console=quiet())
+
+
+@pytest.mark.parametrize("method", ["bitfit", "bottleneck", "top_k", "prefix_tuning"])
+def test_an_encoder_learns_classes(tmp_path: Path, method: str) -> None:
+    folder = tiny_models.save("roberta", tmp_path / "base")
+    tiny_models.tokenizer(folder)
+    labelled = [{"text": w, "label": "long" if len(w) > 3 else "short"} for w in WORDS * 3]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in labelled))
+    file = str(tmp_path / "rows.jsonl")
+    config = make_config(
+        folder,
+        tmp_path,
+        method=method,
+        model=ModelConfig(
+            path=str(folder),
+            device="cpu",
+            task="sequence_classification",
+            labels=("short", "long"),
+        ),
+        data=DataConfig(train=file, eval=file, max_length=32),
+        train=TrainConfig(epochs=4, batch_size=4, learning_rate=5e-3, loggers=()),
+        **{method: CONFIGS[method]},
+    )
+    result = run_training(config, console=quiet())
+    assert result.after[0].loss < result.before[0].loss
+    target = resolve_target(str(result.output), Namespace(base_model=None, bits=None))
+    assert (target.task, target.num_labels) == ("sequence_classification", 2)
+    model, _ = load(folder, quant=target.quant, device="cpu", task=target.task, num_labels=2)
+    load_adapter(model, result.adapter)
 
 
 def make_trainer(folder: Path, method: str, **changes: Any) -> Trainer:
