@@ -14,8 +14,8 @@ r passes of the base, of which only x is kept. Backwards, with g = dL/dy and M =
     dA_d = M·A_uᵀ      dA_u = A_dᵀ·M      dx = Σ_k A_u[k] ⊙ (Ŵᵀ·(A_d[:, k] ⊙ g))
 
 M a few rows at a time in float32; the weight is decoded once, for the time of the call. A
-vector or scalar A needs no pass: y − b is W·x. B is LoRA with s = 1, a vector or scalar B one
-with a row of ones; W·C is the base on one row.
+vector or scalar A needs no pass: y − b is W·x. B is LoRA with s = 1, in the base's pass where
+it can be; a vector or scalar B is one with a row of ones; W·C is the base on one row.
 
 *Super-net.* With `super_net` every linear holds the largest form of every support, and
 `choice` says which part of it is used: a vector is X_d[:, 0], a scalar X_d[0, 0], so all 432
@@ -125,9 +125,15 @@ class GLoRALinear(ModuleWrapper):
         Returns:
             (..., N) in the dtype the base answers with.
         """
-        y = self.base(x)
         if not self.enabled:
-            return y
+            return self.base(x)
+        in_pass = (  # B in the base's own pass, as LoRA; a vector or scalar A needs W·x alone
+            isinstance(self.base, NF4Linear)
+            and self.choice.b == "lora"
+            and self.choice.a in ("lora", "none")
+        )
+        factors = (self.supports["B_u"], self.supports["B_d"], 1.0) if in_pass else ()
+        y = self.base(x, *factors)
         rows = x.to(autocast_dtype(x.device) or x.dtype).reshape(-1, self.in_features)
         parts = self.parts(rows.dtype)
         out = y.reshape(-1, self.out_features)
@@ -138,9 +144,9 @@ class GLoRALinear(ModuleWrapper):
             total = total + product * parts["A"].T
         elif form == "lora":
             total = total + _Hadamard.apply(rows, parts["A_d"], parts["A_u"], self.base)
-        if self.choice.b == "lora":
+        if self.choice.b == "lora" and not in_pass:
             total = torch.addmm(total, F.linear(rows, parts["B_u"]), parts["B_d"].T)
-        elif self.choice.b != "none":
+        elif "B" in parts:
             total = torch.addmm(total, rows.sum(-1, keepdim=True), parts["B"].T)
         shift = self._shift(parts, rows.dtype)
         if shift is not None:

@@ -1,5 +1,6 @@
 """AdaLoRA in the loop: the loss, accumulation, exact resume, the record and its picture."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -141,6 +142,21 @@ def test_accumulated_batches_share_it(tmp_path: Path) -> None:
         found.append(state(trainer))
     for name, tensor in found[0].items():
         torch.testing.assert_close(found[1][name], tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_an_overflow_in_float16_leaves_the_scores_alone(tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    ranks, control = trainer.ranks, trainer.control
+    parameters = list(trainer.adapter.parameters())
+    for value in (1.0, float("inf")):
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, value)
+        before = ranks.allocator.scores().clone()
+        args, trainer.state.max_steps = replace(trainer.args, bf16=False), 9
+        args.fp16 = True
+        ranks.on_pre_optimizer_step(args, trainer.state, control)
+        moved = not torch.equal(ranks.allocator.scores(), before)
+        assert moved == (value == 1.0)
 
 
 def test_it_trains_through_the_models_own_layers(tmp_path: Path) -> None:
