@@ -15,8 +15,8 @@ module makes of the float32 master, rounded to the dtype the module computes in,
 its weight and its code stay as they are. It works for whatever reads `self.bias`: `nn.Linear`,
 `NF4Linear` (whose op has the gradient), `Conv1D`, `LayerNorm`.
 
-Merging replaces the biases; an added bias has no place in a model whose layers have none, and
-is refused.
+Merging replaces the biases. An added one is merged where the model's class has a place for it
+(Llama's `attention_bias` and `mlp_bias` in config.json), and refused elsewhere.
 
 Defaults: all biases, float32 masters. The paper's learning rates are 1e-4 to 1e-2, above LoRA's.
 
@@ -161,7 +161,7 @@ def bias_pieces(
     if added:
         log_once(
             f"BitFit: {type(model).__name__} has no biases on {len(added)} linear layers; they "
-            "get zero ones, which are trained and cannot be merged."
+            "get zero ones, which are trained."
         )
     chosen = {*taken, *added}
     return [TrainedBias(m, n, dtype) for n, m in model.named_modules() if n in chosen]

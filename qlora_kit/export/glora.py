@@ -60,7 +60,10 @@ def split_supports(files: AdapterFiles) -> tuple[dict[str, dict[str, Tensor]], A
 
 
 def open_biases(
-    model: PreTrainedModel, source: Source, supports: Mapping[str, Supports]
+    model: PreTrainedModel,
+    source: Source,
+    supports: Mapping[str, Supports],
+    method: str = "GLoRA adds E + W·C to one",
 ) -> tuple[Source, set[str]]:
     """Give the skeleton the biases that a merge needs, and config.json the fields for them.
 
@@ -68,6 +71,7 @@ def open_biases(
         model: on the meta device; changed in place.
         source: the base.
         supports: module to key to tensor.
+        method: what adds a bias, for messages.
 
     Returns:
         source: with the fields set.
@@ -88,10 +92,11 @@ def open_biases(
             continue
         part = next((p for p in place.split(".") if p in FLAGS), "")
         if not hasattr(model.config, FLAGS.get(part, "no place")):
+            without = "structure `lora lora none none none`"
+            advice = f"Train without C and E ({without}), or keep" if "GLoRA" in method else "Keep"
             raise AdapterError(
-                f"{place} has no bias, and GLoRA adds E + W·C to one, for which "
-                f"{type(model).__name__} has no place. Train without C and E (structure `lora "
-                "lora none none none`), or keep the adapter beside the base."
+                f"{place} has no bias, and {method}, for which {type(model).__name__} has no "
+                f"place. {advice} the adapter beside the base."
             )
         config[FLAGS[part]] = True
         for name, module in modules.items():

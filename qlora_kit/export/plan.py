@@ -76,6 +76,10 @@ def make_plan(
     if files is not None and isinstance(files.config, GLoRA):
         supports, files = split_supports(files)
         source, new = open_biases(model, source, supports)
+    if files is not None and isinstance(files.config, BitFit):
+        added = {n.removesuffix(".bias"): {"E": t} for n, t in files.modules.items()}
+        source, new = open_biases(model, source, added, "BitFit has added one")
+        new -= files.modules.keys()
     entries = map_names(model, source.weight_names())
     compute = _DTYPES.get(files.base.dtype or "") if files is not None else None
     plan = MergePlan(
@@ -263,11 +267,6 @@ class _Planner:
         """Take over tensors the adapter trained whole; a new head's are added."""
         shapes = {name: tuple(p.shape) for name, p in self.plan.model.named_parameters()}
         for name, value in files.modules.items():
-            if name not in shapes and isinstance(files.config, BitFit):
-                raise AdapterError(
-                    f"{type(self.plan.model).__name__} has no {name}: BitFit has added this bias, "
-                    "and a merged model has no place for it. Keep the adapter beside the base."
-                )
             if name not in shapes or shapes[name] != tuple(value.shape):
                 raise AdapterError(
                     f"the adapter trained {name} of shape {tuple(value.shape)}, the base has "

@@ -132,7 +132,7 @@ def test_full_saves_a_model_that_transformers_loads(family, tmp_path):
 
 
 @pytest.mark.parametrize("config", [BitFit(), TopK(blocks=1)], ids=["bitfit", "top_k"])
-@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "llama"])
 @pytest.mark.parametrize("bits", [4, 16])
 def test_merged_equals_unmerged(family, config, bits, tmp_path):
     folder = tiny_models.saved(family)
@@ -152,11 +152,11 @@ def test_merged_equals_unmerged(family, config, bits, tmp_path):
 
 
 def test_merges_that_cannot_be(tmp_path):
-    folder = tiny_models.saved("llama")
     for name, config, reason in [
-        ("added", BitFit(), "BitFit has added this bias"),
+        ("added", BitFit(add_biases="always"), "BitFit has added one"),
         ("sequence", Bottleneck(width=4), "nonlinearity"),
     ]:
+        folder = tiny_models.saved("qwen2" if name == "added" else "llama")
         model, _ = load(folder, quant=None, dtype="float32", device="cpu")
         attach(model, config).save(tmp_path / name, base_model=str(folder))
         with pytest.raises(AdapterError, match=reason):
