@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.adapters.glora_config import GLoRA, Structure
+from qlora_kit.adapters.glora_config import GLoRA, Structure, support_shapes
 from qlora_kit.adapters.lora import linear_shape, seeded
 from qlora_kit.adapters.protocol import ModuleWrapper
 from qlora_kit.adapters.targets import linear_targets
@@ -265,38 +265,6 @@ class GLoRALinear(ModuleWrapper):
     def extra_repr(self) -> str:
         """Show what distinguishes this linear."""
         return f"rank={self.rank}, structure={self.structure}, super_net={self.super_net}"
-
-
-def support_shapes(structure: Structure, n: int, k: int, rank: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters of one linear.
-
-    Args:
-        structure: as it is on the linear (`Structure.on`).
-        n: output features.
-        k: input features.
-        rank: r.
-
-    Returns:
-        Key to shape.
-
-    Example:
-        >>> support_shapes(Structure.parse("vector lora none none scalar"), 4, 8, 2)
-        {'A_d': (4, 1), 'B_d': (4, 2), 'B_u': (2, 8), 'E': (1,)}
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for letter, form in (("A", structure.a), ("B", structure.b)):
-        if form == "lora":
-            shapes[f"{letter}_d"], shapes[f"{letter}_u"] = (n, rank), (rank, k)
-        elif form != "none":
-            shapes[f"{letter}_d"] = (n, 1) if form == "vector" else (1, 1)
-    if structure.c == "lora":
-        shapes["C_d"], shapes["C_u"] = (k, rank), (rank, 1)
-    elif structure.c == "vector":
-        shapes["C_d"] = (k, 1)
-    for letter, form in (("D", structure.d), ("E", structure.e)):
-        if form != "none":
-            shapes[letter] = (n,) if form == "vector" else (1,)
-    return shapes
 
 
 def apply_weight(base: nn.Module, x: Tensor) -> Tensor:

@@ -113,6 +113,38 @@ class Structure:
         return " ".join(getattr(self, field.name) for field in fields(self))
 
 
+def support_shapes(structure: Structure, n: int, k: int, rank: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters of one linear.
+
+    Args:
+        structure: as it is on the linear (`Structure.on`).
+        n: output features.
+        k: input features.
+        rank: r.
+
+    Returns:
+        Key to shape.
+
+    Example:
+        >>> support_shapes(Structure.parse("vector lora none none scalar"), 4, 8, 2)
+        {'A_d': (4, 1), 'B_d': (4, 2), 'B_u': (2, 8), 'E': (1,)}
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for letter, form in (("A", structure.a), ("B", structure.b)):
+        if form == "lora":
+            shapes[f"{letter}_d"], shapes[f"{letter}_u"] = (n, rank), (rank, k)
+        elif form != "none":
+            shapes[f"{letter}_d"] = (n, 1) if form == "vector" else (1, 1)
+    if structure.c == "lora":
+        shapes["C_d"], shapes["C_u"] = (k, rank), (rank, 1)
+    elif structure.c == "vector":
+        shapes["C_d"] = (k, 1)
+    for letter, form in (("D", structure.d), ("E", structure.e)):
+        if form != "none":
+            shapes[letter] = (n,) if form == "vector" else (1,)
+    return shapes
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GLoRA:
     """Weight and bias of a linear scaled and shifted by five small supports (arXiv:2306.07967).

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from qlora_kit.adapters.config import make_adapter_config, method_name
-from qlora_kit.adapters.glora import GLoRALinear, support_shapes
-from qlora_kit.adapters.glora_config import FORMS, GLoRA, Structure
+from qlora_kit.adapters.glora import GLoRALinear
+from qlora_kit.adapters.glora_config import FORMS, GLoRA, Structure, support_shapes
 from qlora_kit.adapters.inject import attach, load_adapter
 from qlora_kit.core.errors import AdapterError, ConfigError
 from tests import tiny_models
