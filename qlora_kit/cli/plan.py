@@ -37,6 +37,8 @@ _OWN = {
 _SHORT = {"batch": "train.batch_size", "seq": "data.max_length"}
 _OPTIONS = ("gpu", "batch", "seq", "optimizers", "host-memory")
 _SWITCHES = ("json", "compare-methods")
+NO_DATA = "none"
+"""What stands for the data of a model that is planned without a run file."""
 NO_FIT = 3
 """Exit code of a plan whose run does not fit."""
 
@@ -62,7 +64,9 @@ def run(argv: Sequence[str]) -> int:
     from qlora_kit.plan.table import methods_table
     from qlora_kit.train.planning import setup_of
 
-    setup = setup_of(config, batch=config.train.batch_size, seq=config.data.max_length)
+    varied = config.data.train != NO_DATA and not config.data.packing
+    batch, seq = config.train.batch_size, config.data.max_length
+    setup = setup_of(config, batch=batch, seq=seq, varied=varied)
     planner = _planner(config, line.options)
     as_json = "json" in line.options
     if "compare-methods" in line.options:
@@ -91,6 +95,7 @@ def read_run(line: CommandLine) -> RunConfig:
         ConfigError: nothing is named, or a field is wrong.
 
     Example:
+        >>> from pathlib import Path
         >>> line = CommandLine(config=Path("org/model"), overrides={}, options={"seq": "512"})
         >>> read_run(line).model.path, read_run(line).data.max_length
         ('org/model', 512)
@@ -109,7 +114,7 @@ def read_run(line: CommandLine) -> RunConfig:
         return load_config(whole, "plan")
     if named is not None:
         given = {"model.path": named.as_posix()} | given
-    return build_config({"data": {"train": "none"}}, given)
+    return build_config({"data": {"train": NO_DATA}}, given)
 
 
 def _planner(config: RunConfig, options: dict[str, str]) -> "Planner":

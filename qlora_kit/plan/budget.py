@@ -4,7 +4,7 @@ Weights, adapters and optimizer state are counted exactly. What a step takes bes
 predicted a little low, and what torch holds beyond what it counts is an estimate. So a run is
 said to fit only if all that torch will have reserved fits beside the CUDA context, with 4% of
 what comes and goes in a step and 128 MiB to spare. A step that becomes a CUDA graph has memory
-of its own for it, beside what the batches before it used.
+of its own; where batches differ in shape, those that are not recorded need theirs beside it.
 """
 
 from dataclasses import dataclass
@@ -92,16 +92,16 @@ class Budget:
 
 
 def graph_bytes(prediction: Prediction) -> int:
-    """Memory that steps recorded as CUDA graphs hold for themselves.
+    """Memory that steps recorded as CUDA graphs hold beside what other batches need.
 
     Args:
         prediction: of the run.
 
     Returns:
-        Bytes; 0 where no step is recorded.
+        Bytes; 0 where no step is recorded, or all are alike.
     """
     setup = prediction.setup
-    recorded = setup.graph and prediction.fused and setup.tokens <= MOST_TOKENS
+    recorded = setup.graph and setup.varied and prediction.fused and setup.tokens <= MOST_TOKENS
     return step_bytes(prediction) if recorded else 0
 
 

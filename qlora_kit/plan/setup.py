@@ -51,6 +51,8 @@ class Setup:
     is planned as `eager`."""
     graph: bool = True
     """Whether small batches of fused layers run as a CUDA graph."""
+    varied: bool = False
+    """Whether batches differ in shape, so that some run beside what others were recorded in."""
     dtype: str = "bfloat16"
     """The model computes in."""
     mixed: bool = True

@@ -35,13 +35,14 @@ _LESS = 0.1
 """Of a step's own memory, what settings have to do without after it has run out."""
 
 
-def setup_of(config: RunConfig, *, batch: int, seq: int) -> Setup:
+def setup_of(config: RunConfig, *, batch: int, seq: int, varied: bool = False) -> Setup:
     """What of a run its memory and speed depend on.
 
     Args:
         config: the run.
         batch: rows of its largest batch.
         seq: tokens of each.
+        varied: whether other batches have another shape.
 
     Returns:
         The setup; activations may be `auto`.
@@ -79,6 +80,7 @@ def setup_of(config: RunConfig, *, batch: int, seq: int) -> Setup:
         dtype="bfloat16" if model.dtype == "auto" else model.dtype,
         accumulation=train.gradient_accumulation,
         graph=not model.embeddings_on_host,
+        varied=varied,
     )
 
 
@@ -102,6 +104,27 @@ def largest_batch(config: RunConfig, lengths: Sequence[int], multiple: int) -> t
     """
     rows = max(1, min(config.train.batch_size, len(lengths)))
     return rows, -(-max(lengths, default=1) // multiple) * multiple
+
+
+def is_varied(config: RunConfig, lengths: Sequence[int], multiple: int) -> bool:
+    """Whether batches differ in shape.
+
+    Args:
+        config: the run.
+        lengths: tokens of each training row.
+        multiple: of which widths are padded to one.
+
+    Returns:
+        False if all rows have one padded width and divide into batches.
+
+    Example:
+        >>> from qlora_kit.train.config import DataConfig, ModelConfig
+        >>> run = RunConfig(model=ModelConfig(path="m"), data=DataConfig(train="t.jsonl"))
+        >>> is_varied(run, [9, 16] * 4, 8), is_varied(run, [9, 16] * 5, 8)
+        (False, True)
+    """
+    widths = {-(-length // multiple) for length in lengths}
+    return len(widths) > 1 or len(lengths) % config.train.batch_size != 0
 
 
 def bounded_evaluation(
@@ -286,7 +309,8 @@ def plan_run(
     batch, seq = largest_batch(config, lengths, multiple)
     planner = Planner(model, gpu, budget_of(config, gpu))
     try:
-        setup = setup_of(config, batch=batch, seq=seq)
+        varied = is_varied(config, lengths, multiple)
+        setup = setup_of(config, batch=batch, seq=seq, varied=varied)
         made = _settle(planner, setup, decoded=config.train.keep_decoded is None)
     except ConfigError as error:  # the run itself says what is wrong, if something is
         logger.info("training without a plan: %s", error)
@@ -341,7 +365,8 @@ def advice(
     gpu = (this_gpu() if config.model.device != "cpu" else None) or find_gpu(DEFAULT)
     batch, seq = largest_batch(config, lengths, multiple)
     try:
-        setup = setup_of(config, batch=batch, seq=seq)
+        varied = is_varied(config, lengths, multiple)
+        setup = setup_of(config, batch=batch, seq=seq, varied=varied)
         if setup.activations == AUTO:
             setup = replace(setup, activations="recompute_elementwise")
         made = Planner(model, gpu, Budget.of(AUTO, gpu)).predict(setup)
