@@ -5,6 +5,7 @@ outline has the modules, parameters and layers of the run, and no weight.
 """
 
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -108,7 +109,7 @@ def checkpointing(model: PreTrainedModel, own_code: OwnCode) -> None:
 def _empty(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype)
     except ValueError as error:
         kind = type(config).__name__
         raise ConfigError(f"a plan needs a causal language model; {kind} is none.") from error

@@ -1,7 +1,8 @@
 """Autocast for a model's own code on the meta device, where torch has none.
 
-Linear layers and attention get their operands in 16 bits where masters are float32. Weights
-are cast once per forward pass, and the copies live until it is differentiated, as torch's do.
+Linear layers get their operands in 16 bits where masters are float32, and attention casts for
+itself. Weights are cast once per forward pass, and the copies live until it is differentiated,
+as torch's do.
 """
 
 from contextlib import ExitStack
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from qlora_kit.ops.attention import op as _attention  # noqa: F401  registers the op
 from qlora_kit.ops.autocast import suppose
 from qlora_kit.plan.setup import FULL, Setup
 
@@ -20,7 +20,6 @@ _CAST = (
     torch.matmul,
     torch.bmm,
     torch.addmm,
-    torch.ops.qlora_kit.attention.default,
 )
 
 

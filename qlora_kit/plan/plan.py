@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora_kit.adapters.config import LoRA, method_name
 from qlora_kit.plan.budget import Budget, graph_bytes, margin_bytes, needed_bytes
+from qlora_kit.plan.changes import FIELDS, PAGED, changes, leaner
 from qlora_kit.plan.gpus import DEFAULT, Gpu, find_gpu, this_gpu
 from qlora_kit.plan.predict import Prediction
 from qlora_kit.plan.read import read_config
@@ -24,17 +25,6 @@ AUTO = "auto"
 """For activations: whatever is fastest."""
 _USUAL = "recompute_elementwise"
 """Activations of a run without a plan."""
-PAGED = "paged_adamw_8bit"
-"""An optimizer whose state can leave the GPU."""
-FIELDS = {
-    "activations": "train.activations",
-    "keep_decoded": "train.keep_decoded",
-    "batch": "train.batch_size",
-    "accumulation": "train.gradient_accumulation",
-    "seq": "data.max_length",
-    "optimizer": "train.optimizer",
-}
-"""Of a setup that a search may change, by the field of a run that says so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +121,7 @@ def describe(made: Prediction) -> dict[str, Any]:
         Sizes in bytes.
     """
     setup = made.setup
-    run = {name: getattr(setup, name) for name in ("method", "bits", "step", "tile", *FIELDS)}
+    run = {name: getattr(setup, name) for name in ("method", "bits", "step", *FIELDS)}
     return {
         "setup": run | {"rank": setup.adapter.rank if setup.adapter else None},
         "components_bytes": dict(made.components),
@@ -149,27 +139,6 @@ def describe(made: Prediction) -> dict[str, Any]:
         "fused": made.fused,
         "trained": made.trained,
         "notes": list(made.notes),
-    }
-
-
-def changes(before: Setup, after: Setup) -> dict[str, str]:
-    """What to change in a run to make it another.
-
-    Args:
-        before: as it is.
-        after: as it should be.
-
-    Returns:
-        Dotted field to value.
-
-    Example:
-        >>> changes(Setup(batch=4), Setup(batch=2, accumulation=2))
-        {'train.batch_size': '2', 'train.gradient_accumulation': '2'}
-    """
-    return {
-        key: str(getattr(after, name))
-        for name, key in FIELDS.items()
-        if getattr(after, name) != getattr(before, name)
     }
 
 
@@ -252,7 +221,8 @@ def nearest(planner: Planner, setup: Setup) -> tuple[Prediction, ...]:
 
     Returns:
         In this order, where they exist: other activations; the same rows in smaller batches;
-        an optimizer whose state can leave the GPU; shorter rows. Each was predicted to fit.
+        an optimizer whose state can leave the GPU; that with the model's ends made small as
+        well; shorter rows. Each was predicted to fit.
     """
     found = []
     same = planner.fastest(setup)
@@ -268,6 +238,11 @@ def nearest(planner: Planner, setup: Setup) -> tuple[Prediction, ...]:
     if same is None and setup.optimizer != PAGED:
         made = planner.fastest(replace(setup, optimizer=PAGED))
         found += [made] if made is not None else []
+    if same is None:
+        lean = leaner(setup, planner.config)
+        if lean != setup and planner.fits(planner.thriftiest(lean)):
+            made = planner.fastest(lean)
+            found += [made] if made is not None and made not in found else []
     if same is None:
         thrifty = planner.thriftiest(setup)
         for batch in dict.fromkeys((setup.batch, 1)):

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 
 from qlora_kit.core.units import GIB, format_bytes
 from qlora_kit.plan.budget import Budget, graph_bytes, margin_bytes, needed_bytes
-from qlora_kit.plan.plan import Plan, Sizes, changes
+from qlora_kit.plan.changes import changes
+from qlora_kit.plan.plan import Plan, Sizes
 from qlora_kit.plan.predict import Prediction
 from qlora_kit.plan.setup import Setup
 

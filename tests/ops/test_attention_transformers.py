@@ -263,3 +263,15 @@ def test_nothing_waits_for_the_gpu(family, packing):
         model(ids, **inputs).logits.sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_under_autocast_attention_gets_one_dtype():
+    """Rotary embeddings leave queries and keys in float32, and values are in 16 bits."""
+    model = build("llama").train()
+    ids = tokens(rows=2, length=9)
+    wanted = model(ids, use_cache=False).logits
+    model.set_attn_implementation(door.register())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(ids, use_cache=False, **door.unpadded_inputs()).logits
+    found.sum().backward()
+    assert (found - wanted).norm() < 0.05 * wanted.norm()

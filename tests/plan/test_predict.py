@@ -99,6 +99,12 @@ def test_full_fine_tuning_in_mixed_precision_is_sixteen_bytes_a_parameter():
         Setup(method="full", bits=4)
 
 
+def test_a_configuration_is_left_as_it_was():
+    before = TINY.to_dict(), TINY._attn_implementation
+    predict(TINY, Setup(rank=4, seq=32), GPU)
+    assert (TINY.to_dict(), TINY._attn_implementation) == before
+
+
 def test_accumulation_takes_time_and_no_memory():
     once, twice = of_8b(batch=2), of_8b(batch=2, accumulation=2)
     assert twice.peak_bytes == once.peak_bytes

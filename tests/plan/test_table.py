@@ -9,9 +9,12 @@ import pytest
 import qlora_kit as qk
 from qlora_kit.core.errors import ConfigError, SourceError
 from qlora_kit.core.units import parse_bytes
-from qlora_kit.plan.budget import needed_bytes
-from qlora_kit.plan.plan import changes, compare_methods, make_plan, nearest
+from qlora_kit.plan.budget import Budget, needed_bytes
+from qlora_kit.plan.changes import PAGED, changes, leaner
+from qlora_kit.plan.gpus import find_gpu
+from qlora_kit.plan.plan import compare_methods, make_plan, nearest
 from qlora_kit.plan.read import read_config
+from qlora_kit.plan.search import Planner
 from qlora_kit.plan.setup import Setup
 from qlora_kit.plan.table import (
     NAMES,
@@ -192,3 +195,23 @@ def test_missing_configurations_are_explained(tmp_path, monkeypatch):
         read_config(tmp_path)
     with pytest.raises(ConfigError, match="BertConfig cannot be"):
         qk.plan(tiny_models.FAMILIES["bert"](), seq=64)
+
+
+def test_a_run_that_nothing_fits_is_shown_what_makes_it_smaller():
+    config = llama(layers=4)
+    config.vocab_size, config.tie_word_embeddings = 65536, False
+    setup = Setup(rank=64, seq=512, optimizer="adamw_torch")
+    lean = leaner(setup, config)
+    whole = Planner(config, find_gpu("l4"), Budget.of("64GiB"))
+    small = whole.predict(whole.thriftiest(lean))
+    usual = whole.predict(replace(whole.thriftiest(setup), optimizer=PAGED))
+    assert needed_bytes(small) < needed_bytes(usual)
+    between = (needed_bytes(small) + needed_bytes(usual)) // 2
+    tight = Planner(config, find_gpu("l4"), Budget.of(between))
+    found = nearest(tight, setup)
+    assert found
+    assert all(tight.budget.fits(one) for one in found)
+    told = changes(setup, found[0].setup)
+    assert (told["model.quantize_head"], told["model.embeddings_on_host"]) == ("true", "true")
+    config.tie_word_embeddings = True
+    assert not leaner(setup, config).embeddings_on_host

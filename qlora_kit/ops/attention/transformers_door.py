@@ -45,6 +45,7 @@ from qlora_kit.core.errors import BackendError
 from qlora_kit.core.log import log_once
 from qlora_kit.ops.attention.op import attention
 from qlora_kit.ops.attention.rule import AttentionRule, Documents
+from qlora_kit.ops.autocast import autocast_dtype
 
 NAME = "qlora_kit"
 """What models are told as `attn_implementation`."""
@@ -184,7 +185,10 @@ def attention_function(
                 deterministic=torch.are_deterministic_algorithms_enabled(),
             )
             documents = _documents(cu_seq_lens_q, max_length_q) if packed else None
-            q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+            cast = autocast_dtype(query.device)  # rotary leaves q and k in float32 under autocast
+            q, k, v = (
+                (t if cast is None else t.to(cast)).transpose(1, 2) for t in (query, key, value)
+            )
             return attention(q, k, v, rule, documents), None
         if asked:
             raise BackendError(
