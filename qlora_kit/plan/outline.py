@@ -7,7 +7,6 @@ outline has the modules, parameters and layers of the run, and no weight.
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from qlora_kit.nn.swap import nf4_modules, quantizable, swap
 from qlora_kit.ops.attention.transformers_door import register
 from qlora_kit.plan.own_code import OwnCode
 from qlora_kit.plan.setup import FULL, Setup
+from qlora_kit.plan.trace import counted_bytes
 
 
 @dataclass(slots=True)
@@ -117,10 +117,8 @@ def _empty(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-@lru_cache(maxsize=1)
-def _kinds() -> dict[str, str]:
-    """Endings of an NF4 weight's parameters to the component they belong to."""
-    return {"absmax": "scales", "nested_absmax": "scales", "offset": "scales"}
+_SCALES = ("absmax", "offset")
+"""How the names of an NF4 weight's parameters end that are scales."""
 
 
 def components(made: Outline) -> dict[str, int]:
@@ -141,8 +139,6 @@ def components(made: Outline) -> dict[str, int]:
         >>> components(outline(config, Setup(rank=8)))["embeddings"]
         4096
     """
-    from qlora_kit.plan.trace import counted_bytes
-
     model = made.model
     trained = {id(p) for p in made.trained} if made.adapter is not None else set()
     quantized = {module for _, module in nf4_modules(model)}
@@ -161,7 +157,7 @@ def components(made: Outline) -> dict[str, int]:
             if id(tensor) in trained:
                 kind = "adapters"
             elif module in quantized:
-                kind = "scales" if name.endswith(tuple(_kinds())) else "weights"
+                kind = "scales" if name.endswith(_SCALES) else "weights"
                 kind = "norms" if name == "bias" else kind
             elif id(module) in ends:
                 kind = ends[id(module)]

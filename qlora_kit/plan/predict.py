@@ -122,6 +122,8 @@ def predict(config: PreTrainedConfig, setup: Setup, gpu: Gpu) -> Prediction:
         found["working set"] = rest
     else:
         _sort(found, blocks, gradients)
+        if setup.accumulation > 1:  # all of the passes before are there
+            found["gradients"] = update // (1 if setup.method == FULL else 2)
         if workspace:
             found["kernel workspace"] = workspace
     store = made.blocks.host if made.blocks is not None else None
