@@ -185,10 +185,7 @@ def attention_function(
                 deterministic=torch.are_deterministic_algorithms_enabled(),
             )
             documents = _documents(cu_seq_lens_q, max_length_q) if packed else None
-            cast = autocast_dtype(query.device)  # rotary leaves q and k in float32 under autocast
-            q, k, v = (
-                (t if cast is None else t.to(cast)).transpose(1, 2) for t in (query, key, value)
-            )
+            q, k, v = (_by_token(tensor) for tensor in (query, key, value))
             return attention(q, k, v, rule, documents), None
         if asked:
             raise BackendError(
@@ -212,6 +209,12 @@ def attention_function(
         **others,
     )
     return done[0], None
+
+
+def _by_token(heads: Tensor) -> Tensor:
+    """(B, T, H, D) of (B, H, T, D); autocast, under which rotary leaves float32, is heeded."""
+    dtype = autocast_dtype(heads.device)
+    return (heads if dtype is None else heads.to(dtype)).transpose(1, 2)
 
 
 def _refuses(
