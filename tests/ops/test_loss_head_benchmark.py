@@ -36,6 +36,6 @@ def test_a_wrong_gradient_is_not_timed():
     problem = benchmark.Problem(40, 64, 100)
     steps = benchmark.variants(problem, [16])
     benchmark.check(problem, steps)
-    steps["ours, chunks of 16"] = lambda: 1.05 * problem.full()
-    with pytest.raises(AssertionError, match=r"ours, chunks of 16: gradient off by (4\.9|5)"):
+    steps["ours, chunks of 16"] = lambda: 1.055 * problem.full()
+    with pytest.raises(AssertionError, match="ours, chunks of 16: gradient off by 5"):
         benchmark.check(problem, steps)
