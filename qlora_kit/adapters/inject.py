@@ -6,8 +6,8 @@ class, the same `forward`; only the adapted modules are replaced, each by a wrap
 keeps the original. `detach_from_model` puts those very objects back, and the original
 `requires_grad` flags too.
 
-One adapter per model at a time: a second `attach` is refused with the place of the first.
-Two low-rank branches on one linear are one branch of the summed rank, so nothing is lost.
+One adapter per model is trained at a time: a second `attach` is refused with the place of the
+first. To answer with several, loaded side by side: `several.load_adapters`.
 
 What a method consists of is made elsewhere: `lora_family.py` for those like LoRA,
 `families.py` for the others; nothing here knows which method it installs.
@@ -19,18 +19,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qlora_kit.adapters.attached import ATTACHED, AttachedAdapter, base_info, own_state
+from qlora_kit.adapters.attached import ATTACHED, AttachedAdapter, own_state
 from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.families import build_pieces
-from qlora_kit.adapters.lora import linear_shape
+from qlora_kit.adapters.fit import check_fit, whole_places
 from qlora_kit.adapters.lora_family import lora_pieces, saved_piece
 from qlora_kit.adapters.method import Method
 from qlora_kit.adapters.peft_format import AdapterFiles, read_adapter
 from qlora_kit.adapters.protocol import ModuleWrapper, Piece, TrainedCopy, load_stored_state
 from qlora_kit.adapters.spectral import Originals
 from qlora_kit.core.errors import AdapterError
-from qlora_kit.core.log import log_once
-from qlora_kit.quant.config import QuantConfig
 
 
 def attach(
@@ -98,7 +96,7 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = "default") ->
     """
     _refuse_second(model)
     files = read_adapter(folder)
-    _check_fit(model, files, Path(folder))
+    check_fit(model, files, Path(folder))
     if not isinstance(files.config, LoRA):
         return _load_other(model, files, name)
     dtype = getattr(torch, files.config.dtype)
@@ -108,14 +106,14 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = "default") ->
         for place, _ in model.named_modules()
         if (pair := files.deltas.get(place)) is not None
     ]
-    pieces += [TrainedCopy(model.get_submodule(m), m, dtype) for m in _whole_places(model, files)]
+    pieces += [TrainedCopy(model.get_submodule(m), m, dtype) for m in whole_places(model, files)]
     load_stored_state(pieces, own_state(pieces, files))
     return _install(model, files.config, name, pieces)
 
 
 def _load_other(model: nn.Module, files: AdapterFiles, name: str) -> AttachedAdapter:
     """An adapter whose pieces follow from its configuration: they are built, then filled."""
-    whole = tuple(_whole_places(model, files))
+    whole = tuple(whole_places(model, files))
     pieces = build_pieces(model, files.config, 0, whole)
     adapter = _install(model, files.config, name, pieces)
     try:
@@ -151,43 +149,3 @@ def _refuse_second(model: nn.Module) -> None:
                 f"the model already carries an adapter (at {module.place}). Call its "
                 "detach_from_model() first, or merge it into the base."
             )
-
-
-def _check_fit(model: nn.Module, files: AdapterFiles, folder: Path) -> None:
-    modules = dict(model.named_modules())
-    missing = [name for name in files.deltas if name not in modules]
-    if missing:
-        raise AdapterError(
-            f"{folder} adapts {missing[0]}"
-            + (f" and {len(missing) - 1} more modules" if len(missing) > 1 else "")
-            + f" that {type(model).__name__} does not have. It was made for another model"
-            + (f" ({files.base.path})." if files.base.path else ".")
-        )
-    for name, pair in files.deltas.items():
-        n, k = linear_shape(modules[name])
-        if pair.a.shape[1] != k or pair.b.shape[0] != n:
-            raise AdapterError(
-                f"{folder} adapts {name} as a ({pair.b.shape[0]}, {pair.a.shape[1]}) weight, but "
-                f"the model's is ({n}, {k}). It was made for a model of another size."
-            )
-    if files.base.recorded:
-        trained_on, now = files.base.quant, base_info(model).quant
-        if (trained_on is None) != (now is None):
-            log_once(
-                f"{folder} was trained on a {_stored(trained_on)} base and is loaded onto a "
-                f"{_stored(now)} one; answers may differ slightly."
-            )
-
-
-def _stored(quant: QuantConfig | None) -> str:
-    return "16- or 32-bit" if quant is None else "4-bit"
-
-
-def _whole_places(model: nn.Module, files: AdapterFiles) -> list[str]:
-    """The full names of the modules saved whole: PEFT lists them by their ending."""
-    return [
-        place
-        for place, _ in model.named_modules()
-        if any(place == m or place.endswith(f".{m}") for m in files.module_names)
-        and any(name.startswith(f"{place}.") for name in files.modules)
-    ]
