@@ -1,7 +1,9 @@
-"""The fresh process of one build: makes it, measures its points, writes a row for each.
+"""The fresh process of a build: makes it, measures its points, writes a row for each.
 
-    python -m qlora_kit.bench.child JOB.json
+    python -m qlora_kit.bench.child JOBS.jsonl
 
+Where a file has several jobs, the next one is built when the one before is gone: importing the
+libraries takes longer than many a measurement.
 Every row is written as soon as it is there; `session.py` starts this and sets the environment
 that a library needs. Out of memory is a result: the row says so and
 the next point follows. Any other error ends the process.
@@ -30,6 +32,8 @@ from qlora_kit.bench.steps import (
     timed_steps,
 )
 from qlora_kit.bench.subject import (
+    BUILDS,
+    MEASURES,
     Batch,
     Build,
     Job,
@@ -37,6 +41,7 @@ from qlora_kit.bench.subject import (
     Point,
     Stage,
     Subject,
+    read_jobs,
     write_row,
 )
 from qlora_kit.core.memory import PeakMemory
@@ -86,6 +91,7 @@ def first_fields(build: Build, point: Point) -> dict[str, object]:
         "head": point.head,
         "graphs": point.graph,
         "tile": point.tile,
+        "keep_decoded": point.keep_decoded,
         "optimizer": build.optimizer,
         "cap_gib": point.cap_gib,
         "cases": list(point.cases),
@@ -217,6 +223,12 @@ def run_point(
     return row
 
 
+def _clear_up(now: float) -> float:
+    """Free what the job before has left, and its cap; the time is handed through."""
+    start_counting(None)
+    return now
+
+
 def run_job(job: Job, stage: Stage) -> None:
     """Build, measure every point, write the rows.
 
@@ -224,6 +236,10 @@ def run_job(job: Job, stage: Stage) -> None:
         job: what to do.
         stage: told what ends.
     """
+    before = stage(BUILDS, f"{job.build.model} {job.build.method}, {job.build.bits} bits")
+    gpu = job.build.device == "cuda"
+    before = _clear_up(before) if "done" in stage.seconds else 0.0
+    left = torch.cuda.memory_allocated() if gpu else 0
     module = importlib.import_module(BUILDERS[job.build.impl])
     with PeakMemory(interval_s=0.05) as memory:
         try:
@@ -241,24 +257,24 @@ def run_job(job: Job, stage: Stage) -> None:
             return
         loading = {
             "load_s": stage.seconds.get("loaded", 0.0) - stage.seconds.get("imports", 0.0),
-            "imports_s": stage.seconds.get("imports", 0.0),
+            "imports_s": stage.seconds.get("imports", 0.0) - before,
             "load_host_gib": memory.peak_bytes / GIB,
-            "weights_gib": torch.cuda.memory_allocated() / GIB
-            if job.build.device == "cuda"
-            else None,
+            "weights_gib": (torch.cuda.memory_allocated() - left) / GIB if gpu else None,
+            "left_before_gib": left / GIB if gpu else None,
         }
         vocab = vocab_size(job.build)
         for point in job.points:
-            stage("point", f"{point.batch} x {point.seq}, {point.policy}")
+            stage(MEASURES, f"{point.batch} x {point.seq}, {point.policy}")
             row = run_point(subject, job, point, stage, vocab=vocab)
             write_row(job.rows_file, row | loading | {"host_gib": memory.peak_bytes / GIB})
     stage("done")
 
 
 def main() -> None:
-    """Read the job and do it."""
+    """Read the jobs and do them, one after the other."""
     stage = Stage()
-    run_job(Job.from_json(Path(sys.argv[1]).read_text(encoding="utf-8")), stage)
+    for job in read_jobs(Path(sys.argv[1])):
+        run_job(job, stage)
 
 
 if __name__ == "__main__":

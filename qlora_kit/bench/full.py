@@ -10,6 +10,9 @@ attention, torch's fused AdamW, non-reentrant checkpointing or none. Two kinds o
 
 and two loss heads: `stock`, where the model returns all logits and takes their loss, and
 `chunked`, ours (`step/loss.py`). What is compared with is the better of both.
+
+A small batch can run as a CUDA graph here as well, so that Python slows down neither side: with
+our attention then, since transformers' SDPA makes the host wait for the GPU in every forward.
 """
 
 import contextlib
@@ -20,11 +23,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qlora_kit.bench.layers import own_layers
+from qlora_kit.bench.layers import KnownPositions, own_layers, without_positions
 from qlora_kit.bench.random_model import random_model
 from qlora_kit.bench.shapes import config_of
 from qlora_kit.bench.subject import Batch, Build, NotPossible, Point, Stage, Subject, make_optimizer
-from qlora_kit.step.loss import causal_lm_loss
+from qlora_kit.ops.attention.transformers_door import register, unpadded_inputs
+from qlora_kit.step.graph import StepGraphs
+from qlora_kit.step.loss import causal_lm_loss, count_targets
 
 HEADS = ("chunked", "stock")
 """Ways to the loss."""
@@ -40,19 +45,49 @@ class _Run:
 
     def __init__(self, model: PreTrainedModel, build: Build) -> None:
         self.model, self.head = model, HEADS[0]
+        self.graphs: StepGraphs | None = None
+        self.replayed = 0
         self._device = build.device
+        self._positions = KnownPositions()
         self._compute: torch.dtype | None = None
         if build.masters == "float32" and build.dtype != "float32":
             self._compute = build.torch_dtype
 
     @contextmanager
     def prepare(self, point: Point) -> Iterator[str]:
-        """Sets up a point's policy and head; the step is always the model's own code."""
+        """Sets up a point's policy and head; the layers always run the model's own code."""
         if point.head not in HEADS:
             raise NotPossible(f"there is no loss head {point.head}; known: {', '.join(HEADS)}")
-        self.head = point.head
-        with own_layers(self.model, point.policy):
-            yield "eager"
+        self.head, self.replayed = point.head, 0
+        attention = self.model.config._attn_implementation
+        if point.graph:
+            self.model.set_attn_implementation(register())
+            self.graphs = StepGraphs(self._graph_loss, list(self.model.parameters()))
+        try:
+            with own_layers(self.model, point.policy):
+                yield "eager"
+        finally:
+            self.graphs = None  # gives the memory of recorded steps back
+            self.model.set_attn_implementation(attention)
+
+    def facts(self) -> dict[str, object]:
+        """Whether steps were replayed from a CUDA graph."""
+        return {"graph": self.replayed > 0}
+
+    def backward(self, batch: Batch) -> Tensor:
+        """Loss, detached, its gradients added."""
+        if self.graphs is not None:
+            batch = self._positions.added(batch) | unpadded_inputs()
+            recorded = self.graphs.run(batch, count_targets(batch["labels"]).clamp_min(1))
+            if recorded is not None:
+                self.replayed += 1
+                return recorded
+        loss = self.loss(batch)
+        loss.backward()
+        return loss.detach()
+
+    def _graph_loss(self, inputs: Batch, _items: Tensor) -> Tensor:
+        return self.loss(inputs)
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean loss of a batch."""
@@ -63,7 +98,7 @@ class _Run:
             if self.head == "chunked":
                 inputs: Batch = {**batch, "use_cache": False}
                 return causal_lm_loss(self.model, inputs)
-            found: Tensor = self.model(**batch, use_cache=False).loss
+            found: Tensor = self.model(**without_positions(batch), use_cache=False).loss
         return found
 
 
@@ -103,6 +138,8 @@ def build(build: Build, stage: Stage) -> Subject:
         parameters=parameters,
         optimizer=make_optimizer(build.optimizer, parameters, build.learning_rate),
         prepare=run.prepare,
+        backward=run.backward,
+        facts=run.facts,
     )
 
 

@@ -19,7 +19,8 @@ OWN_POLICIES = ("recompute_all", "save")
 """Those of a model's own code."""
 
 GRAPHS = ("off", "on", "both")
-"""Small batches as CUDA graphs: no, as the Trainer does, or each by itself."""
+"""Small batches as CUDA graphs: no, as the Trainer does (and full fine-tuning likewise), or each
+by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,9 +85,9 @@ def _points(method: Method, options: Options) -> Iterator[tuple[bool, Point]]:
     for batch in options.batches:
         for seq in options.seqs:
             point = Point(batch=batch, seq=seq, policy="", cap_gib=options.cap_gib, graph=False)
+            small = options.device == "cuda" and batch * seq <= MOST_TOKENS
+            ways = {"off": (False,), "on": (small,), "both": (False, True)[: 1 + small]}
             if ours:
-                small = options.device == "cuda" and batch * seq <= MOST_TOKENS
-                ways = {"off": (False,), "on": (small,), "both": (False, True)[: 1 + small]}
                 for policy in options.policies:
                     for graph in ways[options.graphs]:
                         yield True, replace(point, policy=policy, graph=graph)
@@ -96,7 +97,8 @@ def _points(method: Method, options: Options) -> Iterator[tuple[bool, Point]]:
                 word = "unsloth" if method.impl == "unsloth" and recompute else policy
                 heads = HEADS if method.impl == "full" else HEADS[:1]
                 for head in heads:
-                    yield recompute, replace(point, policy=word, head=head)
+                    for graph in ways[options.graphs] if method.impl == "full" else (False,):
+                        yield recompute, replace(point, policy=word, head=head, graph=graph)
 
 
 def jobs_of(options: Options) -> list[Job]:

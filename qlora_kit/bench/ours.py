@@ -18,7 +18,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from qlora_kit.adapters.config import METHODS
 from qlora_kit.adapters.inject import AttachedAdapter, attach, load_adapter
-from qlora_kit.bench.layers import policy_context
+from qlora_kit.bench.layers import KnownPositions, policy_context
 from qlora_kit.bench.random_model import random_model
 from qlora_kit.bench.shapes import config_of
 from qlora_kit.bench.steps import RECORDED_AFTER, StepClock
@@ -34,7 +34,6 @@ from qlora_kit.load.model import load
 from qlora_kit.optim.create import flat_optimizer
 from qlora_kit.quant.config import QuantConfig
 from qlora_kit.step.graph import StepGraphs
-from qlora_kit.step.head_input import TARGET_POSITIONS, target_positions
 from qlora_kit.step.loss import causal_lm_loss, count_targets
 from qlora_kit.step.prepare import MASKLESS, fused_inputs
 from qlora_kit.train.arguments import training_arguments
@@ -64,14 +63,19 @@ class _Run:
         self.arguments, self.step = arguments, step
         self.fused = False
         self.graphs: StepGraphs | None = None
-        self.known: dict[int, tuple[Tensor, Tensor]] = {}
+        self._positions = KnownPositions()
         self.replayed = 0
 
     @contextmanager
     def prepare(self, point: Point) -> Iterator[str]:
         """Sets up a point's policy; gives `fused` or `eager`."""
         with policy_context(
-            self.model, self.arguments, point.policy, self.step, point.tile
+            self.model,
+            self.arguments,
+            point.policy,
+            self.step,
+            point.tile,
+            keep_decoded=point.keep_decoded,
         ) as step:
             recording = step == "fused" and point.graph
             self.fused = step == "fused"
@@ -107,12 +111,8 @@ class _Run:
         inputs: Batch = {**batch, "use_cache": False}
         if not self.fused:
             return inputs
-        # Rows are padded on the right, if at all: what the Trainer's collator finds out, on the
-        # CPU and before the step, as it finds out which positions have a target.
-        labels = batch["labels"]
-        if id(labels) not in self.known:  # the same few batches come again and again
-            self.known[id(labels)] = labels, target_positions(labels.cpu()).to(labels.device)
-        return {**inputs, MASKLESS: True, TARGET_POSITIONS: self.known[id(labels)][1]}
+        # Rows are padded on the right, if at all: what the Trainer's collator finds out.
+        return {**self._positions.added(inputs), MASKLESS: True}
 
     def _graph_loss(self, inputs: Batch, items: Tensor) -> Tensor:
         return causal_lm_loss(self.model, fused_inputs(inputs), items)

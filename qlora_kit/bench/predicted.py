@@ -66,31 +66,54 @@ def in_our_words(components: dict[str, int], *, trains_all: bool) -> dict[str, f
     return {name: found[name] for name in (*RESIDENT, REST) if name in found}
 
 
-def _predict(row: Row, gpu: str, memory_bytes: int) -> None:
+def prediction_of(row: Row, gpu: str, memory_bytes: int) -> Any:
+    """What the planner predicts for a row.
+
+    Args:
+        row: of ours or of full fine-tuning.
+        gpu: name of the device, as the driver gives it.
+        memory_bytes: of the device.
+
+    Returns:
+        The prediction.
+
+    Raises:
+        UserError: the planner does not know the case.
+        RuntimeError: the step cannot be traced.
+
+    Example:
+        >>> row = {"model": "tiny", "method": "lora", "bits": 4, "rank": 8, "batch": 1, "seq": 64,
+        ...     "policy": "save", "optimizer": "adamw_8bit", "masters": "library", "graphs": False}
+        >>> prediction_of(row, "h100", 80 << 30).setup.tokens
+        64
+    """
     predict: Any = import_module("qlora_kit.plan.predict").predict
     setup: Any = import_module("qlora_kit.plan.setup").Setup
     recognise: Any = import_module("qlora_kit.plan.gpus").recognise
     full = row["method"] == "full"
-    if full and row["head"] != "chunked":  # the planner knows our own loss only
+    wanted = setup(
+        method=row["method"],
+        bits=row["bits"],
+        rank=row["rank"] or 1,
+        batch=row["batch"],
+        seq=row["seq"],
+        activations=row["policy"],
+        keep_decoded=row.get("keep_decoded", 0),
+        optimizer=row["optimizer"],
+        step=row.get("step", "eager" if full else "fused"),
+        mixed=row["masters"] == "float32",
+        graph=row["graphs"],
+        tile=row.get("tile"),
+    )
+    return predict(config_of(row["model"]), wanted, recognise(gpu, memory_bytes))
+
+
+def _predict(row: Row, gpu: str, memory_bytes: int) -> None:
+    full = row["method"] == "full"
+    if full and (row["head"] != "chunked" or row.get("graph")):  # what users train has neither
         return
     try:
-        made = predict(
-            config_of(row["model"]),
-            setup(
-                method=row["method"],
-                bits=row["bits"],
-                rank=row["rank"] or 1,
-                batch=row["batch"],
-                seq=row["seq"],
-                activations=row["policy"],
-                optimizer=row["optimizer"],
-                step=row.get("step", "eager" if full else "fused"),
-                mixed=row["masters"] == "float32",
-                graph=row["graphs"],
-                tile=row.get("tile"),
-            ),
-            recognise(gpu, memory_bytes),
-        )
+        made = prediction_of(row, gpu, memory_bytes)
     except (UserError, RuntimeError) as error:  # a case it does not know, or cannot trace
         row["not_predicted"] = str(error).splitlines()[0]
         return

@@ -12,14 +12,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qlora_kit.bench.child import BUILDERS, command, first_fields
 from qlora_kit.bench.process import Outcome, run_process
 from qlora_kit.bench.random_checkpoint import Storage, checkpoint_bytes, roomy_folder
 from qlora_kit.bench.record import Row
-from qlora_kit.bench.subject import Job, Point
+from qlora_kit.bench.subject import BUILDS, MEASURES, Job, Point, write_jobs
 from qlora_kit.core.errors import QloraKitError
 
 CHILD = "qlora_kit.bench.child"
@@ -150,34 +150,56 @@ class Session:
         Args:
             job: what to build and measure.
         """
-        environment = importlib.import_module(BUILDERS[job.build.impl]).environment(job.build)
-        left = job.points
+        self.run_together([job])
+
+    def run_together(self, jobs: Sequence[Job]) -> None:
+        """Run jobs one after the other in one process; one that ends it costs its point alone.
+
+        Importing the libraries takes longer than many a measurement. Models are built anew for
+        each job, the caches emptied and the counters set to zero.
+
+        Args:
+            jobs: of one library; what it needs in the environment is asked of the first.
+        """
+        left = [job for job in jobs if job.points]
+        if not left:
+            return
+        first = left[0].build
+        environment = importlib.import_module(BUILDERS[first.impl]).environment(first)
         while left:
             if self.seconds_left() < _SHORTEST_S:
-                self._give_up(job, left, "no time left in this run")
+                for job in left:
+                    self._give_up(job, job.points, "no time left in this run")
                 return
-            file = self.scratch / f"rows-{len(self.rows)}.jsonl"
-            file.unlink(missing_ok=True)
-            now = replace(job, points=left, rows_file=str(file))
-            described = self.scratch / "job.json"
-            described.write_text(now.to_json(), encoding="utf-8")
-            build = job.build
-            print(f"{build.impl} {build.variant} {build.model} {build.method}", flush=True)
-            try:
-                outcome = self.start(command(CHILD, build, described), environment)
-            finally:  # an interrupted run, too, has what it measured
-                found = read_rows(file)
-                self._keep(found)
-            left = left[len(found) :]
+            outcome = self._process(left, environment)
+            left = _without(left, outcome.rows)
             if not left:
                 return
-            reason = outcome.reason or "ended without a row"
-            print(f"   failed: {reason}", *outcome.tail[-15:], sep="\n     ", flush=True)
-            self._give_up(job, left[:1], reason)
-            if not any("s  point" in line for line in outcome.stages):  # nothing was built
-                self._give_up(job, left[1:], reason)
-                return
-            left = left[1:]
+            reason = outcome.ended.reason or "ended without a row"
+            print(f"   failed: {reason}", *outcome.ended.tail[-15:], sep="\n     ", flush=True)
+            points = left[0].points
+            if outcome.built:
+                points = points[:1]
+            self._give_up(left[0], points, reason)
+            left = _without(left, len(points))
+
+    def _process(self, jobs: Sequence[Job], environment: dict[str, str]) -> "_Ran":
+        """One process with several jobs; its rows are kept."""
+        file = self.scratch / f"rows-{len(self.rows)}.jsonl"
+        file.unlink(missing_ok=True)
+        described = self.scratch / "jobs.jsonl"
+        write_jobs(described, [replace(job, rows_file=str(file)) for job in jobs])
+        for build in (job.build for job in jobs):
+            print(f"{build.impl} {build.variant} {build.model} {build.method}", flush=True)
+        found: list[Row] = []
+        try:
+            ended = self.start(command(CHILD, jobs[0].build, described), environment)
+        finally:  # an interrupted run, too, has what it measured
+            found = read_rows(file)
+            self._keep(found)
+        marks = [line.split("s  ", 1)[-1].split("  ")[0] for line in ended.stages]
+        last = max((at for at, mark in enumerate(marks) if mark == BUILDS), default=0)
+        return _Ran(ended, len(found), MEASURES in marks[last:])
 
     def _keep(self, rows: Sequence[Row]) -> None:
         for row in rows:
@@ -187,3 +209,25 @@ class Session:
 
     def _give_up(self, job: Job, points: Sequence[Point], reason: str) -> None:
         self._keep([first_fields(job.build, point) | {"error": reason} for point in points])
+
+
+@dataclass(frozen=True, slots=True)
+class _Ran:
+    """How a process of several jobs ended."""
+
+    ended: Outcome
+    rows: int
+    """That it wrote."""
+    built: bool
+    """Whether the job it ended in had its model."""
+
+
+def _without(jobs: Sequence[Job], count: int) -> list[Job]:
+    """Jobs without their first points."""
+    found = []
+    for job in jobs:
+        rest = job.points[count:]
+        count = max(0, count - len(job.points))
+        if rest:
+            found.append(replace(job, points=rest))
+    return found

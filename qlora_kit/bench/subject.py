@@ -11,7 +11,7 @@ Unsloth has to be imported before transformers.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +29,10 @@ MAX_GRAD_NORM = 0.3
 
 STAGE_MARK = "·"
 """Starts the lines of a process that its parent shows."""
+
+
+BUILDS, MEASURES = "build", "point"
+"""Stages that say what a process is about to do."""
 
 
 class NotPossible(Exception):  # noqa: N818  a fact, not a failure
@@ -105,6 +109,8 @@ class Point:
     """Ours: small batches as a CUDA graph, as the Trainer runs them; it reserves memory."""
     tile: int | Literal["auto"] | None = "auto"
     """Ours: tokens at a time where each is alone, `auto`, or None for all."""
+    keep_decoded: int = 0
+    """Ours: layers, from the first on, whose weights stay decoded from step to step."""
     cap_gib: float | None = None
     """GPU memory torch may take; None for all of it."""
     warmup: int | None = None
@@ -144,6 +150,29 @@ class Job:
         points = [point | {"cases": tuple(point["cases"])} for point in values["points"]]
         values["points"] = tuple(Point(**point) for point in points)
         return Job(**values)
+
+
+def write_jobs(file: Path, jobs: Sequence[Job]) -> None:
+    """Write jobs to a file, one a line.
+
+    Args:
+        file: replaced if it is there.
+        jobs: for one process.
+    """
+    file.write_text("".join(job.to_json() + "\n" for job in jobs), encoding="utf-8")
+
+
+def read_jobs(file: Path) -> list[Job]:
+    """The jobs that `write_jobs` wrote.
+
+    Args:
+        file: of lines of JSON.
+
+    Returns:
+        Jobs, in their order.
+    """
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [Job.from_json(line) for line in lines if line.strip()]
 
 
 def _always(_point: Point) -> AbstractContextManager[str]:

@@ -26,8 +26,8 @@ def subject_of(**changes):
     return (full if build.impl == "full" else ours).build(build, Stage())
 
 
-def point(policy="save", head="chunked"):
-    return Point(batch=2, seq=16, policy=policy, head=head, graph=False)
+def point(policy="save", head="chunked", *, graph=False):
+    return Point(batch=2, seq=16, policy=policy, head=head, graph=graph)
 
 
 def batch():
@@ -37,23 +37,27 @@ def batch():
 def gradients(subject, where):
     with subject.prepare(where) as step:
         assert step == "eager"
-        loss = subject.loss(batch())
-        loss.backward()
+        loss = subject.backward(batch())
     found = {n: p.grad.clone() for n, p in subject.model.named_parameters()}
     subject.optimizer.zero_grad()
-    return float(loss.detach()), found
+    return float(loss), found
 
 
 def test_heads_and_policies_give_the_same_gradients():
     subject = subject_of(optimizer="adamw_torch_fused")
     loss, wanted = gradients(subject, point(head="stock"))
-    for where in (point(), point("recompute_all"), point("recompute_all", "stock")):
+    without = subject.model.config._attn_implementation
+    others = [point(), point("recompute_all"), point("recompute_all", "stock")]
+    others += [point(graph=True), point("recompute_all", "stock", graph=True)]
+    for where in others:
         other, found = gradients(subject, where)
         assert other == pytest.approx(loss, rel=100 * EPS)
         for name, gradient in found.items():
             scale = wanted[name].abs().max()
             assert (gradient - wanted[name]).abs().max() < 1000 * EPS * scale, name
             assert (2 * gradient - wanted[name]).abs().max() > 1000 * EPS * scale  # it bites
+        assert subject.facts() == {"graph": False}  # on a GPU only
+        assert subject.model.config._attn_implementation == without
 
 
 @pytest.mark.parametrize(("masters", "each"), [("float32", 16), ("library", 8)])
@@ -90,6 +94,25 @@ def test_the_rest_of_the_peak_is_the_steps():
     resident = dict.fromkeys(RESIDENT, 1)
     assert components(resident, 10)["step"] == 10 - len(RESIDENT)
     assert "step" not in components(resident, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head", full.HEADS)
+@pytest.mark.parametrize("policy", ["save", "recompute_all"])
+def test_small_batches_run_as_a_cuda_graph(policy, head):
+    """The loss of every step is that of steps without one, to bf16's rounding of a sum."""
+    losses = {}
+    for graph in (False, True):
+        subject = subject_of(
+            device="cuda", dtype="bfloat16", masters="float32", optimizer="adamw_torch_fused"
+        )
+        batches = make_batches(TINY.vocab_size, 2, 16, 0, "cuda")[1:]
+        with subject.prepare(point(policy, head, graph=graph)):
+            losses[graph] = [float(subject.step(batches[at % 4])) for at in range(8)]
+        assert subject.facts() == {"graph": graph}
+    pairs = list(zip(losses[True], losses[False], strict=True))
+    assert max(abs(one / other - 1) for one, other in pairs) < 2 * torch.finfo(torch.bfloat16).eps
+    assert len({round(loss, 3) for loss in losses[True]}) > 1  # it learns: losses are not stale
 
 
 def test_what_it_cannot_do_is_said():
