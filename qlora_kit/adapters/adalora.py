@@ -11,7 +11,8 @@ A merge leaves out triplets whose λ is zero.
 
 The product runs as LoRA's with A = diag(λ)·Q, so NF4 bases take it in their one pass and keep
 x and x·Aᵀ for the backward, no more than LoRA; autograd goes on from A to λ and Q. With
-dropout, or on a dense base, it is plain torch.
+dropout, or on a dense base, it is plain torch. A layer that runs as one step takes the same
+A, and gives its gradient D back: dQ = s·diag(λ)·D, dλ_j = s·Σ_k D_jk·Q_jk (`pull_back`).
 
 P and Q stay about orthogonal through a term in the loss, in two forms (`orthogonality`):
 
@@ -34,14 +35,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_kit.adapters.config import LoRA
-from qlora_kit.adapters.lora import LowRankLinear
+from qlora_kit.adapters.lora import FusibleLinear
 from qlora_kit.adapters.low_rank import LowRank
 from qlora_kit.nn.linear import NF4Linear
 
 _START_STD = 0.02
 
 
-class AdaLoRALinear(LowRankLinear):
+class AdaLoRALinear(FusibleLinear):
     """A linear with a trained singular value decomposition beside it.
 
     Attributes:
@@ -113,6 +114,41 @@ class AdaLoRALinear(LowRankLinear):
         z = F.linear(branch_input, a.to(x.dtype)).reshape(-1, self.rank)
         b = self.lora_B.to(z.dtype)
         return torch.addmm(y.reshape(-1, self.out_features), z, b.T, alpha=self.scale).view(y.shape)
+
+    @property
+    def masters(self) -> list[nn.Parameter]:
+        """Q, λ and P."""
+        return [self.lora_A, self.lora_E, self.lora_B]
+
+    @property
+    def row_factors(self) -> Tensor:
+        """λ."""
+        return self.lora_E
+
+    @property
+    def needs_gradient_of_a(self) -> bool:
+        """Whether λ or Q is trained."""
+        return self.lora_A.requires_grad or self.lora_E.requires_grad
+
+    def pull_back(self, d_a: Tensor | None, d_b: Tensor | None) -> list[Tensor | None]:
+        """Turn gradients of s·diag(λ)·Q and P into those of Q, λ and P.
+
+        Args:
+            d_a: (r, K) float32, or None where it is not needed.
+            d_b: (N, r) float32, likewise.
+
+        Returns:
+            As `masters`, in their dtypes; None for what is frozen.
+        """
+        of_q = of_values = None
+        if d_a is not None:
+            q, values = self.lora_A.detach(), self.lora_E.detach()
+            scaled = d_a * self.scale
+            if self.lora_E.requires_grad:
+                of_values = (scaled * q).sum(1, keepdim=True).to(values.dtype)
+            if self.lora_A.requires_grad:
+                of_q = (scaled * values).to(q.dtype)
+        return [of_q, of_values, None if d_b is None else d_b.to(self.lora_B.dtype)]
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """P, λ and Q; those of removed triplets as well, which can come back."""

@@ -229,7 +229,49 @@ class LowRankLinear(ModuleWrapper):
         return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"
 
 
-class LoRALinear(LowRankLinear):
+class FusibleLinear(LowRankLinear):
+    """A low-rank pair that a layer which runs as one step (`block/`) can take over.
+
+    Such a layer multiplies by A' and B' in one pass, y = x Ŵᵀ + (x A'ᵀ) B'ᵀ + bias, and asks
+    the piece for them and for what their gradients mean: A' = s·A and B' = B but for subclasses
+    that say otherwise.
+    """
+
+    @property
+    def masters(self) -> list[nn.Parameter]:
+        """What is or could be trained, in the order of `pull_back`."""
+        return [self.lora_A, self.lora_B]
+
+    @property
+    def row_factors(self) -> Tensor | None:
+        """What rows of A are multiplied with besides s, (r, 1) in the master dtype."""
+        return None
+
+    @property
+    def needs_gradient_of_a(self) -> bool:
+        """Whether something that A' is made of is trained."""
+        return self.lora_A.requires_grad
+
+    @property
+    def needs_gradient_of_b(self) -> bool:
+        """Whether something that B' is made of is trained."""
+        return self.lora_B.requires_grad
+
+    def pull_back(self, d_a: Tensor | None, d_b: Tensor | None) -> list[Tensor | None]:
+        """Turn gradients of A' and B' into those of the masters.
+
+        Args:
+            d_a: (r, K) float32, or None where it is not needed.
+            d_b: (N, r) float32, likewise.
+
+        Returns:
+            As `masters`, in their dtypes; None for what is frozen.
+        """
+        of_a = None if d_a is None else (d_a * self.scale).to(self.lora_A.dtype)
+        return [of_a, None if d_b is None else d_b.to(self.lora_B.dtype)]
+
+
+class LoRALinear(FusibleLinear):
     """A linear with a low-rank branch added; takes the linear's place in the model.
 
     Example:

@@ -5,6 +5,7 @@ memory that stays: beside the decoded weight where a group keeps it, else into m
 their own. Where memory is short (a tile was given as a number), each layer's are rounded for
 its own forward and backward and let go again: 1.1 GiB less for a 70B model with rank 32.
 
+What is rounded is s·A and, where the method has factors of A's rows (AdaLoRA's λ), their product.
 Rounding at every pass, and not when a version counter has moved, sees every change: an
 optimizer's kernels and edits through `.data` move no counter.
 """
@@ -42,6 +43,7 @@ class Operands:
         self._device: torch.device | None = None
         self._masters: list[nn.Parameter] = []
         self._scales: list[float] = []
+        self._row_factors: list[Tensor | None] = []
         self._copies: list[Tensor] = []
 
     def refresh(self, dtype: torch.dtype) -> None:
@@ -56,20 +58,25 @@ class Operands:
         if (dtype, device) != (self._dtype, self._device):
             self._allocate(dtype, device)
         with torch.no_grad():
-            scaled: list[Tensor] = [
-                m for m, s in zip(self._masters, self._scales, strict=True) if s != 1.0
-            ]
-            factors = [s for s in self._scales if s != 1.0]
-            products = iter(torch._foreach_mul(scaled, factors) if scaled else ())
-            sources = [
-                next(products) if s != 1.0 else m
-                for m, s in zip(self._masters, self._scales, strict=True)
-            ]
-            torch._foreach_copy_(self._copies, sources)
+            torch._foreach_copy_(self._copies, self._scaled())
+
+    def _scaled(self) -> list[Tensor]:
+        """The masters, those that have factors in new memory and multiplied."""
+        factors = zip(self._scales, self._row_factors, strict=True)
+        changed = [i for i, (scale, rows) in enumerate(factors) if scale != 1.0 or rows is not None]
+        if not changed:
+            return list(self._masters)
+        masters: list[Tensor] = [self._masters[i] for i in changed]
+        products = list(torch._foreach_mul(masters, [self._scales[i] for i in changed]))
+        rows = [self._row_factors[i] for i in changed]
+        if with_rows := [(p, r) for p, r in zip(products, rows, strict=True) if r is not None]:
+            torch._foreach_mul_([p for p, _ in with_rows], [r for _, r in with_rows])
+        new = dict(zip(changed, products, strict=True))
+        return [new.get(i, master) for i, master in enumerate(self._masters)]
 
     def forget(self) -> None:
         """Make room anew at the next `refresh`: a group has begun or ceased to be kept."""
-        self._dtype, self._masters, self._copies = None, [], []
+        self._dtype, self._masters, self._row_factors, self._copies = None, [], [], []
 
     def release(self) -> None:
         """Give the memory back, but for what lies beside weights that stay decoded."""
@@ -101,7 +108,7 @@ class Operands:
 
     def _allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
-        self._masters, self._scales, self._copies = [], [], []
+        self._masters, self._scales, self._row_factors, self._copies = [], [], [], []
         for group in self.groups:
             if group.kept and group.held is not None:
                 group.a, group.b = (
@@ -118,4 +125,5 @@ class Operands:
                 ranks = slice(first, first + part.lora.rank)
                 self._masters += [part.lora.lora_A, part.lora.lora_B]
                 self._scales += [part.lora.scale, 1.0]
+                self._row_factors += [part.lora.row_factors, None]
                 self._copies += [group.a[ranks], group.b[part.rows, ranks]]

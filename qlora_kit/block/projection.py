@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.adapters.lora import LoRALinear
+from qlora_kit.adapters.lora import FusibleLinear
 from qlora_kit.block.sums import Sums
 from qlora_kit.nn.linear import NF4Linear
 from qlora_kit.ops.low_rank_gradients.op import low_rank_gradients
@@ -41,7 +41,7 @@ class Part:
     """One linear of a group, with the adapter on it if there is one."""
 
     module: nn.Module
-    """What stands in the model: the linear itself or its `LoRALinear`."""
+    """What stands in the model: the linear itself or its `FusibleLinear`."""
     rows: slice
     """Its rows of the group's weight."""
     ranks: slice
@@ -53,14 +53,14 @@ class Part:
         return _shape(self.module)
 
     @property
-    def lora(self) -> LoRALinear | None:
-        """The adapter, if any."""
-        return self.module if isinstance(self.module, LoRALinear) else None
+    def lora(self) -> FusibleLinear | None:
+        """The adapter, if any, with ranks."""
+        return self.module if isinstance(self.module, FusibleLinear) and self.module.rank else None
 
     @property
     def base(self) -> nn.Module:
         """The frozen linear."""
-        return self.module.base if isinstance(self.module, LoRALinear) else self.module
+        return self.module.base if isinstance(self.module, FusibleLinear) else self.module
 
     def decode_into(self, out: Tensor, columns: Tensor | None = None) -> None:
         """Write the weight, and columns to its right, in the dtype of `out`.
@@ -93,7 +93,7 @@ def can_group(module: nn.Module) -> bool:
         (True, False)
     """
     base = module
-    if isinstance(module, LoRALinear):
+    if isinstance(module, FusibleLinear):
         if not module.enabled or (module.dropout and module.training):
             return False
         base = module.base
@@ -125,7 +125,7 @@ class Group:
         n = r = 0
         for module in modules:
             height, self.k = _shape(module)
-            rank = module.rank if isinstance(module, LoRALinear) else 0
+            rank = module.rank if isinstance(module, FusibleLinear) else 0
             wide = -(-rank // _RANKS) * _RANKS
             self.parts.append(Part(module, slice(n, n + height), slice(r, r + wide)))
             n, r = n + height, r + wide
@@ -136,18 +136,18 @@ class Group:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """A and B of every adapted part, in order: what `gradients` answers for."""
-        return [p for part in self.parts if part.lora for p in (part.lora.lora_A, part.lora.lora_B)]
+        """Masters of every adapted part, in order: what `gradients` answers for."""
+        return [p for part in self.parts if part.lora for p in part.lora.masters]
 
     @property
     def needs_input(self) -> bool:
         """Whether the gradients need X: not without adapters, nor with every A frozen."""
-        return any(part.lora.lora_A.requires_grad for part in self.parts if part.lora)
+        return any(part.lora.needs_gradient_of_a for part in self.parts if part.lora)
 
     @property
     def needs_small(self) -> bool:
         """Whether the gradients need X·Aᵀ."""
-        return any(part.lora.lora_B.requires_grad for part in self.parts if part.lora)
+        return any(part.lora.needs_gradient_of_b for part in self.parts if part.lora)
 
     def input_buffer(self, rows: int, like: Tensor) -> Tensor:
         """Memory for X with room for X·Aᵀ: (rows, k + r), not initialised."""
@@ -315,8 +315,7 @@ class Group:
             filled: whether `small_products` or `input_gradient` has written dY·B already.
 
         Returns:
-            As `parameters`: dA and dB per adapted part, in the masters' dtype; None for
-            a frozen one.
+            As `parameters`, in the masters' dtypes; None for a frozen one.
         """
         if not filled:
             d_b = self.small_products(wide, small)
@@ -344,5 +343,5 @@ class Group:
 
 def _shape(module: nn.Module) -> tuple[int, int]:
     """(N, K) of a linear or of an adapted one."""
-    assert isinstance(module, LoRALinear | NF4Linear | nn.Linear)
+    assert isinstance(module, FusibleLinear | NF4Linear | nn.Linear)
     return module.out_features, module.in_features

@@ -50,7 +50,9 @@ class Runner:
         self._adapters = [part.lora for group in groups for part in group.parts if part.lora]
         trained = {id(p) for group in groups for p in group.parameters}
         self._frozen = [
-            p for p in layer.parameters() if p.is_floating_point() and id(p) not in trained
+            p
+            for p in layer.parameters()
+            if p.is_floating_point() and p.numel() and id(p) not in trained
         ]
         self._drops = drops_activations(layer)
 

@@ -5,6 +5,7 @@ scale:
 
     dA = s·(dY·B)ᵀ·X        dB = dYᵀ·(X·Aᵀ)
 
+What they mean to the masters of a method like LoRA, its pieces say (`FusibleLinear.pull_back`).
 Both are sums over tokens. Those of T tiles, each taken in float32 and added in float32, differ
 from the sum at once by no more than T units of rounding of the sum of magnitudes.
 """
@@ -75,7 +76,7 @@ class Sums:
             self._joint = _plus(self._joint, d_b)
             return
         for index, part in enumerate(self.group.parts):
-            if part.lora is None or not part.lora.lora_B.requires_grad:
+            if part.lora is None or not part.lora.needs_gradient_of_b:
                 continue
             assert small is not None
             first = part.ranks.start
@@ -86,7 +87,7 @@ class Sums:
         """The sums, as the group's `parameters`.
 
         Returns:
-            dA and dB per adapted part, in the masters' dtype; None for a frozen one.
+            As the adapted parts' `masters`, in their dtypes; None for a frozen one.
         """
         found: list[Tensor | None] = []
         for part, own in zip(self.group.parts, self._b, strict=True):
@@ -94,15 +95,13 @@ class Sums:
             if lora is None:
                 continue
             d_a = d_b = None
-            if lora.lora_A.requires_grad:
+            if lora.needs_gradient_of_a:
                 assert self._a is not None
-                rank = slice(part.ranks.start, part.ranks.start + lora.rank)
-                d_a = (self._a[rank] * lora.scale).to(lora.lora_A.dtype)
-            if lora.lora_B.requires_grad:
+                d_a = self._a[part.ranks.start : part.ranks.start + lora.rank]
+            if lora.needs_gradient_of_b:
                 d_b = own if self._joint is None else self._joint[part.rows, : lora.rank]
                 assert d_b is not None
-                d_b = d_b.to(lora.lora_B.dtype)
-            found += [d_a, d_b]
+            found += lora.pull_back(d_a, d_b)
         return found
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from qlora_kit.adapters.adalora_config import RankBudget
 from qlora_kit.adapters.attached import AttachedAdapter
-from qlora_kit.adapters.config import LoRA, LoRAFA
+from qlora_kit.adapters.config import AdaLoRA, LoRA, LoRAFA
 from qlora_kit.adapters.inject import attach
 from qlora_kit.block.install import FusedBlocks
 from qlora_kit.nn.linear import NF4Linear
@@ -31,7 +32,11 @@ WINDOWED = ("mistral", "gemma2", "gemma3", "phi3")
 LENGTH = 70
 """Tokens of a row: more than the window."""
 
-METHODS = {"lora": LoRA(rank=4, alpha=5.0), "lora_fa": LoRAFA(rank=4, alpha=5.0)}
+METHODS: dict[str, LoRA] = {
+    "lora": LoRA(rank=4, alpha=5.0),
+    "lora_fa": LoRAFA(rank=4, alpha=5.0),
+    "adalora": AdaLoRA(rank=4, alpha=5.0, budget=RankBudget(target_rank=2)),
+}
 """Configurations whose scale, 1.25, is no power of two."""
 
 Gradients = dict[str, Tensor]
@@ -94,12 +99,14 @@ def make(
 
 
 def randomize(adapter: AttachedAdapter, seed: int = 1) -> None:
-    """Make every B random, small enough that the model stays the model."""
+    """Make every B random, small enough that the model stays the model, and AdaLoRA's λ of 5."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in adapter.state_dict().items():
             if name.endswith("lora_B"):
                 tensor.normal_(0.0, 0.1, generator=generator)
+            elif name.endswith("lora_E"):  # beside a Q of 0.02
+                tensor.normal_(0.0, 5.0, generator=generator)
 
 
 def maskless() -> dict[str, Any]:
