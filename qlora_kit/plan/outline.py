@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from qlora_kit.adapters.adalora import AdaLoRALinear
 from qlora_kit.adapters.attached import AttachedAdapter
 from qlora_kit.adapters.inject import attach
 from qlora_kit.block.install import FusedBlocks, fuse_blocks, why_not_fused
@@ -41,6 +42,12 @@ class Outline:
     def trained(self) -> list[nn.Parameter]:
         """Parameters that get a gradient."""
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    @property
+    def adalora(self) -> list[AdaLoRALinear]:
+        """Pieces whose ranks follow a budget; none with other methods."""
+        pieces = () if self.adapter is None else self.adapter.pieces
+        return [piece for piece in pieces if isinstance(piece, AdaLoRALinear)]
 
     @property
     def kept(self) -> list[Tensor]:

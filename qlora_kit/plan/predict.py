@@ -15,12 +15,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from qlora_kit.adapters.adalora import orthogonality
 from qlora_kit.block.offload import OutlinedStore
 from qlora_kit.ops.attention.transformers_door import unpadded_inputs
 from qlora_kit.plan.gpus import Gpu
 from qlora_kit.plan.outline import Outline, components, outline
 from qlora_kit.plan.setup import FULL, Setup
-from qlora_kit.plan.state import optimizer_bytes, update_seconds
+from qlora_kit.plan.state import importance, optimizer_bytes, update_seconds
 from qlora_kit.plan.trace import BACKWARD, Block, Trace, counted_bytes
 from qlora_kit.step.graph import MOST_TOKENS
 from qlora_kit.step.head_input import TARGET_POSITIONS, head_input
@@ -112,6 +113,7 @@ def predict(config: PreTrainedConfig, setup: Setup, gpu: Gpu) -> Prediction:
     trained = made.trained
     state, on_host = optimizer_bytes(trained, setup.optimizer)
     found["optimizer"] = state
+    found["importance scores"], _ = importance(made.adalora, gpu)
     found["libraries"] = LIBRARIES if gpu.capability[0] == 9 else LIBRARIES_BEFORE
     moment, blocks, workspace = trace.peak()
     gradients = {id(b) for p in trained if p.grad is not None and (b := trace.block_of(p.grad))}
@@ -147,6 +149,7 @@ def _timed(
     """The prediction, with its time."""
     seconds = {kind: s * setup.accumulation for kind, s in trace.seconds.items()}
     seconds["optimizer"] = update_seconds(made.trained, setup.optimizer, gpu)
+    seconds["optimizer"] += importance(made.adalora, gpu)[1]
     compute = sum(seconds.values())
     graph = setup.graph and made.blocks is not None and setup.tokens <= MOST_TOKENS
     each = HOST_LAUNCH_S if made.blocks is not None else OWN_LAUNCH_S
@@ -199,6 +202,8 @@ def run_step(made: Outline, setup: Setup, gpu: Gpu) -> Trace:
             with trace.during("loss"):
                 loss = selected.losses().total / items
                 del selected
+                if made.adalora:
+                    loss = loss + orthogonality(made.adalora)
         with trace.during(BACKWARD):
             loss.backward()
             del loss

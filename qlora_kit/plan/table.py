@@ -24,6 +24,7 @@ NAMES = (
     "norms",
     "adapters",
     "optimizer",
+    "importance scores",
     "gradients",
     "saved activations",
     "working set",

@@ -71,7 +71,7 @@ def test_components_add_up_to_the_peak():
 
 
 @pytest.mark.parametrize("name", ["Gemma-3-1B", "Qwen3-8B", "tiny"])
-@pytest.mark.parametrize("method", ["lora", "lora_fa"])
+@pytest.mark.parametrize("method", ["lora", "lora_fa", "adalora"])
 def test_families_are_planned_as_fused(name: str, method: str):
     config = MODELS[name]
     found = predict(config, Setup(method=method, seq=256, activations="save"), GPU)
@@ -97,6 +97,18 @@ def test_full_fine_tuning_in_mixed_precision_is_sixteen_bytes_a_parameter():
     assert half.peak_bytes / half.trained == pytest.approx(8, rel=0.15)
     with pytest.raises(ConfigError, match="16-bit"):
         Setup(method="full", bits=4)
+
+
+def test_adalora_has_scores_and_a_term_in_the_loss():
+    """Two float32 values per trained one; P and Q of all layers side by side for the term."""
+    lora, adalora = (of_8b(batch=4, method=method) for method in ("lora", "adalora"))
+    assert adalora.fused
+    scores = adalora.components["importance scores"]
+    assert scores == pytest.approx(8 * adalora.trained, rel=0.01)
+    assert "importance scores" not in lora.components
+    more = adalora.peak_bytes - lora.peak_bytes
+    assert scores < more < scores + 4.5 * adalora.trained
+    assert 1.0 < adalora.step_s / lora.step_s < 1.05
 
 
 def test_a_configuration_is_left_as_it_was():
