@@ -1,7 +1,7 @@
 """Tokens per second of a training, with what is not training left out.
 
-Tokens are counted on the device and read when a line is logged, so that counting never
-makes the host wait. Evaluations and checkpoints run inside `outside()` and do not count.
+Tokens are counted on the device and read with the log line they belong to, so that counting
+never makes the host wait. Evaluations and checkpoints run inside `outside()` and do not count.
 """
 
 import time
@@ -29,7 +29,8 @@ class Throughput:
     def __init__(self) -> None:
         """Start the clock."""
         self.widest = (0, 0)
-        self._tokens = torch.zeros((), dtype=torch.int64)
+        self._on_device: Tensor | None = None
+        self._known = 0
         self._mark_s = time.perf_counter()
         self._window_tokens = 0
         self._paused_s = 0.0
@@ -49,9 +50,33 @@ class Throughput:
         """
         if ids.numel() > self.widest[0] * self.widest[1]:
             self.widest = (ids.shape[0], ids.shape[1])
-        padded = mask is not None and mask.shape == ids.shape
-        new = mask.sum() if padded and mask is not None else torch.tensor(ids.numel())
-        self._tokens = self._tokens.to(new.device) + new
+        if mask is None or mask.shape != ids.shape:
+            self._known += ids.numel()
+        else:
+            new = mask.sum()
+            self._on_device = new if self._on_device is None else self._on_device + new
+
+    def take(self) -> Tensor:
+        """Start another count, without waiting for the device.
+
+        Returns:
+            () int64, tokens of the count until now, for `add` once it has been read.
+        """
+        known, counted = self._known, self._on_device
+        self._known, self._on_device = 0, None
+        return torch.tensor(known) if counted is None else counted + known
+
+    def add(self, tokens: int) -> int:
+        """Count a reading of what `take` gave.
+
+        Args:
+            tokens: read.
+
+        Returns:
+            The same number.
+        """
+        self._window_tokens += tokens
+        return tokens
 
     def flush(self) -> int:
         """Read the count, which waits for the device.
@@ -59,10 +84,7 @@ class Throughput:
         Returns:
             Tokens since the last reading.
         """
-        new = int(self._tokens.item())
-        self._tokens = torch.zeros_like(self._tokens)
-        self._window_tokens += new
-        return new
+        return self.add(int(self.take()))
 
     @contextmanager
     def outside(self) -> Iterator[None]:

@@ -12,7 +12,8 @@ What is different from the parent, and why:
 - The first update checks that the adapter receives gradients at all.
 - AdamW and clipping work on flat buffers (`update.py`).
 - AdaLoRA's term in the loss and its ranks are followed (`rank_allocation.py`).
-- Logs carry tokens per second, the share of the GPU's rate, memory and what was planned.
+- Logs carry tokens per second, the share of the GPU's rate, memory and what was planned, and
+  hold nothing up (`log_lines.py`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,11 +32,10 @@ from qlora_kit.adapters.inject import AttachedAdapter
 from qlora_kit.block.tiles import Tile
 from qlora_kit.core.atomic import atomic_directory
 from qlora_kit.core.errors import AdapterError
-from qlora_kit.core.units import GIB
 from qlora_kit.step.graph import StepGraphs
 from qlora_kit.step.loss import causal_lm_loss, count_targets
 from qlora_kit.step.prepare import FusedCollator, fused_inputs, prepare_model
-from qlora_kit.train.callbacks import GradientGuard, memory_bytes
+from qlora_kit.train.callbacks import GradientGuard
 from qlora_kit.train.checkpoints import (
     STATE_FILE,
     last_checkpoint,
@@ -45,15 +45,15 @@ from qlora_kit.train.checkpoints import (
 )
 from qlora_kit.train.expected import Expected
 from qlora_kit.train.held_out import loss_totals
+from qlora_kit.train.log_lines import LoggingTrainer, let_run_ahead
 from qlora_kit.train.rank_allocation import RankAllocation
 from qlora_kit.train.sampling import EpochSampler, RowSet, SortedSampler, row_lengths
 from qlora_kit.train.throughput import Throughput
-from qlora_kit.train.update import UpdatingTrainer
 
 Batch = dict[str, Tensor]
 
 
-class Trainer(UpdatingTrainer):
+class Trainer(LoggingTrainer):
     """A `transformers.Trainer` for an adapter on a frozen, quantized or 16-bit base.
 
     Example:
@@ -95,7 +95,7 @@ class Trainer(UpdatingTrainer):
         Args:
             model: a causal language model or a sequence classifier, adapter attached.
             adapter: what was attached; the only part of the model that is saved.
-            args: Transformers' own arguments.
+            args: Transformers' own arguments; `let_run_ahead` settles some of them.
             train_dataset: rows of token lists; see `train.data`.
             eval_dataset: held-out rows, or several named sets of them.
             data_collator: makes a padded batch of rows.
@@ -122,9 +122,7 @@ class Trainer(UpdatingTrainer):
             raise AdapterError(
                 "the adapter has no trainable parameters. Attach it before making the Trainer."
             )
-        # One process drives one GPU: without this, a second visible GPU would mean DataParallel.
-        if args.n_gpu > 1:
-            args._n_gpu = 1
+        let_run_ahead(args)
         causal = "SequenceClassification" not in type(model).__name__
         self.fused = prepare_model(model, args, step, activations, tile) if causal else None
         if self.fused is not None and keep_decoded:
@@ -151,6 +149,7 @@ class Trainer(UpdatingTrainer):
         self.model_accepts_loss_kwargs = self.causal
         self.throughput = Throughput()
         self.expected = expected
+        self.logs_late = args.device.type == "cuda"
 
     # Data
 
@@ -209,6 +208,7 @@ class Trainer(UpdatingTrainer):
         return found if as_it_is else self.with_penalty(found, is_share=False)
 
     def _graph_loss(self, inputs: Batch, num_items: Tensor) -> Tensor:
+        self.model.train()  # a recorded step stays in the mode it was recorded in
         loss: Tensor = self.compute_loss(self.model, inputs, num_items_in_batch=num_items)
         return loss
 
@@ -241,7 +241,6 @@ class Trainer(UpdatingTrainer):
         """
         self.throughput.count(inputs["input_ids"], inputs.get("attention_mask"))
         if self.graphs is not None and isinstance(num_items_in_batch, Tensor):
-            self.model.train()
             recorded = self.graphs.run(self._prepare_inputs(inputs), num_items_in_batch)
             if recorded is not None:
                 return recorded
@@ -251,32 +250,6 @@ class Trainer(UpdatingTrainer):
     def floating_point_ops(self, inputs: Batch) -> int:
         """Return 0: Transformers' estimate counts packed bytes as weights."""
         return 0
-
-    # Logs
-
-    def _flush_tokens(self) -> None:
-        self.state.num_input_tokens_seen += self.throughput.flush()
-
-    @property
-    def mean_tokens_per_s(self) -> float:
-        """Tokens per second over the logged updates, evaluations and checkpoints left out."""
-        return self.throughput.mean(self.state.log_history)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add throughput and memory to a training log line, and hand it to the loggers.
-
-        Args:
-            logs: values to log; extended in place.
-            start_time: start of the training.
-        """
-        if "loss" in logs:
-            self._flush_tokens()
-            logs["tokens_per_s"] = self.throughput.window()
-            logs["tokens"] = self.state.num_input_tokens_seen
-            logs["memory_gib"] = round(memory_bytes(self.args.device) / GIB, 3)
-            if self.expected is not None:
-                logs |= self.expected.logs(logs["tokens_per_s"])
-        super().log(logs, start_time)
 
     # Evaluation
 
@@ -331,6 +304,7 @@ class Trainer(UpdatingTrainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_checkpoint(Path(self.args.output_dir)))
         self.throughput.start()
+        self._line = None
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

@@ -76,16 +76,13 @@ class UpdatingTrainer(transformers.Trainer):
         batches = getattr(self, "current_gradient_accumulation_steps", 1) if is_share else 1
         return loss + self.ranks.penalty() / batches
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Say how much of the loss is the method's own term, and hand the values on.
+    def own_values(self) -> dict[str, Tensor]:
+        """What a method adds to a log line: how much of the loss is its own term.
 
-        Args:
-            logs: values to log; extended in place.
-            start_time: start of the training.
+        Returns:
+            () tensors by name, on the device.
         """
-        if self.ranks is not None and "loss" in logs:
-            logs["penalty"] = float(self.ranks.penalty().detach())
-        super().log(logs, start_time)
+        return {} if self.ranks is None else {"penalty": self.ranks.penalty().detach()}
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

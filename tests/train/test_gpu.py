@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.inject import attach
@@ -58,3 +59,53 @@ def test_memory_running_out_is_advice() -> None:
     advice = pytest.raises(UserError, match=r"out of memory .*train\.batch_size=4")
     with advice, explain_memory_errors(run):
         torch.empty(1 << 50, device="cuda", dtype=torch.uint8)
+
+
+class _NoWaiting(TrainerCallback):
+    """From the fifth update on, lets torch refuse what waits for the GPU."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 4:  # models asked, gradients checked, steps recorded
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps - 1:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("width", [None, 24])
+def test_no_update_waits_for_the_gpu(tmp_path: Path, accumulated: int, width: int | None) -> None:
+    """Batches, steps with and without a CUDA graph, clipping, AdamW, a log line each time."""
+    model = tiny_models.build("llama", dtype=torch.bfloat16).to("cuda")
+    made = rows(40)
+    if width is not None:  # one shape: recorded
+        made = [{"input_ids": [*range(3, 3 + width)], "labels": [*range(3, 3 + width)]}] * 40
+    settings = {"use_cpu": False, "max_steps": 9, "save_strategy": "no", "optim": "adamw_8bit"}
+    trainer = Trainer(
+        model,
+        attach(model, LoRA(rank=4), seed=3),
+        arguments(tmp_path, **settings, gradient_accumulation_steps=accumulated),
+        train_dataset=made,
+        data_collator=PadCollator(0, 8),
+        callbacks=[_NoWaiting()],
+    )
+    assert trainer.logs_late
+    try:
+        trainer.train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    found = [h["step"] for h in trainer.state.log_history if "loss" in h]
+    assert found == [*range(1, 10)]
+
+
+def test_torch_sees_what_waits(tmp_path: Path) -> None:
+    """The same with a batch that is waited for: refused."""
+    trainer = make(tmp_path, max_steps=9, save_strategy="no", full_determinism=False)
+    trainer.accelerator.dataloader_config.non_blocking = False
+    trainer.add_callback(_NoWaiting())
+    try:
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            trainer.train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
