@@ -1,8 +1,13 @@
 """The grid of runs that predictions are held to: shapes, sizes, policies, optimizers, methods."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
+from qlora_kit.bench.child import first_fields
+from qlora_kit.bench.record import Row
+from qlora_kit.bench.steps import RECORDED_AFTER
 from qlora_kit.bench.subject import Build, Job, Point
+from qlora_kit.step.graph import MOST_TOKENS
 
 Sizes = tuple[int, int, str]
 """Rows of a batch, tokens of a row, activation policy."""
@@ -18,11 +23,25 @@ class Case:
     bits: int = 4
     rank: int = 16
     optimizer: str = "adamw_8bit"
+    keep_decoded: int = 0
 
 
 _ELEMENTWISE = "recompute_elementwise"
 
 GRID: tuple[Case, ...] = (
+    Case(
+        model="Gemma-3-1B",
+        sizes=((1, 2048, "save"), (8, 1024, _ELEMENTWISE), (2, 8192, "recompute_all")),
+    ),
+    Case(
+        model="Gemma-3-4B",
+        sizes=((2, 2048, _ELEMENTWISE), (1, 8192, "recompute_mlp"), (4, 2048, "offload")),
+    ),
+    Case(
+        model="Llama-3.3-70B",
+        rank=32,
+        sizes=((1, 512, _ELEMENTWISE), (1, 4096, "recompute_all"), (1, 8192, "offload")),
+    ),
     Case(
         model="Llama-3.1-8B",
         sizes=(
@@ -38,7 +57,6 @@ GRID: tuple[Case, ...] = (
             (16, 512, _ELEMENTWISE),
             (1, 8192, "save:8,recompute_elementwise:16,recompute_all:8"),
             (8, 2048, "recompute_all"),
-            (1, 65536, "offload"),
         ),
     ),
     Case(
@@ -96,19 +114,18 @@ GRID: tuple[Case, ...] = (
         ),
     ),
     Case(
-        model="Gemma-3-1B",
-        sizes=((1, 2048, "save"), (8, 1024, _ELEMENTWISE), (2, 8192, "recompute_all")),
+        model="Llama-3.1-8B",
+        sizes=((1, 1024, _ELEMENTWISE), (4, 2048, _ELEMENTWISE)),
+        keep_decoded=16,
     ),
     Case(
-        model="Gemma-3-4B",
-        sizes=((2, 2048, _ELEMENTWISE), (1, 8192, "recompute_mlp"), (4, 2048, "offload")),
+        model="Llama-3.2-1B",
+        optimizer="adamw_torch",
+        sizes=((4, 2048, "recompute_mlp"), (1, 65536, "recompute_all")),
     ),
-    Case(
-        model="Llama-3.3-70B",
-        rank=32,
-        sizes=((1, 512, _ELEMENTWISE), (1, 4096, "recompute_all"), (1, 8192, "offload")),
-    ),
+    Case(model="Llama-3.1-8B", sizes=((1, 65536, "offload"),)),
 )
+"""What is known least comes first, the longest row last: time may run out."""
 
 SMALL: tuple[Case, ...] = (Case(model="tiny", rank=8, sizes=((2, 64, "save"),)),)
 """For machines without a GPU."""
@@ -120,8 +137,9 @@ def jobs(cases: tuple[Case, ...], *, device: str, warmup: int, steps: int) -> li
     Args:
         cases: of the grid.
         device: `cuda` or `cpu`.
-        warmup: steps before the timed ones.
-        steps: timed steps.
+        warmup: steps before the timed ones; more where a CUDA graph is recorded, fewer where a
+            step takes seconds.
+        steps: timed steps; fewer likewise.
 
     Returns:
         One per case, its points by growing length.
@@ -143,6 +161,90 @@ def jobs(cases: tuple[Case, ...], *, device: str, warmup: int, steps: int) -> li
             dtype="bfloat16" if device == "cuda" else "float32",
         )
         ordered = sorted(case.sizes, key=lambda size: size[0] * size[1])
-        points = tuple(Point(batch=b, seq=s, policy=p) for b, s, p in ordered)
+        points = tuple(_point(case, size, device) for size in ordered)
         found.append(Job(build=build, points=points, warmup=warmup, steps=steps))
     return found
+
+
+def _point(case: Case, size: Sizes, device: str) -> Point:
+    batch, seq, policy = size
+    # full fine-tuning trains without graphs: see `step/graph.py`
+    graph = case.method != "full" and device == "cuda" and batch * seq <= MOST_TOKENS
+    long = batch * seq >= _LONG or (case.model in _HEAVY and not graph)
+    return Point(
+        batch=batch,
+        seq=seq,
+        policy=policy,
+        graph=graph,
+        keep_decoded=case.keep_decoded,
+        warmup=RECORDED_AFTER if graph else 0 if long else None,
+        steps=2 if long else None,
+    )
+
+
+_LONG = 1 << 15
+"""Tokens of a step from which on it takes seconds."""
+_HEAVY = ("Llama-3.3-70B",)
+"""Models whose every step does."""
+
+_KEYS = ("model", "method", "bits", "rank", "optimizer", "batch", "seq", "policy")
+
+
+def key_of(row: Row) -> tuple[object, ...]:
+    """What a row measured; a step from a CUDA graph is not the same as one without.
+
+    Args:
+        row: of a record.
+
+    Returns:
+        A key, equal for the same measurement.
+
+    Example:
+        >>> row = dict.fromkeys(_KEYS, 1)
+        >>> key_of(row) == key_of(row | {"keep_decoded": 0}) != key_of(row | {"graph": True})
+        True
+    """
+    return (*(row[key] for key in _KEYS), row.get("keep_decoded", 0), bool(row.get("graph")))
+
+
+def missing(planned: Sequence[Job], rows: Sequence[Row]) -> list[Job]:
+    """What rows of earlier records have not measured.
+
+    Args:
+        planned: jobs.
+        rows: of those records.
+
+    Returns:
+        Jobs with the points that are left, in their order; none without points.
+    """
+    known = {key_of(row) for row in rows if "tokens_per_s" in row}
+    found = []
+    for job in planned:
+        fields = [first_fields(job.build, point) | {"graph": point.graph} for point in job.points]
+        pairs = zip(fields, job.points, strict=True)
+        points = tuple(point for row, point in pairs if key_of(row) not in known)
+        found += [replace(job, points=points)] if points else []
+    return found
+
+
+def together(parts: Sequence[Sequence[Row]]) -> list[Row]:
+    """The rows of several records as those of one.
+
+    Args:
+        parts: of each record; where two have measured the same, the first counts.
+
+    Returns:
+        Rows: measured ones of all, and what none has measured once.
+    """
+    found: dict[tuple[object, ...], Row] = {}
+    for measured in (True, False):
+        for row in (row for rows in parts for row in rows):
+            key = key_of(row)
+            if ("tokens_per_s" in row) == measured and (measured or not _covered(found, key)):
+                found.setdefault(key, row)
+    return list(found.values())
+
+
+def _covered(found: Mapping[tuple[object, ...], Row], key: tuple[object, ...]) -> bool:
+    """Whether a row that was not measured was elsewhere, with a CUDA graph or without."""
+    return any((*key[:-1], graph) in found for graph in (False, True))

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.core.units import parse_bytes
 from qlora_kit.plan.gpus import Gpu
-from qlora_kit.plan.predict import CONTEXT, Prediction
-from qlora_kit.step.graph import MOST_TOKENS
+from qlora_kit.plan.predict import CONTEXT, Prediction, is_recorded
 
 MARGIN = 0.04
 """Of what a step takes for itself, the share that has to stay free besides."""
@@ -101,8 +100,8 @@ def graph_bytes(prediction: Prediction) -> int:
         Bytes; 0 where no step is recorded, or all are alike.
     """
     setup = prediction.setup
-    recorded = setup.graph and setup.varied and prediction.fused and setup.tokens <= MOST_TOKENS
-    return step_bytes(prediction) if recorded else 0
+    beside = setup.varied and is_recorded(setup, fused=prediction.fused)
+    return step_bytes(prediction) if beside else 0
 
 
 def step_bytes(prediction: Prediction) -> int:

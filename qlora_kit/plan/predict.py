@@ -27,7 +27,8 @@ from qlora_kit.step.graph import MOST_TOKENS
 from qlora_kit.step.head_input import TARGET_POSITIONS, head_input
 
 LIBRARIES = 72 << 20
-"""Bytes of cuBLAS's workspace on Hopper, which torch allocates."""
+"""Bytes of cuBLAS's workspace on Hopper, which torch allocates for each stream; a graph is
+recorded on one of its own."""
 LIBRARIES_BEFORE = 8 << 20
 """On GPUs before Hopper."""
 CONTEXT = 520 << 20
@@ -114,7 +115,8 @@ def predict(config: PreTrainedConfig, setup: Setup, gpu: Gpu) -> Prediction:
     state, on_host = optimizer_bytes(trained, setup.optimizer)
     found["optimizer"] = state
     found["importance scores"], _ = importance(made.adalora, gpu)
-    found["libraries"] = LIBRARIES if gpu.capability[0] == 9 else LIBRARIES_BEFORE
+    workspaces = 2 if is_recorded(setup, fused=made.blocks is not None) else 1  # one per stream
+    found["libraries"] = workspaces * (LIBRARIES if gpu.capability[0] == 9 else LIBRARIES_BEFORE)
     moment, blocks, workspace = trace.peak()
     gradients = {id(b) for p in trained if p.grad is not None and (b := trace.block_of(p.grad))}
     update = _update_bytes(trained, flat=setup.method != FULL)
@@ -151,7 +153,7 @@ def _timed(
     seconds["optimizer"] = update_seconds(made.trained, setup.optimizer, gpu)
     seconds["optimizer"] += importance(made.adalora, gpu)[1]
     compute = sum(seconds.values())
-    graph = setup.graph and made.blocks is not None and setup.tokens <= MOST_TOKENS
+    graph = is_recorded(setup, fused=made.blocks is not None)
     each = HOST_LAUNCH_S if made.blocks is not None else OWN_LAUNCH_S
     launching = 0.0 if graph else trace.launches * each * setup.accumulation
     store = made.blocks.host if made.blocks is not None else None
@@ -170,6 +172,23 @@ def _timed(
         fused=made.blocks is not None,
         trained=sum(p.numel() for p in made.trained),
     )
+
+
+def is_recorded(setup: Setup, *, fused: bool) -> bool:
+    """Whether a step becomes a CUDA graph.
+
+    Args:
+        setup: of the run.
+        fused: whether its layers are.
+
+    Returns:
+        False for large batches, which need none.
+
+    Example:
+        >>> is_recorded(Setup(seq=4096), fused=True), is_recorded(Setup(seq=4160), fused=True)
+        (True, False)
+    """
+    return setup.graph and fused and setup.tokens <= MOST_TOKENS
 
 
 def run_step(made: Outline, setup: Setup, gpu: Gpu) -> Trace:
