@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from qlora_kit.adapters.adalora_config import RankBudget as RankBudget
+    from qlora_kit.adapters.bank import AdapterBank as AdapterBank
     from qlora_kit.adapters.bitfit_config import BitFit as BitFit
     from qlora_kit.adapters.bottleneck_config import Bottleneck as Bottleneck
     from qlora_kit.adapters.config import AdaLoRA as AdaLoRA
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from qlora_kit.adapters.inject import load_adapter as load_adapter
     from qlora_kit.adapters.prompt_config import PrefixTuning as PrefixTuning
     from qlora_kit.adapters.prompt_config import PromptTuning as PromptTuning
+    from qlora_kit.adapters.several import load_adapters as load_adapters
     from qlora_kit.adapters.whole_config import Full as Full
     from qlora_kit.adapters.whole_config import TopK as TopK
     from qlora_kit.core.errors import QloraKitError as QloraKitError
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AdaLoRA": "qlora_kit.adapters.config",
+    "AdapterBank": "qlora_kit.adapters.bank",
     "AttachedAdapter": "qlora_kit.adapters.inject",
     "BitFit": "qlora_kit.adapters.bitfit_config",
     "Bottleneck": "qlora_kit.adapters.bottleneck_config",
@@ -90,6 +93,7 @@ _HOMES = {
     "force_backend": "qlora_kit.ops.backend",
     "load": "qlora_kit.load.model",
     "load_adapter": "qlora_kit.adapters.inject",
+    "load_adapters": "qlora_kit.adapters.several",
     "merge": "qlora_kit.export.merge",
     "nf4_linear": "qlora_kit.ops.nf4_linear.op",
     "original_weights": "qlora_kit.export.originals",

@@ -62,7 +62,7 @@ def attach(
         ...
         qlora_kit.core.errors.AdapterError: targets: 'q_proj' matches no linear layer ...
     """
-    _refuse_second(model)
+    refuse_second(model)
     if isinstance(config, LoRA):
         return _install(model, config, name, lora_pieces(model, config, seed, originals))
     return _install(model, config, name, build_pieces(model, config, seed))
@@ -94,7 +94,7 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = "default") ->
         >>> load_adapter(model, folder)
         AttachedAdapter('default', LoRA, 1 modules, 24 trained values)
     """
-    _refuse_second(model)
+    refuse_second(model)
     files = read_adapter(folder)
     check_fit(model, files, Path(folder))
     if not isinstance(files.config, LoRA):
@@ -137,7 +137,18 @@ def _install(
     return AttachedAdapter(model, config, name, pieces, frozen)
 
 
-def _refuse_second(model: nn.Module) -> None:
+def refuse_second(model: nn.Module) -> None:
+    """Refuse a model that carries an adapter.
+
+    Args:
+        model: any.
+
+    Raises:
+        AdapterError: it does.
+
+    Example:
+        >>> refuse_second(nn.Linear(8, 4))
+    """
     if hasattr(model, ATTACHED):
         raise AdapterError(
             f"the model already carries an adapter ({getattr(model, ATTACHED)}). Call its "
