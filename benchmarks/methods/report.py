@@ -1,0 +1,261 @@
+"""The table and the figure of a record of `benchmarks.methods`, for docs/methods.md.
+
+    python -m benchmarks.methods --report [RECORD]
+
+The same record gives the same bytes. The text between the two marks in the document is
+replaced, the rest of it is left alone.
+"""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.methods.cases import REFERENCE
+from benchmarks.ops.plot_nf4_linear import COLOURS
+from qlora_kit.analysis.tables import Table
+
+Row = dict[str, Any]
+MARKS = "<!-- benchmarks.methods: begin -->", "<!-- benchmarks.methods: end -->"
+NONE = "–"
+MIB, GIB = 2**20, 2**30
+GROUPS = {
+    "LoRA and relatives": ("lora", "rslora", "lora_fa", "dora", "adalora", "glora"),
+    "adapters in sequence": ("bottleneck",),
+    "positions": ("prefix_tuning", "prompt_tuning"),
+    "weights of the model": ("bitfit", "top_k", "full"),
+}
+"""Colour in the figure to methods."""
+
+
+def find(rows: Sequence[Row], **wanted: object) -> list[Row]:
+    """Rows of a record with these values, failed ones left out.
+
+    Args:
+        rows: of a record.
+        **wanted: field to value.
+
+    Returns:
+        Those rows.
+
+    Example:
+        >>> find([{"what": "run", "seed": 0}, {"what": "run", "error": "x"}], what="run")
+        [{'what': 'run', 'seed': 0}]
+    """
+    good = (row for row in rows if "error" not in row)
+    return [row for row in good if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, standard deviation and range of scores, in percent.
+
+    Args:
+        values: between 0 and 1, one per seed.
+
+    Returns:
+        Text; the sample's deviation, so two values at least for one.
+
+    Example:
+        >>> spread([0.8, 0.82, 0.84]), spread([0.5]), spread([])
+        ('82.0 ± 2.0 (80.0–84.0)', '50.0', '–')
+    """
+    if not values:
+        return NONE
+    mean = f"{100 * statistics.mean(values):.1f}"
+    if len(values) == 1:
+        return mean
+    low, high = 100 * min(values), 100 * max(values)
+    return f"{mean} ± {100 * statistics.stdev(values):.1f} ({low:.1f}–{high:.1f})"
+
+
+def scores(rows: Sequence[Row], case: str, task: str) -> list[float]:
+    """Held-out scores of a method, seed by seed."""
+    return [row["score"] for row in find(rows, what="run", method=case, task=task)]
+
+
+def budget_of(record: dict[str, Any]) -> Row:
+    """The row that says what every training had."""
+    (row,) = (row for row in record["rows"] if row["what"] == "budget")
+    return row
+
+
+def table(record: dict[str, Any]) -> Table:
+    """One line per method, the base first.
+
+    Args:
+        record: of this benchmark.
+
+    Returns:
+        The table; what was not run is a dash.
+    """
+    rows, budget = record["rows"], budget_of(record)
+    tasks, shapes = budget["tasks"], budget["shapes"]
+    heading = ["method", "trained", "peak MiB"]
+    heading += [f"{part} {_shape(s)}" for s in shapes for part in ("tokens/s", "time")]
+    heading += [f"{task['name']}, {task['metric'].replace('_', ' ')} %" for task in tasks]
+    base = ["base, NF4", NONE, NONE, *[NONE] * (2 * len(shapes))]
+    for task in tasks:
+        found = find(rows, what="base", task=task["name"])
+        base.append(spread([row["score"] for row in found]))
+    lines = [tuple(base)]
+    for case in budget["cases"]:
+        name = case["name"]
+        runs = find(rows, what="run", method=name)
+        timed = find(rows, what="speed", method=name)
+        if not runs and not timed:
+            continue
+        peaks = [row["peak_bytes"] for row in runs if row.get("peak_bytes")]
+        line = [case["label"], f"{(runs or timed)[0]['trainable']:,}"]
+        line.append(f"{max(peaks) / MIB:,.0f}" if peaks else NONE)
+        for shape in shapes:
+            line += _speed(rows, name, shape["name"])
+        line += [spread(scores(rows, name, task["name"])) for task in tasks]
+        lines.append(tuple(line))
+    return Table("methods", tuple(heading), lines)
+
+
+def _shape(shape: Row) -> str:
+    name = "" if shape["name"] == "demo" else f"{shape['name']}, "
+    return f"({name}{shape['batch']} × {shape['seq']})"
+
+
+def _speed(rows: Sequence[Row], case: str, shape: str) -> list[str]:
+    """Tokens/s, and the step's time in units of LoRA's."""
+    own = find(rows, what="speed", method=case, shape=shape)
+    of_lora = find(rows, what="speed", method=REFERENCE, shape=shape)
+    if not own:
+        return [NONE, NONE]
+    ratio = f"{own[0]['ms'] / of_lora[0]['ms']:.2f}" if of_lora else NONE
+    fused = "" if own[0]["fused"] else "*"
+    return [f"{own[0]['tokens_per_s']:,.0f}", ratio + fused]
+
+
+def text(record: dict[str, Any], source: str) -> str:
+    """What stands between the marks of the document.
+
+    Args:
+        record: of this benchmark.
+        source: the record's file, for the reader.
+
+    Returns:
+        Markdown.
+    """
+    budget = budget_of(record)
+    where = record["gpu"] or record["cpu"]
+    seeds = {row["seed"] for row in find(record["rows"], what="run")}
+    lines = [
+        f"`{budget['model']}` on {where}, commit {record['commit']}, {len(seeds)} seeds "
+        f"(`{source}`). Peak: of the runs, base included; time: of a step, over LoRA's"
+        + (", * by the model's own code instead of fused layers." if record["gpu"] else "."),
+    ]
+    lines += [
+        f"`{t['name']}`: {t['updates']} updates of {t['batch']} rows, {t['test_rows']:,} held out; "
+        f"learning rate by the loss on {t['validation_rows']} further rows."
+        for t in budget["tasks"]
+    ]
+    if budget["not_run"]:
+        lines.append(f"Not run: {', '.join(budget['not_run'])}.")
+    failed = [row for row in record["rows"] if "error" in row]
+    lines += [f"Failed: {row['what']} {row['method']}: {row['error']}" for row in failed]
+    rates = "; ".join(_rates(record, task["name"]) for task in budget["tasks"])
+    return "\n\n".join(["\n".join(lines), table(record).markdown(), f"Learning rates: {rates}."])
+
+
+def _rates(record: dict[str, Any], task: str) -> str:
+    """The learning rates of one task."""
+    found = []
+    for case in budget_of(record)["cases"]:
+        runs = find(record["rows"], what="run", method=case["name"], task=task)
+        if runs:
+            found.append(f"{case['name']} {runs[0]['rate']:g}")
+    return f"{task}: {', '.join(found) or 'none'}"
+
+
+def write_into(document: Path, content: str) -> None:
+    """Replace what stands between the marks.
+
+    Args:
+        document: Markdown.
+        content: the new text.
+
+    Raises:
+        SystemExit: the marks are not there.
+    """
+    begin, end = MARKS
+    whole = document.read_text(encoding="utf-8")
+    if whole.count(begin) != 1 or whole.count(end) != 1:
+        raise SystemExit(f"{document} needs the lines {begin} and {end}, once each")
+    before, _, rest = whole.partition(begin)
+    after = rest.partition(end)[2]
+    document.write_text(f"{before}{begin}\n\n{content}\n\n{end}{after}", encoding="utf-8")
+
+
+def draw(record: dict[str, Any], out: Path) -> None:
+    """Score over trained parameters, a panel per task, the range over seeds as a bar.
+
+    Args:
+        record: of this benchmark.
+        out: the SVG.
+    """
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "qlora_kit"
+    mpl.rcParams["font.size"] = 8
+    from matplotlib import pyplot as plt
+
+    budget = budget_of(record)
+    tasks = budget["tasks"]
+    figure, panels = plt.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 4.6), squeeze=False)
+    for axes, task in zip(panels[0], tasks, strict=True):
+        _panel(axes, record, task)
+    panels[0][0].legend(frameon=False, fontsize=7, loc="lower right")
+    where = record["gpu"] or "CPU"
+    figure.suptitle(f"{budget['model']}, NF4, {where}, {record['commit']}", fontsize=9)
+    figure.tight_layout()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, metadata={"Date": None})
+    plt.close(figure)
+    lines = out.read_text(encoding="utf-8").splitlines()
+    out.write_text("\n".join(line.rstrip() for line in lines) + "\n", encoding="utf-8")
+
+
+def _panel(axes: Any, record: dict[str, Any], task: Row) -> None:
+    """One task."""
+    rows, name = record["rows"], task["name"]
+    labelled: set[str] = set()
+    for case in budget_of(record)["cases"]:
+        runs = find(rows, what="run", method=case["name"], task=name)
+        if not runs:
+            continue
+        values = [100 * row["score"] for row in runs]
+        mean = statistics.mean(values)
+        group = next(g for g, methods in GROUPS.items() if case["method"] in methods)
+        axes.errorbar(
+            runs[0]["trainable"],
+            mean,
+            yerr=[[mean - min(values)], [max(values) - mean]],
+            fmt="o",
+            markersize=4,
+            capsize=2,
+            linewidth=1,
+            color=COLOURS[list(GROUPS).index(group)],
+            label=None if group in labelled else group,
+        )
+        labelled.add(group)
+        axes.annotate(
+            case["name"],
+            (runs[0]["trainable"], mean),
+            xytext=(4, 3),
+            textcoords="offset points",
+            fontsize=6,
+        )
+    for row in find(rows, what="base", task=name):
+        axes.axhline(100 * row["score"], color="#333333", linewidth=0.8, linestyle=":")
+    axes.set_xscale("log")
+    axes.set_xlabel("trained parameters")
+    axes.set_ylabel(f"{task['metric'].replace('_', ' ')}, %")
+    axes.set_title(f"{name}; dotted: the base", fontsize=8)
+    axes.grid(visible=True, color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

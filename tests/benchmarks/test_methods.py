@@ -1,0 +1,178 @@
+"""`python -m benchmarks.methods`: every method trains, the best rate is taken, cuts are told."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.methods import report, schedule
+from benchmarks.methods.__main__ import main, shapes_of
+from benchmarks.methods.cases import BY_NAME, CASES, TASKS, Job, split_rows
+from benchmarks.methods.work import Workshop, reduced
+from qlora_kit.adapters.config import METHODS, OTHERS
+from qlora_kit.bench.random_checkpoint import write_checkpoint
+
+ROWS = 100
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory):
+    """A tiny dense model, and rows in the places of the demo's."""
+    folder = tmp_path_factory.mktemp("methods")
+    write_checkpoint("tiny", folder / "tiny", storage="bf16", device="cpu", dtype=torch.float32)
+    for task in TASKS:
+        for name in (task.train, task.test):
+            (folder / name).parent.mkdir(exist_ok=True)
+            words = ("yes", "no") if task.evaluation == "choice" else ('{"a":1}', '{"b":2}')
+            rows = [{"prompt": f"{i}?", "completion": words[i % 2]} for i in range(ROWS)]
+            (folder / name).write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def shop(space, tmp_path, factor=0.03):
+    tasks = [reduced(task, factor) for task in TASKS]
+    shapes = shapes_of(["demo:2x8", "tiny:2x8"])
+    return Workshop(str(space / "tiny"), tasks, shapes, space, tmp_path)
+
+
+def test_every_method_is_there():
+    assert {case.method for case in CASES} == {*METHODS, *OTHERS}
+    assert len(BY_NAME) == len(CASES)
+
+
+@pytest.mark.parametrize("case", [case.name for case in CASES])
+def test_every_method_trains(space, tmp_path, case):
+    bench = shop(space, tmp_path)
+    row = bench.do(Job(what="run", case=case, task="reviews", rate=1e-2, seed=1))
+    if case == "adapter_drop":  # the tiny model has two layers
+        assert "drop_layers" in row["error"]
+        return
+    assert "error" not in row, row
+    assert row["updates"] == 2
+    assert row["set"] == "test"
+    assert row["trainable"] > 0
+    assert 0 <= row["score"] <= 1
+
+
+@pytest.mark.parametrize("case", ["lora", "loftq", "prefix", "full"])
+def test_jobs_leave_nothing_behind(space, tmp_path, case):
+    bench = shop(space, tmp_path)
+    job = Job(what="run", case=case, task="commands", rate=1e-2, seed=1)
+    first = bench.do(job)
+    timed = bench.do(Job(what="speed", case=case, shape="tiny"))
+    assert ("ms" in timed) is (case != "loftq")
+    again = bench.do(job)
+    assert first["loss"] == again["loss"] > 0
+    other = bench.do(Job(what="run", case=case, task="commands", rate=1e-2, seed=2))
+    assert other["loss"] != first["loss"]
+
+
+def test_rows_do_not_meet(space, tmp_path):
+    task = reduced(TASKS[0], 0.03)
+    paths = split_rows(task, space, tmp_path)
+    train, validation = (
+        set(paths[name].read_text().splitlines()) for name in ("train", "validation")
+    )
+    assert len(train) == task.train_rows
+    assert len(validation) == task.validation_rows
+    assert not train & validation
+    with pytest.raises(SystemExit, match="needs more"):
+        split_rows(TASKS[0], space, tmp_path)
+
+
+def tuned(rate, loss, case="lora"):
+    return {
+        "what": "tune",
+        "method": case,
+        "task": "reviews",
+        "shape": None,
+        "rate": rate,
+        "seed": schedule.TUNING_SEED,
+        "loss": loss,
+    }
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "wider"),
+    [
+        ((3, 1, 2), 1, None),
+        ((1, 2, 3), 0, -2),
+        ((3, 2, 1), 2, 2),
+        ((None, 5, None), 1, None),  # diverged
+    ],
+)
+def test_a_grid_is_widened_where_its_end_is_best(losses, best, wider):
+    case = BY_NAME["lora"]
+    rows = [tuned(rate, loss) for rate, loss in zip(case.grid, losses, strict=True)]
+    assert schedule.chosen_rate(rows, "lora", "reviews") == case.grid[best]
+    expected = None if wider is None else case.beyond(wider)
+    assert schedule.wider_rate(rows, case, "reviews") == expected
+
+
+def test_a_grid_is_widened_twice_at_most():
+    case = BY_NAME["lora"]
+    rates = [*case.grid, case.beyond(2), case.beyond(3)]
+    rows = [tuned(rate, -index) for index, rate in enumerate(rates)]
+    assert schedule.wider_rate(rows[:4], case, "reviews") == case.beyond(3)
+    assert schedule.wider_rate(rows, case, "reviews") is None
+
+
+def test_seeds_wait_for_the_rate_and_come_whole():
+    cases = [BY_NAME["lora"], BY_NAME["dora"]]
+    jobs = schedule.training_jobs(cases, TASKS[:1], 2)
+    board = schedule.Board(list(jobs))
+    assert board.next_job().what == "base"
+    tunings = [board.next_job() for _ in range(6)]
+    assert {job.what for job in tunings} == {"tune"}
+    assert board.next_job() is None  # nothing to do until a grid is done
+    for job, loss in zip(tunings[:3], (3, 1, 2), strict=True):
+        board.finished(job, tuned(job.rate, loss))
+    run = board.next_job()
+    assert (run.what, run.case, run.seed, run.rate) == ("run", "lora", 0, 1e-3)
+    for job in tunings[3:]:
+        board.finished(job, tuned(job.rate, job.rate, "dora"))
+    wider = board.next_job()  # the lowest rate was best
+    assert (wider.case, wider.rate) == ("dora", BY_NAME["dora"].beyond(-2))
+    again = schedule.Board(jobs, list(board.rows))
+    again.skip_done()
+    kinds = [(job.what, job.case, job.rate) for job in again.pending[:2]]
+    assert kinds == [("tune", "dora", wider.rate), ("base", None, None)]
+
+
+def test_spread_is_of_the_seeds():
+    assert report.spread([0.5, 0.7]) == "60.0 ± 14.1 (50.0–70.0)"
+
+
+def words(space, tmp_path):
+    found = ["--model", str(space / "tiny"), "--demo", str(space), "--out", str(tmp_path)]
+    found += ["--work", str(tmp_path / "work"), "--budget", "0.03", "--seeds", "2", "--no-tune"]
+    return [*found, "--methods", "lora", "bitfit", "--tasks", "reviews", "--speed", "demo:2x8"]
+
+
+@pytest.mark.slow
+def test_the_whole_command_and_its_report(space, tmp_path):
+    assert main(words(space, tmp_path)) == 0
+    (file,) = (tmp_path / "methods").glob("*.json")
+    record = json.loads(file.read_text())
+    assert [row["what"] for row in record["rows"]].count("run") == 4
+    assert record["rows"][0]["not_run"] == []
+    assert str(tmp_path) not in file.read_text()
+    lines = len((tmp_path / "work" / "rows.jsonl").read_text().splitlines())
+    document, figure = tmp_path / "doc.md", tmp_path / "doc.svg"
+    document.write_text("above\n\n{}\n{}\n\nbelow\n".format(*report.MARKS))
+    pytest.importorskip("matplotlib")
+    write = ["--report", str(file), "--document", str(document), "--figure", str(figure)]
+    for _ in range(2):  # the second time changes nothing
+        assert main(write) == 0
+        first = document.read_text(), figure.read_text()
+    assert main(write) == 0
+    assert first == (document.read_text(), figure.read_text())
+    assert document.read_text().startswith("above")
+    assert document.read_text().endswith("below\n")
+    assert "| LoRA r 16 |" in document.read_text()
+    # No time: what was done stays, what was not is named.
+    assert main([*words(space, tmp_path), "--seeds", "3", "--total-seconds", "40"]) == 0
+    record = json.loads(file.read_text())
+    assert [row["what"] for row in record["rows"]].count("run") == 6
+    rows = (tmp_path / "work" / "rows.jsonl").read_text().splitlines()
+    assert len(rows) == lines + 2
