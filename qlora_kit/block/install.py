@@ -77,7 +77,7 @@ class FusedLayer:
             if torch.is_grad_enabled():
                 log_once(
                     "a fused layer runs its own code: the call has a mask or a cache, or "
-                    "autocast or a switched-off adapter ask for it"
+                    "autocast or dropout ask for it"
                 )
             return super().forward(  # type: ignore[misc]
                 hidden_states,
@@ -189,7 +189,7 @@ class FusedBlocks:
         return [group.held for group in groups if group.kept and group.held is not None]
 
     def may_run(self, layer: Any) -> bool:
-        """Whether a layer's state now allows one step: no autocast, adapters on, no more trained.
+        """Whether a layer's state now allows one step: no autocast, no dropout, no more trained.
 
         Args:
             layer: one of the model's.
@@ -265,7 +265,7 @@ class FusedBlocks:
         return self._made is not None and self._made() is hidden
 
     def _describe_again(self) -> None:
-        """An adapter came or went."""
+        """An adapter came or went, or was switched."""
         for layer in self.layers:
             if why_not(layer) is None:
                 _runner(layer).describe(layer)

@@ -54,8 +54,9 @@ class Part:
 
     @property
     def lora(self) -> FusibleLinear | None:
-        """The adapter, if any, with ranks."""
-        return self.module if isinstance(self.module, FusibleLinear) and self.module.rank else None
+        """The adapter, if there was one with ranks, switched on, when the group was laid out."""
+        has_ranks = self.ranks.stop > self.ranks.start
+        return self.module if isinstance(self.module, FusibleLinear) and has_ranks else None
 
     @property
     def base(self) -> nn.Module:
@@ -86,7 +87,8 @@ def can_group(module: nn.Module) -> bool:
         module: any.
 
     Returns:
-        False for other modules, a trained base, dropout before A, or an adapter that is off.
+        False for other modules, a trained base, or dropout before A. Of an adapter that is off
+        the group holds the base alone.
 
     Example:
         >>> can_group(nn.Linear(2, 2).requires_grad_(False)), can_group(nn.Linear(2, 2))
@@ -94,7 +96,7 @@ def can_group(module: nn.Module) -> bool:
     """
     base = module
     if isinstance(module, FusibleLinear):
-        if not module.enabled or (module.dropout and module.training):
+        if module.enabled and module.dropout and module.training:
             return False
         base = module.base
     if not isinstance(base, NF4Linear | nn.Linear):
@@ -125,7 +127,7 @@ class Group:
         n = r = 0
         for module in modules:
             height, self.k = _shape(module)
-            rank = module.rank if isinstance(module, FusibleLinear) else 0
+            rank = module.rank if isinstance(module, FusibleLinear) and module.enabled else 0
             wide = -(-rank // _RANKS) * _RANKS
             self.parts.append(Part(module, slice(n, n + height), slice(r, r + wide)))
             n, r = n + height, r + wide

@@ -1,10 +1,12 @@
 """One layer of a fused model: what is known about it, and the autograd function that runs it."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from qlora_kit.adapters.lora import FusibleLinear
 from qlora_kit.block.description import describe, drops_activations, linears
 from qlora_kit.block.layer import Call, Kept, backward, forward
 from qlora_kit.block.operands import Operands
@@ -47,8 +49,10 @@ class Runner:
         self.description = describe(layer, deterministic=self.fused.deterministic)
         groups = self.description.groups
         self.operands = Operands(groups)
+        self._on = _switched_on(self.description.modules)
         self._adapters = [part.lora for group in groups for part in group.parts if part.lora]
-        trained = {id(p) for group in groups for p in group.parameters}
+        adapted = [m for m in self.description.modules if isinstance(m, FusibleLinear)]
+        trained = {id(p) for module in adapted for p in module.masters}  # those that are off too
         self._frozen = [
             p
             for p in layer.parameters()
@@ -57,11 +61,12 @@ class Runner:
         self._drops = drops_activations(layer)
 
     def is_current(self, layer: nn.Module) -> bool:
-        """Whether the layer still has the linears that were described."""
+        """Whether the layer still has the linears that were described, and adapters as then."""
         qkv, gate_up, others = linears(layer)
         o, down = others
         now = (*qkv, o, *gate_up, down)
-        return all(a is b for a, b in zip(now, self.description.modules, strict=True))
+        same = all(a is b for a, b in zip(now, self.description.modules, strict=True))
+        return same and _switched_on(now) == self._on
 
     def may_run(self, layer: nn.Module) -> bool:
         """Whether one step computes what the layer's own code would.
@@ -70,13 +75,18 @@ class Runner:
             layer: the runner's own.
 
         Returns:
-            False while an adapter is switched off, something else drops out or is trained.
+            False while something drops out, or is trained that was not described.
         """
         if self._drops and layer.training:
             return False
-        if any(not a.enabled or (a.dropout and a.training) for a in self._adapters):
+        if any(a.dropout and a.training for a in self._adapters):
             return False
         return not any(parameter.requires_grad for parameter in self._frozen)
+
+
+def _switched_on(modules: Iterable[nn.Module]) -> list[bool]:
+    """Of every adapter among some linears, in order, whether it is on."""
+    return [module.enabled for module in modules if isinstance(module, FusibleLinear)]
 
 
 class Step(torch.autograd.Function):

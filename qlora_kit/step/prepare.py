@@ -8,7 +8,8 @@ still on the CPU, and `fused_inputs` says them in the words that transformers ha
 its models, so that no training step makes a mask or waits for the GPU.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,13 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from qlora_kit.adapters.prefix import PromptParameters
 from qlora_kit.block.compiled import CompiledLayers, compile_layers
-from qlora_kit.block.install import FusedBlocks, fuse_blocks, why_not_fused
+from qlora_kit.block.install import (
+    FusedBlocks,
+    FusedLayer,
+    decoder_layers,
+    fuse_blocks,
+    why_not_fused,
+)
 from qlora_kit.block.tiles import Tile, tile_tokens
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.core.log import logger
@@ -69,19 +76,36 @@ class FusedCollator:
             with its documents where positions start anew within rows, with the positions of
             its targets, and without a cache, which transformers would fill and nobody read.
         """
-        batch = {"use_cache": False, **self.collate(rows)}
-        mask, positions = batch.get("attention_mask"), batch.get("position_ids")
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            batch[MASKLESS] = bool((mask[:, 1:] <= mask[:, :-1]).all())
-        elif mask is None:
-            batch[MASKLESS] = True
-            if isinstance(positions, Tensor) and bool((positions[:, 1:] == 0).any()):
-                documents = Documents.from_positions(positions)
-                batch[STARTS], batch[LONGEST] = documents.starts, documents.longest
-        labels = batch.get("labels")
-        if isinstance(labels, Tensor) and labels.dim() == 2:
-            batch[TARGET_POSITIONS] = target_positions(labels)
-        return batch
+        return marked(self.collate(rows))
+
+
+def marked(collated: dict[str, Any]) -> dict[str, Any]:
+    """Add to a collated batch what fused layers need to know; on the CPU, or the host waits.
+
+    Args:
+        collated: arguments of a model's forward. Not modified.
+
+    Returns:
+        As `FusedCollator` gives them.
+
+    Example:
+        >>> import torch
+        >>> sorted(marked({"input_ids": torch.ones(1, 2, dtype=torch.int64)}))
+        ['input_ids', 'maskless', 'use_cache']
+    """
+    batch = {"use_cache": False, **collated}
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        batch[MASKLESS] = bool((mask[:, 1:] <= mask[:, :-1]).all())
+    elif mask is None:
+        batch[MASKLESS] = True
+        if isinstance(positions, Tensor) and bool((positions[:, 1:] == 0).any()):
+            documents = Documents.from_positions(positions)
+            batch[STARTS], batch[LONGEST] = documents.starts, documents.longest
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.dim() == 2:
+        batch[TARGET_POSITIONS] = target_positions(labels)
+    return batch
 
 
 def fused_inputs(batch: dict[str, Any]) -> dict[str, Any]:
@@ -202,3 +226,48 @@ def prepare_model(
         if hasattr(args, name):
             setattr(args, name, False)
     return FusedModel(model, layers)
+
+
+@contextmanager
+def fused_evaluation(
+    model: PreTrainedModel, step: str = "auto", tile: Tile = "auto"
+) -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
+    """Let held-out batches run through fused layers, where training would.
+
+    They take the tiles that training takes and keep nothing, so that a row that can be trained
+    on can be measured, before a training and after it, with adapters on or off.
+
+    Args:
+        model: in evaluation mode; its layers may be fused already.
+        step: of the training; `compiled` and `eager` leave the model's own layers.
+        tile: of the training.
+
+    Yields:
+        From a collated batch on the CPU to what the model takes.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=1, **sizes))
+        >>> with fused_evaluation(model.eval().requires_grad_(False), "fused"):
+        ...     type(model.model.layers[0]).__name__
+        'FusedLlamaDecoderLayer'
+        >>> type(model.model.layers[0]).__name__
+        'LlamaDecoderLayer'
+    """
+    if any(isinstance(layer, FusedLayer) for layer in decoder_layers(model)):
+        yield _told
+        return
+    wanted = step == "fused" or (step == "auto" and model.device.type == "cuda")
+    if not wanted or why_not_fused(model) is not None:
+        yield dict
+        return
+    fused = FusedModel(model, fuse_blocks(model, "recompute_all", tile=tile_tokens(tile)))
+    try:
+        yield _told
+    finally:
+        fused.remove()
+
+
+def _told(batch: dict[str, Any]) -> dict[str, Any]:
+    return fused_inputs(marked(batch))

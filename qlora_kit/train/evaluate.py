@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
+from qlora_kit.block.tiles import Tile
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.nn.loss_head import IGNORE
 from qlora_kit.step.head_input import HeadInput
+from qlora_kit.step.prepare import fused_evaluation
 from qlora_kit.train.callbacks import Phases
 from qlora_kit.train.config import EvalConfig
 from qlora_kit.train.data.collate import make_collator
@@ -146,6 +148,8 @@ class Evaluator:
         phases: Phases,
         pad_to_multiple_of: int = 1,
         most_tokens: int | None = None,
+        step: str = "auto",
+        tile: Tile = "auto",
     ) -> None:
         """Remember how to measure.
 
@@ -156,12 +160,17 @@ class Evaluator:
             pad_to_multiple_of: widths of batches are rounded up to this.
             most_tokens: of a batch, prompt and answer together; None for any number. A row that
                 is longer is a batch of its own.
+            step: `auto` and `fused` measure losses through fused layers, as training does; see
+                `step/prepare.py`. What is written by the model is written by its own layers.
+            tile: tokens that fused layers treat at a time.
         """
         self.tokenizer = tokenizer
         self.config = config
         self.phases = phases
         self.pad_to_multiple_of = pad_to_multiple_of
         self.most_tokens = most_tokens
+        self.step = step
+        self.tile = tile
 
     def measure(
         self, model: PreTrainedModel, data: TokenizedSet, name: str, *, label: str | None = None
@@ -254,13 +263,15 @@ class Evaluator:
         labels = data.choice_ids(choices) if choices else []
         first = [label[0] for label in labels]
         picked: dict[int, int] = {}
-        for rows, batch in self._batches(data, name):
-            losses, selected = language_model_losses(model, to_device(batch, model.device))
-            totals.loss_sum += float(losses.double().sum())
-            totals.count += losses.numel()
-            totals.rows += len(rows)
-            if first:
-                picked.update(_pick_first_token(selected, rows, starts, first))
+        with fused_evaluation(model, self.step, self.tile) as told:
+            for rows, batch in self._batches(data, name):
+                inputs = to_device(told(batch), model.device)
+                losses, selected = language_model_losses(model, inputs)
+                totals.loss_sum += float(losses.double().sum())
+                totals.count += losses.numel()
+                totals.rows += len(rows)
+                if first:
+                    picked.update(_pick_first_token(selected, rows, starts, first))
         if task == "exact_match":
             return totals, *self._exact_match(model, data, name)
         if task != "choice":
@@ -298,19 +309,13 @@ class Evaluator:
             row: [0.0] * len(labels) for row in range(len(data.examples))
         }
         chunks = self._divide(jobs, lambda job: len(job[2]))
-        for chunk in self.phases.track(chunks, f"{name} labels"):
-            width = len(chunk[0][2])
-            ids = torch.zeros(len(chunk), width, dtype=torch.int64)
-            mask, wanted = torch.zeros_like(ids), torch.full_like(ids, IGNORE)
-            for i, (_, _, tokens, answer) in enumerate(chunk):
-                ids[i, : len(tokens)] = torch.tensor(tokens)
-                mask[i, : len(tokens)] = 1
-                wanted[i, len(tokens) - answer : len(tokens)] = torch.tensor(tokens[-answer:])
-            batch = {"input_ids": ids, "attention_mask": mask, "labels": wanted}
-            losses, selected = language_model_losses(model, to_device(batch, model.device))
-            sums = torch.zeros(len(chunk), device=losses.device).index_add(0, selected.rows, losses)
-            for (row, c, _, _), loss in zip(chunk, sums.tolist(), strict=True):
-                scores[row][c] = -loss
+        with fused_evaluation(model, self.step, self.tile) as told:
+            for chunk in self.phases.track(chunks, f"{name} labels"):
+                inputs = to_device(told(_answered([job[2:] for job in chunk])), model.device)
+                losses, selected = language_model_losses(model, inputs)
+                sums = losses.new_zeros(len(chunk)).index_add(0, selected.rows, losses)
+                for (row, c, _, _), loss in zip(chunk, sums.tolist(), strict=True):
+                    scores[row][c] = -loss
         return {row: max(range(len(s)), key=s.__getitem__) for row, s in scores.items()}
 
     def _exact_match(
@@ -357,6 +362,18 @@ class Evaluator:
 
 def _answer(example: PromptAnswer, answer: str, right: bool | None) -> Answer:
     return Answer(prompt=example.prompt, reference=example.reference, answer=answer, right=right)
+
+
+def _answered(rows: Sequence[tuple[list[int], int]]) -> dict[str, Any]:
+    """A batch of tokens, the longest first, of which the last so many are an answer."""
+    width = len(rows[0][0])
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask, wanted = torch.zeros_like(ids), torch.full_like(ids, IGNORE)
+    for i, (tokens, answer) in enumerate(rows):
+        ids[i, : len(tokens)] = torch.tensor(tokens)
+        mask[i, : len(tokens)] = 1
+        wanted[i, len(tokens) - answer : len(tokens)] = torch.tensor(tokens[-answer:])
+    return {"input_ids": ids, "attention_mask": mask, "labels": wanted}
 
 
 def _pick_first_token(

@@ -260,6 +260,8 @@ class _Run:
             phases=self.phases,
             pad_to_multiple_of=self.pad,
             most_tokens=self.most_tokens,
+            step=self.config.train.step,
+            tile=self.config.train.tile,
         )
 
     def _measure(

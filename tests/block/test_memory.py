@@ -28,10 +28,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.lora import LoRALinear
 from qlora_kit.block.install import FusedBlocks, fuse_blocks
 from qlora_kit.nn.swap import quantizable, swap
 from qlora_kit.ops.attention.transformers_door import register, unpadded_inputs
 from qlora_kit.quant.config import QuantConfig
+from qlora_kit.step.prepare import fused_evaluation
 
 H, WIDTH, RANK, HEADS = 4096, 14336, 32, 32
 TOKENS, TILE = 200_000, 4096
@@ -174,3 +176,31 @@ def test_inputs_kept_on_the_gpu_are_counted(lean: dict[str, int]) -> None:
     """Without offloading each layer's input stays; the last two, and the embeddings, do anyway."""
     kept = measure("recompute_all", TILE)
     assert abs(kept["forward"] - lean["forward"] - (LAYERS - 3) * UNIT) < UNIT // 50
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_evaluation_takes_less_than_training(disabled: bool) -> None:
+    """Fused for the purpose, adapters on or off: what a forward pass takes; own layers take more.
+
+    A row that can be trained on can so be measured. The model's own layers would hold gate and up
+    of all tokens, 7 U, and more.
+    """
+    model, fused = build("offload", TILE)
+    fused.remove()
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.enabled = not disabled
+    peaks = {}
+    for step in ("fused", "eager"):
+        with Counted() as counted, fused_evaluation(model, step, TILE), torch.no_grad():
+            x = torch.empty((1, TOKENS, H), dtype=torch.bfloat16, device="meta")
+            for tensor in (*model.parameters(), *model.buffers()):
+                counted.see(tensor, count=False)
+            counted.peak()
+            model.model(inputs_embeds=x, use_cache=False, **unpadded_inputs())
+            peaks[step] = counted.peak() - UNIT
+    trained = measure("offload", TILE)
+    assert peaks["fused"] < IN_FORWARD * UNIT + BESIDE + DECODED + ONE_TILE
+    assert peaks["fused"] <= trained["forward"] < trained["backward"]
+    assert peaks["eager"] > 7 * UNIT > trained["backward"]

@@ -204,8 +204,10 @@ def test_what_can_be_grouped() -> None:
     dropping = LoRALinear(frozen, "p", LoRA(rank=2, dropout=0.5), seed=0)
     assert not can_group(dropping.train())
     assert can_group(dropping.eval())
-    dropping.enabled = False
-    assert not can_group(dropping)
+    dropping.train().enabled = False
+    assert can_group(dropping)
+    assert Group([dropping]).r == 0
+    assert Group([dropping]).parameters == []
 
 
 @pytest.mark.parametrize("m", [1, 2, 7, 1500, 1501])

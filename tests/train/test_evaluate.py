@@ -1,6 +1,9 @@
 """Held-out measurements: right by hand, and the same whatever the batch size."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from qlora_kit.adapters.config import LoRA
+from qlora_kit.adapters.inject import attach
+from qlora_kit.block.install import FusedBlocks, FusedLayer, fuse_blocks
 from qlora_kit.core.errors import ConfigError, DataError
 from qlora_kit.train.callbacks import Phases
 from qlora_kit.train.config import DataConfig, EvalConfig
@@ -93,6 +99,71 @@ def test_labels_that_begin_alike_are_compared_whole(tmp_path: Path, tokenizer: A
             scores.append(sum(logs[start + i - 1, t].item() for i, t in enumerate(label)))
         right += labels[max(range(3), key=scores.__getitem__)] == example.reference
     assert results[0].scores["accuracy"] == pytest.approx(right / 9)
+
+
+@contextmanager
+def noted() -> Iterator[list[bool]]:
+    """For every batch measured, whether its layers ran as one step."""
+    ran: list[bool] = []
+    own = FusedBlocks.run
+
+    def run(self: FusedBlocks, runner: Any, *others: Any) -> torch.Tensor:
+        if runner.index == 0:
+            ran.append(not torch.is_grad_enabled())
+        return own(self, runner, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FusedBlocks, "run", run)
+        yield ran
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3", "qwen2"])
+@pytest.mark.parametrize("labels", [("yes", "no"), ("warm", "wet", "cold")])
+def test_fused_layers_measure_the_same(
+    tmp_path: Path, tokenizer: Any, family: str, labels: tuple[str, ...]
+) -> None:
+    """Losses and choices with adapters on and off, in tiles of 5 tokens; the model as it was."""
+    model = tiny_models.build(family)
+    adapter = attach(model, LoRA(rank=4, alpha=8), seed=3)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn_like(parameter) / 8)
+    kind = type(model.model.layers[0])
+    data = questions(tmp_path, tokenizer, labels)
+    found: dict[tuple[str, bool], SetResult] = {}
+    for step, on in product(("eager", "fused"), (True, False)):
+        evaluator = Evaluator(
+            tokenizer,
+            EvalConfig(choices=labels, batch_size=4),
+            phases=Phases(Console(quiet=True)),
+            step=step,
+            tile=5,
+        )
+        with nullcontext() if on else adapter.disabled(), noted() as ran:
+            found[step, on] = evaluator.measure(model, data, "eval")
+        # 9 rows of 4 a batch; where labels begin alike, 27 more are compared whole
+        batches = 3 if len(labels) == 2 else 3 + 7
+        assert ran == [True] * (batches if step == "fused" else 0)
+    for on in (True, False):
+        same([found["eager", on], found["fused", on]])
+    assert abs(found["fused", True].loss - found["fused", False].loss) > 1e-3
+    assert type(model.model.layers[0]) is kind
+    assert (
+        model.config._attn_implementation == tiny_models.build(family).config._attn_implementation
+    )
+
+
+def test_layers_that_are_fused_already_stay_so(tmp_path: Path, tokenizer: Any) -> None:
+    """As when something measures in the middle of a training."""
+    model = tiny_models.build("llama").requires_grad_(False)
+    data = questions(tmp_path, tokenizer, ("yes", "no"))
+    plain = measure(model, tokenizer, data)
+    fused = fuse_blocks(model)
+    with noted() as ran:
+        same([plain, measure(model, tokenizer, data)])
+    assert ran
+    assert isinstance(model.model.layers[0], FusedLayer)
+    fused.remove()
 
 
 def test_exact_match_compares_json_as_values(tmp_path: Path, tokenizer: Any) -> None:
