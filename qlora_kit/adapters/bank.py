@@ -125,12 +125,17 @@ class AdapterBank:
     def _copies(
         self, files: AdapterFiles, modules: Mapping[str, nn.Module]
     ) -> Iterator[tuple[SharedPiece, nn.Module]]:
+        left = dict(files.modules)
         for place in whole_places(self.model, files):
-            start = f"{place}."
-            names = [name for name in files.modules if name.startswith(start)]
-            values = {name.removeprefix(start): files.modules[name] for name in names}
+            names = [name for name in left if name.startswith(f"{place}.")]
+            values = {name.removeprefix(f"{place}."): left.pop(name) for name in names}
             piece = self._piece(SharedModule, modules[place], place)
             yield piece, held_copy(piece.base, place, values, getattr(torch, files.config.dtype))
+        if left:
+            raise AdapterError(
+                f"the adapter was saved with {next(iter(left))}, which {type(self.model).__name__} "
+                "does not have. Load the base as the model class it was trained as."
+            )
 
     def _piece(self, kind: type[SharedPiece], base: nn.Module, place: str) -> SharedPiece:
         """The piece at a place; a new one, not installed yet, where there is none."""

@@ -2,7 +2,8 @@
 
 The conversation goes through the model's chat template as in training. With
 `--base` the base answers the same question too, each keeping its own history, so
-that the two can be compared over several turns.
+that the two can be compared over several turns. With `--adapter` several adapters
+are loaded on one base, and `/adapter` switches between them or combines them.
 """
 
 import argparse
@@ -12,12 +13,19 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.cli.arguments import Parser
 from qlora_kit.cli.logs import setup_logging
-from qlora_kit.cli.target import add_loading_arguments, load_target, resolve_target, run_settings
+from qlora_kit.cli.target import (
+    add_loading_arguments,
+    load_target,
+    named_adapters,
+    resolve_target,
+    run_settings,
+)
 from qlora_kit.core.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from qlora_kit.adapters.bank import AdapterBank
     from qlora_kit.adapters.inject import AttachedAdapter
 
 _ABOUT = """\
@@ -25,14 +33,18 @@ Talk to a model, an adapter or the result of a run. Answers stream; the
 conversation is remembered until /reset."""
 _EXAMPLES = """\
 in the conversation:
-  /reset    forget the conversation
-  /base     let the base answer as well, or stop doing so
-  /quit     leave (so does the end of the input)
+  /reset           forget the conversation
+  /base            let the base answer as well, or stop doing so
+  /adapter NAME    let another adapter answer, of several; `none`: the base
+  /adapter A=0.7 B=0.3   a linear combination; without a name: list them
+  /quit            leave (so does the end of the input)
 
 examples:
   qlora-kit chat runs/quickstart --base
   qlora-kit chat runs/home_assistant --prompt "turn on the kitchen light"
+  qlora-kit chat runs/quickstart --adapter home=runs/home_assistant
 """
+_COMMANDS = "known are /reset, /base, /adapter and /quit"
 
 
 def _parser() -> Parser:
@@ -40,6 +52,13 @@ def _parser() -> Parser:
     parser.add_argument("target", help="a model, an adapter folder, or the folder of a run")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this one question and stop")
     parser.add_argument("--base", action="store_true", help="show the base's answer as well")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="load this adapter as well, on the same base; may be repeated. TARGET answers first",
+    )
     parser.add_argument("--system", metavar="TEXT", help="system message (default: as in the run)")
     parser.add_argument(
         "--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default 512)"
@@ -58,7 +77,7 @@ class Conversation:
         self,
         model: "PreTrainedModel",
         tokenizer: "PreTrainedTokenizerBase",
-        adapter: "AttachedAdapter | None",
+        adapter: "AttachedAdapter | AdapterBank | None",
         options: argparse.Namespace,
         write: Callable[[str], object],
     ) -> None:
@@ -67,7 +86,7 @@ class Conversation:
         Args:
             model: a causal language model.
             tokenizer: given the plain chat template if it has none.
-            adapter: attached to the model; None without one.
+            adapter: attached to the model, or several; None without one.
             options: the flags of the command.
             write: takes text as it comes.
         """
@@ -105,6 +124,36 @@ class Conversation:
         if self.adapter is None:
             raise ConfigError(f"there is no adapter in {self.options.target} to compare with.")
 
+    def switch(self, words: Sequence[str]) -> None:
+        """Let another adapter, or a combination, answer from now on.
+
+        Args:
+            words: one name, or `name=weight` words; none: list what there is.
+
+        Raises:
+            ConfigError: there are not several adapters, or a weight is not a number.
+        """
+        from qlora_kit.adapters.bank import AdapterBank
+
+        bank = self.adapter
+        if not isinstance(bank, AdapterBank):
+            raise ConfigError("there is one adapter at most; load more with --adapter NAME=PATH.")
+        name = " ".join(words)
+        if "=" in name and name not in bank.names:
+            bank.combine(name, dict(_weight(word) for word in words))
+        if name:
+            bank.use(None if name == "none" else name)
+        others = [other for other in (*bank.names, "none") if other != (bank.active or "none")]
+        self.write(f"{self._answering()} answers; there are also: {', '.join(others)}\n")
+
+    def _answering(self) -> str:
+        """Who answers besides the base."""
+        from qlora_kit.adapters.bank import AdapterBank
+
+        if isinstance(self.adapter, AdapterBank):
+            return self.adapter.active or "the base"
+        return "adapter"
+
     def ask(self, question: str) -> None:
         """Answer a question and remember both.
 
@@ -114,7 +163,7 @@ class Conversation:
         if self.show_base:
             self.write("base: ")
             self._answer("base", question)
-            self.write("adapter: ")
+            self.write(f"{self._answering()}: ")
         self._answer("model", question)
 
     def _answer(self, who: str, question: str) -> None:
@@ -161,13 +210,15 @@ def run(argv: Sequence[str]) -> int:
     run = run_settings(options.target)
     if options.system is None and run is not None:
         options.system = run.data.system_prompt
-    conversation = Conversation(*load_target(target, options), options, _write)
+    others = named_adapters(options.adapter)
+    conversation = Conversation(*load_target(target, options, others), options, _write)
     if options.base:
         conversation.need_adapter()
     if options.prompt is not None:
         conversation.ask(options.prompt)
         return 0
-    print("ask something; /reset, /base or /quit", file=sys.stderr)
+    also = ", /adapter" if others else ""
+    print(f"ask something; /reset, /base{also} or /quit", file=sys.stderr)
     while (line := _read()) is not None:
         _react(conversation, line)
     return 0
@@ -179,14 +230,24 @@ def _react(conversation: Conversation, line: str) -> None:
     try:
         if line in commands:
             commands[line]()
+        elif line.split()[:1] == ["/adapter"]:
+            conversation.switch(line.split()[1:])
         elif line.startswith("/"):
-            print(f"{line}: known are /reset, /base and /quit", file=sys.stderr)
+            print(f"{line}: {_COMMANDS}", file=sys.stderr)
         elif line:
             conversation.ask(line)
     except UserError as error:
         print(f"{error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("\n(stopped)", file=sys.stderr)
+
+
+def _weight(word: str) -> tuple[str, float]:
+    name, _, number = word.partition("=")
+    try:
+        return name, float(number)
+    except ValueError as error:
+        raise ConfigError(f"a combination is NAME=WEIGHT NAME=WEIGHT ..., got {word!r}.") from error
 
 
 def _read() -> str | None:

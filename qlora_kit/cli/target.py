@@ -6,6 +6,7 @@ naming the adapter is enough. `--base-model` wins where the base has moved.
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
@@ -19,6 +20,7 @@ from qlora_kit.train.config import RunConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from qlora_kit.adapters.bank import AdapterBank
     from qlora_kit.adapters.inject import AttachedAdapter
 
 Task = Literal["causal_lm", "sequence_classification"]
@@ -85,6 +87,37 @@ def find_adapter(path: str) -> Path | None:
         if (folder / ADAPTER_FILE).is_file():
             return folder
     return None
+
+
+def named_adapters(words: Sequence[str]) -> dict[str, Path]:
+    """Read `NAME=PATH` words.
+
+    Args:
+        words: an adapter folder or the folder of a run after each `=`.
+
+    Returns:
+        Name to adapter folder.
+
+    Raises:
+        ConfigError: a word is malformed, a name comes twice or is `none`, or there is no adapter.
+
+    Example:
+        >>> named_adapters(["legal"])
+        Traceback (most recent call last):
+        qlora_kit.core.errors.ConfigError: --adapter takes NAME=PATH, got 'legal'.
+    """
+    found: dict[str, Path] = {}
+    for word in words:
+        name, _, path = word.partition("=")
+        if not name or not path or " " in name:
+            raise ConfigError(f"--adapter takes NAME=PATH, got {word!r}.")
+        if name in found or name == "none":
+            raise ConfigError(f"--adapter {name!r}: each adapter needs a name of its own.")
+        folder = find_adapter(path)
+        if folder is None:
+            raise ConfigError(f"--adapter {name}: {path} holds no adapter ({ADAPTER_FILE}).")
+        found[name] = folder
+    return found
 
 
 def run_settings(path: str) -> RunConfig | None:
@@ -179,23 +212,27 @@ def _task(path: str) -> Task:
 
 
 def load_target(
-    target: Target, options: argparse.Namespace
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, AttachedAdapter | None]":
+    target: Target, options: argparse.Namespace, others: Mapping[str, Path] | None = None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, AttachedAdapter | AdapterBank | None]":
     """Load a target.
 
     Args:
         target: from `resolve_target`.
         options: the flags of `add_loading_arguments`.
+        others: more adapters for the same base, by name.
 
     Returns:
         model: in evaluation mode.
         tokenizer: saved with the adapter if there is one, else the base's.
-        adapter: None when the target has none.
+        adapter: None when the target has none. With others a bank, in which the target's is
+            called after its folder and answers; or the first of the others does.
 
     Raises:
+        ConfigError: one of the others has the name of the target's.
         DataError: there is no tokenizer.
     """
     from qlora_kit.adapters.inject import load_adapter
+    from qlora_kit.adapters.several import load_adapters
     from qlora_kit.load.model import load
     from qlora_kit.load.tokenizer import load_tokenizer
 
@@ -209,12 +246,26 @@ def load_target(
         num_labels=target.num_labels,
         revision=target.revision,
     )
-    adapter = None
-    if target.adapter is not None:
+    adapter: AttachedAdapter | AdapterBank | None = None
+    if others:
+        adapter = load_adapters(model, _with_own(target, others))
+        adapter.use(adapter.names[0])
+    elif target.adapter is not None:
         adapter = load_adapter(model, target.adapter)
-        if (target.adapter / "tokenizer_config.json").is_file():
-            tokenizer = load_tokenizer(target.adapter) or tokenizer
+    if target.adapter is not None and (target.adapter / "tokenizer_config.json").is_file():
+        tokenizer = load_tokenizer(target.adapter) or tokenizer
     model.eval()
     if tokenizer is None:
         raise DataError(f"{target.base} has no tokenizer. Copy its tokenizer files there.")
     return model, cast("PreTrainedTokenizerBase", tokenizer), adapter
+
+
+def _with_own(target: Target, others: Mapping[str, Path]) -> dict[str, Path]:
+    """All adapters, the target's first: called after its folder, or the run's it is in."""
+    if target.adapter is None:
+        return dict(others)
+    folder = target.adapter.resolve()
+    name = (folder.parent if folder.name == "adapter" else folder).name
+    if name in others:
+        raise ConfigError(f"--adapter {name!r}: this is what the adapter of the target is called.")
+    return {name: target.adapter, **others}

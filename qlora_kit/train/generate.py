@@ -28,6 +28,7 @@ from qlora_kit.train.sampling import divide
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from qlora_kit.adapters.bank import AdapterBank
     from qlora_kit.adapters.inject import AttachedAdapter
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]
@@ -147,7 +148,7 @@ def generate_stream(
     *,
     max_new_tokens: int = 512,
     temperature: float = 0.0,
-    adapter: "AttachedAdapter | None" = None,
+    adapter: "AttachedAdapter | AdapterBank | None" = None,
     base: bool = False,
 ) -> Iterator[str]:
     """Answer one prompt, yielding text as it is written.

@@ -221,6 +221,10 @@ def test_what_cannot_stand_beside_others_is_refused(tmp_path):
     foreign = make(base("gpt2"), LoRA(rank=2), tmp_path / "foreign", 0)
     with pytest.raises(AdapterError, match=r"adapts transformer\.h\.0"):
         load_adapters(model, {"good": good, "foreign": foreign})
+    head = make(base("bert"), LoRA(rank=2), tmp_path / "head", 0)
+    masked = tiny_models.build("bert")
+    with pytest.raises(AdapterError, match=r"saved with classifier.*which BertForMaskedLM does"):
+        load_adapters(masked, {"head": head})
     bank = load_adapters(model, {"good": good})  # nothing was left behind
     with pytest.raises(AdapterError, match="needs a new name, got 'good'"):
         bank.add("good", good)

@@ -239,6 +239,35 @@ def test_chat_without_adapter_has_no_base(base, capsys, monkeypatch):
     assert main(["chat", str(base), "--base", "--prompt", "x"]) == 2
 
 
+def test_several_adapters_in_a_conversation(adapter, base, capsys, monkeypatch):
+    """Switched, combined, and what is refused; the target's own adapter answers first."""
+    words = ["--adapter", f"second={adapter}", "--max-new-tokens", "2"]
+    lines = ["/adapter", "one", "/adapter second", "/base", "two", "/base"]
+    lines += ["/adapter second=0.5 adapter=0.5", "/adapter none", "/adapter third", "/adapter a=b"]
+    name = adapter.resolve().parent.name if adapter.name == "adapter" else adapter.name
+    text = "\n".join(lines).replace("adapter=0.5", f"{name}=0.5")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    assert main(["chat", str(adapter), *words]) == 0
+    captured = capsys.readouterr()
+    assert f"{name} answers; there are also: second, none\n" in captured.out
+    assert f"second answers; there are also: {name}, none\n" in captured.out
+    assert "\nsecond: " in captured.out
+    assert f"second=0.5 {name}=0.5 answers; there are also: {name}, second, none" in captured.out
+    assert "the base answers; there are also" in captured.out
+    assert "no adapter 'third'" in captured.err
+    assert "NAME=WEIGHT ..., got 'a=b'" in captured.err
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/adapter\n"))
+    assert main(["chat", str(base), "--adapter", f"first={adapter}", *words]) == 0
+    assert "first answers; there are also: second, none" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/adapter\n"))
+    assert main(["chat", str(adapter)]) == 0
+    assert "load more with --adapter" in capsys.readouterr().err
+    for wrong in ("second", "=x", "none=x", f"second={base}", f"{name}={adapter}"):
+        assert main(["chat", str(adapter), "--adapter", wrong]) == 2
+        assert "--adapter" in capsys.readouterr().err
+
+
 def test_merge_with_report(adapter, rows, tmp_path, capsys):
     out = tmp_path / "merged"
     words = ["merge", str(adapter), str(out), "--dtype", "float32", "--report", str(rows)]
