@@ -27,11 +27,10 @@ import torch
 
 from benchmarks.harness.record import write_record
 from benchmarks.plan.cases import GRID, SMALL, jobs, missing, together
-from qlora_kit.bench.child import first_fields
 from qlora_kit.bench.predicted import add_predictions, prediction_of
 from qlora_kit.bench.record import Row, machine
 from qlora_kit.bench.session import Session
-from qlora_kit.bench.subject import Job
+from qlora_kit.bench.subject import Job, first_fields
 from qlora_kit.core.units import GIB
 from qlora_kit.plan.gpus import find_gpu
 from qlora_kit.train.record import source_commit

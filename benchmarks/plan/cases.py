@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from qlora_kit.bench.child import first_fields
 from qlora_kit.bench.record import Row
 from qlora_kit.bench.steps import RECORDED_AFTER
-from qlora_kit.bench.subject import Build, Job, Point
+from qlora_kit.bench.subject import Build, Job, Point, first_fields
 from qlora_kit.step.graph import MOST_TOKENS
 
 Sizes = tuple[int, int, str]

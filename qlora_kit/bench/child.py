@@ -41,6 +41,7 @@ from qlora_kit.bench.subject import (
     Point,
     Stage,
     Subject,
+    first_fields,
     read_jobs,
     write_row,
 )
@@ -73,30 +74,6 @@ def command(module: str, build: Build, file: Path) -> list[str]:
         code = f"import unsloth; from {module} import main; main()"
         return [sys.executable, "-c", code, str(file)]
     return [sys.executable, "-m", module, str(file)]
-
-
-def first_fields(build: Build, point: Point) -> dict[str, object]:
-    """What a row says of the question, before there is an answer."""
-    return {
-        "impl": build.impl,
-        "variant": build.variant,
-        "model": build.model,
-        "batch": point.batch,
-        "seq": point.seq,
-        "method": build.method,
-        "rank": build.rank,
-        "policy": point.policy,
-        "bits": build.bits,
-        "masters": build.masters,
-        "head": point.head,
-        "graphs": point.graph,
-        "tile": point.tile,
-        "keep_decoded": point.keep_decoded,
-        "optimizer": build.optimizer,
-        "cap_gib": point.cap_gib,
-        "cases": list(point.cases),
-        "oom": False,
-    }
 
 
 def vocab_size(build: Build) -> int:

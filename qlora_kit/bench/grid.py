@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 
 from qlora_kit.bench.full import HEADS
 from qlora_kit.bench.methods import ALL, METHODS, PEERS, Method
-from qlora_kit.bench.subject import Build, Job, Point
+from qlora_kit.bench.record import Row
+from qlora_kit.bench.rows import identity, measured
+from qlora_kit.bench.subject import Build, Job, Point, first_fields
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.step.graph import MOST_TOKENS
 
@@ -158,6 +160,32 @@ def merged(rounds: Sequence[Options]) -> list[Job]:
             found[key] = replace(known, points=tuple(ordered))
     models = list(dict.fromkeys(job.build.model for job in found.values()))
     return sorted(found.values(), key=lambda job: models.index(job.build.model))
+
+
+def without_known(jobs: Sequence[Job], earlier: Sequence[Row]) -> list[Job]:
+    """What earlier rows have not measured.
+
+    Args:
+        jobs: of a benchmark.
+        earlier: rows of records.
+
+    Returns:
+        Jobs with the points that are left; none without points.
+
+    Example:
+        >>> jobs = jobs_of(Options(models=("tiny",), methods=("qlora",), fresh=False))
+        >>> row = first_fields(jobs[0].build, jobs[0].points[0]) | {"tokens_per_s": 1.0}
+        >>> len(jobs[0].points), len(without_known(jobs, [row])[0].points)
+        (2, 1)
+    """
+    known = {identity(row) for row in measured(earlier)}
+    found = []
+    for job in jobs:
+        fields = (first_fields(job.build, point) for point in job.points)
+        pairs = zip(fields, job.points, strict=True)
+        points = tuple(point for row, point in pairs if identity(row) not in known)
+        found += [replace(job, points=points)] if points else []
+    return found
 
 
 def _job(build: Build, points: Sequence[Point], options: Options) -> Job:

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 
 from qlora_kit.bench.flops import mfu, step_flops
-from qlora_kit.bench.grid import Options, merged
+from qlora_kit.bench.grid import Options, merged, without_known
 from qlora_kit.bench.html import render_html
 from qlora_kit.bench.markdown import render_markdown
 from qlora_kit.bench.methods import PEERS
 from qlora_kit.bench.predicted import add_predictions
 from qlora_kit.bench.record import Row, make_record
-from qlora_kit.bench.rows import mark_disagreements
+from qlora_kit.bench.rows import identity, mark_disagreements, measured
 from qlora_kit.bench.session import Session
 from qlora_kit.bench.shapes import config_of
 from qlora_kit.bench.subject import Job, write_row
@@ -89,6 +89,8 @@ def run_bench(
     command: str,
     limits: Limits,
     work: Path | None = None,
+    earlier: Sequence[Row] = (),
+    together: bool = False,
 ) -> dict[str, Any]:
     """Measure, and write the record and its reports.
 
@@ -100,6 +102,9 @@ def run_bench(
         limits: of time.
         work: folder for the checkpoints that peers need, which stay there; None for a temporary
             one with enough room.
+        earlier: rows of this card's earlier records: they are put into this one, and what they
+            measured is not measured again.
+        together: one process per model, without peers, instead of one per method as well.
 
     Returns:
         The record.
@@ -115,18 +120,23 @@ def run_bench(
             on_row=lambda row: write_row(lines, row),
         )
         session.measure_peaks()
-        jobs = merged(rounds)
+        jobs = without_known(merged(rounds), earlier)
         try:
             for model in dict.fromkeys(job.build.model for job in jobs):
                 mine = [job for job in jobs if job.build.model == model]
-                _run_model(session, model, mine, rounds[0].dtype, work)
+                if together:
+                    session.run_together(mine)
+                else:
+                    _run_model(session, model, mine, rounds[0].dtype, work)
         except KeyboardInterrupt:
             print("interrupted: recording what was measured", flush=True)
     for row in session.rows:
         _complete(row, session.peaks)
     if any(row["impl"] in PEER_IMPLS for row in session.rows):  # who is on 4 bits shares weights
         mark_disagreements([row for row in session.rows if row["bits"] == 4])
-    record = record_of(bench, session.rows, command, session.peaks)
+    new = {identity(row) for row in session.rows if row.get("tokens_per_s")}
+    kept = [row for row in measured(earlier) if identity(row) not in new]
+    record = record_of(bench, [*kept, *session.rows], command, session.peaks)
     if rounds[0].device == "cpu":
         record["note"] = f"{TINY_NOTE} {HOST_NOTE}"
     write_reports(record, folder)

@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qlora_kit.bench.child import BUILDERS, command, first_fields
+from qlora_kit.bench.child import BUILDERS, command
 from qlora_kit.bench.process import Outcome, run_process
 from qlora_kit.bench.random_checkpoint import Storage, checkpoint_bytes, roomy_folder
 from qlora_kit.bench.record import Row
-from qlora_kit.bench.subject import BUILDS, MEASURES, Job, Point, write_jobs
+from qlora_kit.bench.subject import BUILDS, MEASURES, Job, Point, first_fields, write_jobs
 from qlora_kit.core.errors import QloraKitError
 
 CHILD = "qlora_kit.bench.child"

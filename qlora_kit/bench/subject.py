@@ -279,6 +279,43 @@ def make_optimizer(name: str, parameters: list[nn.Parameter], rate: float) -> to
     return made
 
 
+def first_fields(build: Build, point: Point) -> dict[str, object]:
+    """What a row says of the question, before there is an answer.
+
+    Args:
+        build: of its process.
+        point: that it measures.
+
+    Returns:
+        The fields that every row begins with.
+
+    Example:
+        >>> build = Build(impl="full", model="tiny", checkpoint="", method="full")
+        >>> first_fields(build, Point(batch=1, seq=8, policy="save"))["oom"]
+        False
+    """
+    return {
+        "impl": build.impl,
+        "variant": build.variant,
+        "model": build.model,
+        "batch": point.batch,
+        "seq": point.seq,
+        "method": build.method,
+        "rank": build.rank,
+        "policy": point.policy,
+        "bits": build.bits,
+        "masters": build.masters,
+        "head": point.head,
+        "graphs": point.graph,
+        "tile": point.tile,
+        "keep_decoded": point.keep_decoded,
+        "optimizer": build.optimizer,
+        "cap_gib": point.cap_gib,
+        "cases": list(point.cases),
+        "oom": False,
+    }
+
+
 def write_row(file: str | Path, row: dict[str, object]) -> None:
     """Append one row to a file of JSON lines, so that a killed process loses none."""
     with Path(file).open("a", encoding="utf-8") as lines:

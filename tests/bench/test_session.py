@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_kit.bench.child import first_fields
 from qlora_kit.bench.process import Outcome
 from qlora_kit.bench.session import Session, read_rows
-from qlora_kit.bench.subject import Build, Job, Point, read_jobs, write_row
+from qlora_kit.bench.subject import Build, Job, Point, first_fields, read_jobs, write_row
 
 
 def job(method="lora"):

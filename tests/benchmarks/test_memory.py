@@ -5,9 +5,9 @@ import json
 import pytest
 
 from benchmarks.memory import claim, plot
-from qlora_kit.bench.child import first_fields
-from qlora_kit.bench.grid import merged
+from qlora_kit.bench.grid import merged, without_known
 from qlora_kit.bench.methods import METHODS, method_of
+from qlora_kit.bench.subject import first_fields
 from tests.bench.rows import record_of, row_of
 
 
@@ -66,3 +66,26 @@ def test_figure_shows_the_leanest_rows_and_is_repeatable(tmp_path):
     assert one == two
     with pytest.raises(SystemExit, match="no row"):
         plot.draw([record_of()], 1, tmp_path / "three.svg")
+
+
+def test_a_record_is_completed_with_what_it_lacks(tmp_path, monkeypatch):
+    """Its rows are handed on with their commit, and only some models get large batches."""
+    file, asked = tmp_path / "old.json", {}
+    file.write_text(json.dumps({"commit": "old", "rows": [row_of("qlora")]}))
+
+    def run(bench, rounds, folder, **others):
+        asked.update(others, rounds=rounds)
+        return record_of(row_of("full"))
+
+    monkeypatch.setattr(claim, "run_bench", run)
+    words = ["--have", str(file), "--large", "Llama-3.2-1B", "--together", "--out", str(tmp_path)]
+    assert claim.main(words) == 0
+    assert asked["together"] is True
+    assert [row["commit"] for row in asked["earlier"]] == ["old"]
+    made = claim.rounds(claim.MODELS, 2048, ["Llama-3.2-1B"])
+    assert {o.models for o in made if 4 in o.batches} == {("Llama-3.2-1B",)}
+    assert not any(4 in o.batches for o in claim.rounds(claim.MODELS, 2048, []))
+    left = without_known(merged(made), points()[1])
+    assert left  # rows without a result are no measurements
+    done = [row | {"tokens_per_s": 1.0} for row in points()[1]]
+    assert without_known(merged(made), done) == []
