@@ -55,6 +55,12 @@ class Case:
         """
         return self.beyond(-1), self.rate, self.beyond(1)
 
+    @property
+    def needs_originals(self) -> bool:
+        """Whether it starts from the weights before they were quantized."""
+        adapter = self.settings.get("adapter")
+        return adapter is not None and adapter.init == "loftq"
+
     def beyond(self, steps: int) -> float:
         """The rate so many steps of the grid from the middle, to three digits."""
         return float(f"{self.rate * GRID_STEP**steps:.3g}")
@@ -119,6 +125,8 @@ CASES = (
     Case(name="full", label="full, 16-bit base", method="full", rate=1e-4, bits=16),
 )
 BY_NAME = {case.name: case for case in CASES}
+DEMO_SHAPE = "demo"
+"""The name of a shape that is the demo model."""
 REFERENCE = "lora"
 """Others' step times are given in units of its own."""
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods.cases import REFERENCE
+from benchmarks.methods.cases import DEMO_SHAPE, REFERENCE
 from benchmarks.ops.plot_nf4_linear import COLOURS
 from qlora_kit.analysis.tables import Table
 
@@ -115,7 +115,7 @@ def table(record: dict[str, Any]) -> Table:
 
 
 def _shape(shape: Row) -> str:
-    name = "" if shape["name"] == "demo" else f"{shape['name']}, "
+    name = "" if shape["name"] == DEMO_SHAPE else f"{shape['name']}, "
     return f"({name}{shape['batch']} × {shape['seq']})"
 
 

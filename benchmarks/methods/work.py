@@ -25,8 +25,8 @@ from transformers import (
     set_seed,
 )
 
-from benchmarks.methods.cases import BY_NAME, Case, Job, Shape, Task, split_rows
-from qlora_kit.adapters.config import LoRA, make_adapter_config
+from benchmarks.methods.cases import BY_NAME, DEMO_SHAPE, Case, Job, Shape, Task, split_rows
+from qlora_kit.adapters.config import make_adapter_config
 from qlora_kit.adapters.inject import AttachedAdapter, attach
 from qlora_kit.adapters.whole_model import computing_dtype
 from qlora_kit.bench.random_model import random_model
@@ -148,6 +148,8 @@ class Workshop:
             config.eval,
             phases=Phases(Console(quiet=True)),
             pad_to_multiple_of=8 if self.on_gpu else 1,
+            step=config.train.step,
+            tile=config.train.tile,
         )
         with autocast(model.device, computing):
             result = evaluator.measure(model, rows, held_out)
@@ -217,8 +219,7 @@ class Workshop:
             **case.settings,
         )
         settings = make_adapter_config(case.method, *run.settings)
-        loftq = isinstance(settings, LoRA) and settings.init == "loftq"
-        originals = original_weights(self.source) if loftq else None
+        originals = original_weights(self.source) if case.needs_originals else None
         return attach(model, settings, seed=seed, originals=originals)
 
     def _train(
@@ -271,7 +272,9 @@ class Workshop:
         """Time steps of one shape, all tokens counting, by events that nobody waits for."""
         case, shape = BY_NAME[str(job.case)], self.shapes[str(job.shape)]
         set_seed(0)
-        model = self._load(case.bits)[0] if shape.name == "demo" else self._random(case, shape)
+        model = (
+            self._load(case.bits)[0] if shape.name == DEMO_SHAPE else self._random(case.bits, shape)
+        )
         adapter = self._attach(model, replace(case, settings=case.settings | case.timed), 0)
         autocast_to = computing_dtype(adapter.pieces)
         generator = torch.Generator().manual_seed(0)
@@ -316,14 +319,11 @@ class Workshop:
             **self._left(trainer),
         }
 
-    def _random(self, case: Case, shape: Shape) -> PreTrainedModel:
+    def _random(self, bits: int, shape: Shape) -> PreTrainedModel:
         """A model of a public shape with random weights."""
-        adapter = case.settings.get("adapter")
-        if adapter is not None and adapter.init == "loftq":
-            raise UserError("LoftQ starts from a model's weights, and these are random")
         return random_model(
             config_of(shape.name),
-            QuantConfig() if case.bits == 4 else None,
+            QuantConfig() if bits == 4 else None,
             device="cuda" if self.on_gpu else "cpu",
             dtype=torch.bfloat16 if self.on_gpu else torch.float32,
         )

@@ -59,8 +59,10 @@ def test_jobs_leave_nothing_behind(space, tmp_path, case):
     bench = shop(space, tmp_path)
     job = Job(what="run", case=case, task="commands", rate=1e-2, seed=1)
     first = bench.do(job)
-    timed = bench.do(Job(what="speed", case=case, shape="tiny"))
-    assert ("ms" in timed) is (case != "loftq")
+    (timed,) = schedule.speed_jobs([BY_NAME[case]], [bench.shapes["demo"]])
+    assert bench.do(timed)["ms"] > 0
+    random = schedule.speed_jobs([BY_NAME[case]], [bench.shapes["tiny"]])
+    assert [bench.do(job)["ms"] > 0 for job in random] == ([] if case == "loftq" else [True])
     again = bench.do(job)
     assert first["loss"] == again["loss"] > 0
     other = bench.do(Job(what="run", case=case, task="commands", rate=1e-2, seed=2))
