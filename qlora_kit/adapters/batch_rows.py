@@ -12,11 +12,11 @@ compute that for a whole batch; neither goes through rows, or adapters, one by o
   however many there are, and a copy of r·(K + N) values for each row.
 
 With T tokens in each row masked takes about T·R/r, grouped 1.2·T and 14 for the copies, in
-units of one adapter's time for one token (2 CPU cores, float32, K = N = 1024, r = 16): so CPUs
-take the masked form to decode and the grouped one to read a prompt. On a GPU up to 128 columns
-are one tile of a product that is bound by reading x, so that the masked form is free up
-to there, and while decoding the A and B are what is read, where only masked reads
-each of them once.
+units of one adapter's time for one token (a CPU core, float32, K = N = 1024, r = 16;
+`python -m benchmarks.ops.adapter_rows`): so CPUs take the masked form to decode and the grouped
+one to read a prompt. On a GPU up to 128 columns are one tile of a product that is bound by
+reading x, so that the masked form should be free up to there; and while decoding A and B are
+what is read, where masked alone reads each of them once.
 
 Values outside a row's columns are replaced, not multiplied by zero: an adapter whose product
 overflows spoils its own rows alone.
@@ -238,7 +238,7 @@ class Mixed:
         """
         z = z.reshape(len(self.rows.names), tokens, -1)
         filled = torch.masked_fill if torch.is_grad_enabled() else Tensor.masked_fill_
-        return filled(z, self.rows.others(self.ranks, z.device), 0.0)
+        return filled(z, self.foreign, 0.0)
 
     def _grouped(self, y: Tensor, x: Tensor, tokens: int) -> Tensor:
         a, b, index, without = self.stacked
@@ -249,6 +249,12 @@ class Mixed:
         rows = y.reshape(count, tokens, -1)
         added = torch.baddbmm if torch.is_grad_enabled() else Tensor.baddbmm_
         return added(rows, z, b[index].mT).view(y.shape)
+
+    @cached_property
+    def foreign(self) -> Tensor:
+        """(rows, 1, R) bool: columns of z that belong to other rows' adapters."""
+        device = next(iter(self.pairs.values())).a.device
+        return self.rows.others(self.ranks, device)
 
     @cached_property
     def side_by_side(self) -> tuple[Tensor, Tensor]:

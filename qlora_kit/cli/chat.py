@@ -33,11 +33,12 @@ Talk to a model, an adapter or the result of a run. Answers stream; the
 conversation is remembered until /reset."""
 _EXAMPLES = """\
 in the conversation:
-  /reset           forget the conversation
-  /base            let the base answer as well, or stop doing so
-  /adapter NAME    let another adapter answer, of several; `none`: the base
-  /adapter A=0.7 B=0.3   a linear combination; without a name: list them
-  /quit            leave (so does the end of the input)
+  /reset                  forget the conversation
+  /base                   let the base answer as well, or stop doing so
+  /adapter NAME           let another adapter answer, of several; none: the base
+  /adapter A=0.7 B=0.3    let a linear combination answer
+  /adapter                list the adapters
+  /quit                   leave (so does the end of the input)
 
 examples:
   qlora-kit chat runs/quickstart --base
