@@ -7,6 +7,7 @@ from torch import nn
 from qlora_kit.adapters import batch_rows
 from qlora_kit.adapters.batch_rows import BatchRows, Mixed
 from qlora_kit.adapters.config import LoRA
+from qlora_kit.adapters.inject import load_adapter
 from qlora_kit.adapters.low_rank import LowRank
 from qlora_kit.adapters.several import load_adapters
 from qlora_kit.adapters.shared_pieces import SharedLinear
@@ -264,13 +265,39 @@ def test_heads_of_different_adapters(tmp_path):
     assert (mixed[:2].flip(0) - wanted).abs().max() > 100 * tolerance(wanted)
 
 
+def test_a_scaled_embedding(tmp_path):
+    """Gemma multiplies its embeddings by √H, and so the low-rank part."""
+    model = tiny_models.build("gemma3")
+    paths = folders(model, {"one": LoRA(rank=3, targets=("embed_tokens",))}, tmp_path)
+    ids, plain = tiny_models.tokens(), answer(model)
+    bank = load_adapters(model, paths)
+    bank.use("one")
+    one = answer(model)
+    fresh = tiny_models.build("gemma3")
+    load_adapter(fresh, paths["one"])
+    assert torch.equal(one, answer(fresh))
+    with bank.rows([None, "one"]):
+        mixed = answer(model, ids)
+    assert torch.equal(mixed[0], plain[0])
+    assert (mixed[1] - one[1]).abs().max() < tolerance(one)
+    assert (one - plain).abs().max() > 100 * tolerance(one)
+
+
 @pytest.mark.parametrize("form", ["masked", "grouped"])
 def test_peft_agrees_on_a_mixed_batch(form, tmp_path):
-    from peft import PeftModel
+    """With an adapter of ours and one that PEFT saved."""
+    from peft import LoraConfig, PeftModel, get_peft_model
 
     model = base("llama")
-    paths = {"a": LoRA(rank=4, alpha=6), "b": LoRA(rank=8, alpha=3, targets=("q_proj", "up_proj"))}
-    paths = folders(model, paths, tmp_path)
+    paths = folders(model, {"a": LoRA(rank=4, alpha=6)}, tmp_path)
+    made = LoraConfig(r=8, lora_alpha=3, target_modules=["q_proj", "up_proj"], use_rslora=True)
+    made = get_peft_model(base("llama"), made)
+    torch.manual_seed(3)
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    made.save_pretrained(tmp_path / "b")
+    paths["b"] = tmp_path / "b"
     bank = load_adapters(model, paths)
     ids, names = tiny_models.tokens(5), ["b", None, "a", "b", "a"]
     with bank.rows(names, form=form):

@@ -154,6 +154,24 @@ def test_a_combination_answers_like_the_changed_weights(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_combination_merged_into_nf4_is_the_unmerged_one(family, tmp_path):
+    source = tiny_models.save(family, tmp_path / "base")
+    model, _ = qk.load(source, quant=qk.QuantConfig(), dtype="float32", device="cpu")
+    bank = load_adapters(model, folders(model, configs(family), tmp_path))
+    bank.combine("sum", {"all": 0.5, "some": 0.5, "half": -1.0})
+    bank.save("sum", tmp_path / "sum")
+    bank.use("sum")
+    wanted = answer(model)
+    qk.merge(source, tmp_path / "sum", tmp_path / "merged", dtype="float32", into="quantized")
+    merged, _ = qk.load(tmp_path / "merged", quant=None, dtype="float32", device="cpu")
+    assert (answer(merged) - wanted).abs().max() < tolerance(wanted)
+    bank.use("all")
+    assert (answer(merged) - answer(model)).abs().max() > 100 * tolerance(wanted)
+    with pytest.raises(AdapterError, match="has an adapter attached"):
+        qk.save_quantized(model, tmp_path / "model")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_saved_combination_is_an_adapter_like_any_other(family, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
