@@ -33,6 +33,7 @@ from qlora_kit.bench.session import Session
 from qlora_kit.bench.subject import Job, first_fields
 from qlora_kit.core.units import GIB
 from qlora_kit.plan.gpus import find_gpu
+from qlora_kit.step.graph import MOST_TOKENS
 from qlora_kit.train.record import source_commit
 
 MOST, MEDIAN, SPEED = 0.03, 0.01, 0.15
@@ -61,6 +62,25 @@ def errors(rows: list[Row]) -> list[tuple[Row, float, float]]:
         memory = row["predicted_gib"] / row["peak_allocated_gib"] - 1
         found.append((row, memory, row["predicted_tokens_per_s"] / row["tokens_per_s"] - 1))
     return found
+
+
+def waits(row: Row) -> bool:
+    """Whether Python's launches set the pace of a row: a small batch without a CUDA graph.
+
+    Args:
+        row: of a record.
+
+    Returns:
+        True also for full fine-tuning, which has no graph.
+
+    Example:
+        >>> waits({"batch": 1, "seq": 512}), waits({"batch": 1, "seq": 512, "graph": True})
+        (True, False)
+    """
+    return row["batch"] * row["seq"] <= MOST_TOKENS and not row.get("graph")
+
+
+_SPEEDS = {False: "Tokens/s", True: "Tokens/s of small batches without a CUDA graph"}
 
 
 def table(rows: list[Row]) -> str:
@@ -96,15 +116,17 @@ def table(rows: list[Row]) -> str:
             )
     if known:
         sizes = [abs(memory) for _, memory, _ in known]
-        speeds = [abs(speed) for _, _, speed in known]
         peaks = f"median error {statistics.median(sizes):.2%} (target {MEDIAN:.0%})"
         most = f"largest {max(sizes):.2%} (target {MOST:.0%})"
         over = sum(size > MOST for size in sizes)
         lines += ["", f"{len(known)} points. Peak memory: {peaks}, {most}; {over} beyond it."]
-        most = f"largest {max(speeds):.1%} (target {SPEED:.0%})"
-        over = sum(speed > SPEED for speed in speeds)
-        median = f"median error {statistics.median(speeds):.1%}"
-        lines.append(f"Tokens/s: {median}, {most}; {over} beyond it.")
+        for waiting, words in _SPEEDS.items():
+            speeds = [abs(speed) for row, _, speed in known if waits(row) == waiting]
+            if speeds:
+                most = f"largest {max(speeds):.1%} (target {SPEED:.0%})"
+                over = sum(speed > SPEED for speed in speeds)
+                median = f"median error {statistics.median(speeds):.1%}"
+                lines.append(f"{words}: {len(speeds)} points, {median}, {most}; {over} beyond it.")
     return "\n".join(lines)
 
 

@@ -58,6 +58,33 @@ _LAUNCH_S = 2.0e-6
 """Between two kernels of a full queue, and their start and end."""
 
 
+_TORCH_LAUNCH_S, _OUR_LAUNCH_S, _DECODE_LAUNCH_S = 42e-6, 115e-6, 200e-6
+"""Python's time per op, what leads to it included: torch's, ours, decoding a weight. Fitted to the
+steps without a graph in benchmarks/results/memory, held to those in benchmarks/results/plan: a
+slow host, on which the same step took a quarter more or less from one process to the next."""
+
+
+def launch_seconds(op: OpOverload, cost: Cost) -> float:
+    """What one call takes of the host's time.
+
+    Args:
+        op: that was called.
+        cost: of the call.
+
+    Returns:
+        Seconds.
+
+    Example:
+        >>> launch_seconds(torch.ops.aten.mm.default, Cost("product"))
+        4.2e-05
+    """
+    if cost.kind == "nothing":
+        return 0.0
+    if cost.kind == "decode":
+        return _DECODE_LAUNCH_S
+    return _OUR_LAUNCH_S if op.namespace == "qlora_kit" else _TORCH_LAUNCH_S
+
+
 def cost_of(op: OpOverload, inputs: Any, result: Any, gpu: Gpu) -> Cost:
     """Cost of one call.
 

@@ -33,10 +33,6 @@ LIBRARIES_BEFORE = 8 << 20
 """On GPUs before Hopper."""
 CONTEXT = 520 << 20
 """Bytes of the CUDA context and kernels' code, outside of what torch counts."""
-HOST_LAUNCH_S = 8e-5
-"""Python's time per op of a fused layer, on a slow host; it varies by half."""
-OWN_LAUNCH_S = 3e-5
-"""Likewise in a model's own code, where ops are torch's."""
 _OPERANDS = "adapters"
 
 
@@ -154,8 +150,7 @@ def _timed(
     seconds["optimizer"] += importance(made.adalora, gpu)[1]
     compute = sum(seconds.values())
     graph = is_recorded(setup, fused=made.blocks is not None)
-    each = HOST_LAUNCH_S if made.blocks is not None else OWN_LAUNCH_S
-    launching = 0.0 if graph else trace.launches * each * setup.accumulation
+    launching = 0.0 if graph else trace.launching * setup.accumulation
     store = made.blocks.host if made.blocks is not None else None
     moved = store.moved_bytes if isinstance(store, OutlinedStore) else 0
     copying = moved / gpu.link * setup.accumulation

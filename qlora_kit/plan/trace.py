@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qlora_kit.plan.costs import cost_of
+from qlora_kit.plan.costs import cost_of, launch_seconds
 from qlora_kit.plan.gpus import Gpu
 
 BACKWARD = "backward"
@@ -77,7 +77,7 @@ class Trace(TorchDispatchMode):
         phase: name given to what is allocated now.
         blocks: every allocation, in order.
         seconds: on the GPU, by kind of op.
-        launches: how many kernels.
+        launching: seconds that the host needs to launch them.
 
     Example:
         >>> import torch
@@ -101,7 +101,7 @@ class Trace(TorchDispatchMode):
         self.phase = ""
         self.blocks: list[Block] = []
         self.seconds: dict[str, float] = defaultdict(float)
-        self.launches = 0
+        self.launching = 0.0
         self._owned = [tensor.untyped_storage() for tensor in owned]
         self._known: dict[int, Any] = {storage._cdata: None for storage in self._owned}
         self._live: dict[int, Block] = {}
@@ -133,7 +133,7 @@ class Trace(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
         if cost.kind != "nothing":
-            self.launches += 1
+            self.launching += launch_seconds(func, cost)
             self.seconds[cost.kind] += cost.seconds
         if cost.workspace:
             self._spikes.append((len(self._changes), counted_bytes(cost.workspace), self.phase))

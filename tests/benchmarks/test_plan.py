@@ -1,4 +1,4 @@
-"""`python -m benchmarks.plan`: what is left to measure, records in one, and the edge of a budget."""
+"""`benchmarks.plan`: what is left to measure, records in one, and the edge of a budget."""
 
 import json
 from dataclasses import replace

@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 
-from benchmarks.plan.__main__ import MEDIAN, MOST, SPEED, errors
+from benchmarks.plan.__main__ import MEDIAN, MOST, SPEED, errors, waits
 from benchmarks.plan.plot import newest_record
 from qlora_kit.bench.predicted import add_predictions
 from qlora_kit.bench.record import Row
@@ -44,8 +44,15 @@ def test_a_wrong_count_would_be_seen():
 @pytest.mark.slow
 def test_speeds_are_predicted_where_the_gpu_decides():
     """Small batches without a CUDA graph wait for Python, and hosts differ."""
-    known = [
-        speed for row, _, speed in rows() if row["batch"] * row["seq"] > 4096 or row.get("graph")
-    ]
+    known = [speed for row, _, speed in rows() if not waits(row)]
     assert len(known) >= 20
     assert max(map(abs, known)) <= SPEED
+
+
+@pytest.mark.slow
+def test_speeds_that_python_decides_are_not_far_off():
+    """Half of them within the target; from one process to the next a step took up to 25% more."""
+    known = [abs(speed) for row, _, speed in rows() if waits(row)]
+    assert len(known) >= 5
+    assert statistics.median(known) <= SPEED
+    assert max(known) < 0.4
