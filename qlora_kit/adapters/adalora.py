@@ -131,12 +131,15 @@ class AdaLoRALinear(FusibleLinear):
         """Whether λ or Q is trained."""
         return self.lora_A.requires_grad or self.lora_E.requires_grad
 
-    def pull_back(self, d_a: Tensor | None, d_b: Tensor | None) -> list[Tensor | None]:
+    def pull_back(
+        self, d_a: Tensor | None, d_b: Tensor | None, d_lengths: Tensor | None = None
+    ) -> list[Tensor | None]:
         """Turn gradients of s·diag(λ)·Q and P into those of Q, λ and P.
 
         Args:
             d_a: (r, K) float32, or None where it is not needed.
             d_b: (N, r) float32, likewise.
+            d_lengths: None.
 
         Returns:
             As `masters`, in their dtypes; None for what is frozen.

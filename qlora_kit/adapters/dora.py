@@ -24,9 +24,11 @@ Dropout acts on the input of A alone, as in LoRA (PEFT drops inputs of Ŵ in the
 length as well; without dropout both are the same). m is kept in float32 whatever the
 dtype of A and B. rsLoRA's scale and patterns apply. Merging needs the row lengths of the
 weight that is merged into: W' = m ⊙ (W + s·B·A)/‖W + s·B·A‖ for either base. PEFT calls m
-`lora_magnitude_vector`; adapters go both ways. The fused step of a layer knows plain LoRA
-alone: DoRA trains through the model's own layers or, with `train.step: compiled`, through
-one compiled graph for all of them.
+`lora_magnitude_vector`; adapters go both ways.
+
+A layer that runs as one step multiplies by f ⊙ [Ŵ | B]: rows of the decoded weight and of B are
+stretched, and the products are LoRA's. dB is then f ⊙ of what LoRA's would be, and since
+y = f ⊙ u, dm = Σ_rows g ⊙ y / m: no u is kept beside y. A row of m = 0 gets no gradient there.
 
 Source: arXiv:2402.09353.
 """
@@ -40,9 +42,10 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.adapters.config import LoRA
-from qlora_kit.adapters.lora import LowRankLinear
+from qlora_kit.adapters.lora import FusibleLinear
 from qlora_kit.nn.linear import NF4Linear
 from qlora_kit.ops.autocast import autocast_dtype
+from qlora_kit.ops.layout import arithmetic_dtype
 from qlora_kit.ops.nf4_linear.op import nf4_linear
 
 
@@ -75,13 +78,40 @@ def row_squares(base: nn.Module) -> Tensor:
         base: an NF4Linear, nn.Linear or Conv1D.
 
     Returns:
-        (N,) float32 on its device.
+        (N,) float32 on its device; float64 for a weight in that.
 
     Example:
         >>> row_squares(nn.Linear(3, 2)).shape
         torch.Size([2])
     """
-    return torch.linalg.vector_norm(dense_weight(base), dim=1, dtype=torch.float32).square()
+    weight = dense_weight(base)
+    dtype = arithmetic_dtype(weight)
+    return torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
+
+
+def row_lengths(squares: Tensor, a: Tensor, b: Tensor, cross: Tensor, s: float = 1.0) -> Tensor:
+    """Compute ‖Ŵ + s·B·A‖ of every row; see the module's text.
+
+    Args:
+        squares: (..., N) ‖Ŵ‖².
+        a: (..., r, K).
+        b: (..., N, r).
+        cross: (..., N, r) Ŵ·Aᵀ.
+        s: the scale.
+
+    Returns:
+        (..., N) float32, or float64 where A is, not less than the root of the smallest number.
+
+    Example:
+        >>> w, a, b = torch.tensor([[3.0, 3.0]]), torch.tensor([[0.0, 1.0]]), torch.ones(1, 1)
+        >>> row_lengths(w.square().sum(1), a, b, w @ a.T)
+        tensor([5.])
+    """
+    dtype = arithmetic_dtype(a)
+    a, b = a.to(dtype), b.to(dtype)
+    added = b * (2.0 * s * cross.to(dtype) + s * s * (b @ (a @ a.mT)))
+    found = squares.to(dtype) + added.sum(-1)
+    return found.clamp_(min=torch.finfo(torch.float32).tiny).sqrt_()
 
 
 class _Stretch(torch.autograd.Function):
@@ -97,10 +127,10 @@ class _Stretch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
         u, rounded = ctx.saved_tensors
-        return torch.addcmul(g, g, rounded), (g * u).sum(0, dtype=torch.float32)
+        return torch.addcmul(g, g, rounded), (g * u).sum(0, dtype=arithmetic_dtype(u))
 
 
-class DoRALinear(LowRankLinear):
+class DoRALinear(FusibleLinear):
     """A linear whose weight rows have a trained direction and a trained length.
 
     Attributes:
@@ -165,7 +195,8 @@ class DoRALinear(LowRankLinear):
         if (dtype := autocast_dtype(x.device)) is not None:
             x = x.to(dtype)
         u = self._turned(x)
-        change = self.lora_magnitude.float() / self.row_lengths(x.dtype) - 1.0
+        lengths = self.row_lengths(x.dtype)
+        change = self.lora_magnitude.to(lengths.dtype) / lengths - 1.0
         y: Tensor = _Stretch.apply(u.reshape(-1, self.out_features), change)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
@@ -212,11 +243,39 @@ class DoRALinear(LowRankLinear):
     def _measure_rows(self, dtype: torch.dtype) -> Tensor:
         with torch.no_grad():
             a, b = self.lora_A.to(dtype), self.lora_B.to(dtype)
-            cross = self._base_product(a).T.float()
-            a, b, s = a.float(), b.float(), self.scale
-            added = b * (2.0 * s * cross + s * s * (b @ (a @ a.T)))
-            squares = self.base_squares.float() + added.sum(1)
-            return squares.clamp_(min=torch.finfo(torch.float32).tiny).sqrt_()
+            cross = self._base_product(a).T
+            return row_lengths(self.base_squares, a, b, cross, self.scale)
+
+    @property
+    def masters(self) -> list[nn.Parameter]:
+        """A, B and m."""
+        return [*super().masters, self.lora_magnitude]
+
+    @property
+    def lengths(self) -> tuple[Tensor, Tensor]:
+        """Trained and squared base row lengths, m and ‖Ŵ‖², (N,) each."""
+        return self.lora_magnitude.detach(), self.base_squares
+
+    @property
+    def needs_output(self) -> bool:
+        """Whether m is trained."""
+        return self.lora_magnitude.requires_grad
+
+    def pull_back(
+        self, d_a: Tensor | None, d_b: Tensor | None, d_lengths: Tensor | None = None
+    ) -> list[Tensor | None]:
+        """Turn gradients of s·A, B and m into those of the masters.
+
+        Args:
+            d_a: (r, K) float32, or None where it is not needed.
+            d_b: (N, r) float32, likewise.
+            d_lengths: (N,) float32, likewise.
+
+        Returns:
+            As `masters`, in their dtypes; None for what is frozen.
+        """
+        of_m = None if d_lengths is None else d_lengths.to(self.lora_magnitude.dtype)
+        return [*super().pull_back(d_a, d_b), of_m if self.needs_output else None]
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """A, B and m."""

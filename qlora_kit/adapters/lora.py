@@ -232,10 +232,20 @@ class LowRankLinear(ModuleWrapper):
 class FusibleLinear(LowRankLinear):
     """A low-rank pair that a layer which runs as one step (`block/`) can take over.
 
-    Such a layer multiplies by A' and B' in one pass, y = x Ŵᵀ + (x A'ᵀ) B'ᵀ + bias, and asks
-    the piece for them and for what their gradients mean: A' = s·A and B' = B but for subclasses
-    that say otherwise.
+    Such a layer multiplies by A' and B in one pass, y = f ⊙ (x Ŵᵀ + (x A'ᵀ) Bᵀ) + bias, and asks
+    the piece what A' and f are made of, and what their gradients mean: A' = s·A and f = 1 but
+    for subclasses that say otherwise.
     """
+
+    @property
+    def lengths(self) -> tuple[Tensor, Tensor] | None:
+        """Row lengths m and ‖Ŵ‖², (N,), where rows have factors f = m/‖Ŵ + B A'‖; else None."""
+        return None
+
+    @property
+    def needs_output(self) -> bool:
+        """Whether m is trained: its gradient takes the layer's output."""
+        return False
 
     @property
     def masters(self) -> list[nn.Parameter]:
@@ -254,15 +264,18 @@ class FusibleLinear(LowRankLinear):
 
     @property
     def needs_gradient_of_b(self) -> bool:
-        """Whether something that B' is made of is trained."""
+        """Whether B is trained."""
         return self.lora_B.requires_grad
 
-    def pull_back(self, d_a: Tensor | None, d_b: Tensor | None) -> list[Tensor | None]:
-        """Turn gradients of A' and B' into those of the masters.
+    def pull_back(
+        self, d_a: Tensor | None, d_b: Tensor | None, d_lengths: Tensor | None = None
+    ) -> list[Tensor | None]:
+        """Turn gradients of A' and B into those of the masters.
 
         Args:
             d_a: (r, K) float32, or None where it is not needed.
             d_b: (N, r) float32, likewise.
+            d_lengths: (N,) float32, that of m, where `needs_output`.
 
         Returns:
             As `masters`, in their dtypes; None for what is frozen.

@@ -19,6 +19,7 @@ from qlora_kit.block.parts import (
     displace,
     heads_of,
     in_group,
+    join,
     norm,
     norm_backward,
     place,
@@ -92,7 +93,7 @@ def forward(
         for part in tiles.parts:
             wide = inputs.buffer(part)
             norm(d.before_attention, x[part], out=wide[:, : d.qkv.k])
-            d.qkv.forward(wide, out=qkv[part])
+            d.qkv.forward(wide, out=qkv[part], biased=not d.qkv.needs_output)
             inputs.done(part, wide)
     kept.small_qkv = inputs.small
     if inputs.whole is not None:
@@ -133,18 +134,19 @@ def _join(d: Description, x: Tensor, kept: AttentionKept, want: Wanted, tiles: T
     assert kept.attended is not None
     h = x.new_empty((tiles.rows, d.o.n))
     inputs = _Inputs(d.o, tiles, x, whole=False, small=want.attention)
-    if d.after_attention is not None and want.attention:
+    apart = d.after_attention is not None or d.o.needs_output
+    if apart and want.attention:
         kept.y = torch.empty_like(h)
     with d.o.decoded(x, tiles.several):
         for part in tiles.parts:
             wide = inputs.buffer(part)
             attended = kept.attended[:, part]
             wide[:, : d.o.k].unflatten(1, (attended.shape[0], -1)).copy_(attended.transpose(0, 1))
-            if d.after_attention is None:
+            if not apart:
                 d.o.forward(wide, residual=x[part], out=h[part])
             else:
                 y = d.o.forward(wide, out=None if kept.y is None else kept.y[part])
-                norm(d.after_attention, y, residual=x[part], out=h[part])
+                join(d.after_attention, y, x[part], out=h[part])
             inputs.done(part, wide)
     kept.small_o = inputs.small
     return h
@@ -176,6 +178,7 @@ def backward(
     Returns:
         Gradients of the adapters of `d.qkv` and `d.o`.
     """
+    projected = kept.projected if d.qkv.needs_output else None
     wide, of_o = _through_attention(d, dh, kept, call, tiles)
     if no_longer_wide is not None:
         no_longer_wide()
@@ -201,6 +204,7 @@ def backward(
                     d.before_attention, d_normed, x[part], residual=into, dx=into, normalized=again
                 )
             sums.add(dy, normed, small, d_b)
+            sums.add_output(dy, None if projected is None else projected[part])
     return [*sums.gradients(), *of_o]
 
 
@@ -217,6 +221,8 @@ def _through_attention(
     for part in tiles.parts:
         small = None if kept.small_o is None else kept.small_o[part]
         sums.add_b(dy[part], small, d.o.small_products(dy[part], small))
+        sums.add_output(dy[part], None if kept.y is None else kept.y[part])
+    kept.y = None
     groups, _, width = attended.shape
     if d.o.needs_input:
         sums.add_a(dy, list(attended))
@@ -255,7 +261,8 @@ def _of_output(d: Description, dh: Tensor, kept: AttentionKept, tiles: Tiles) ->
     assert kept.y is not None
     dy = d.o.gradient_buffer(tiles.rows, dh)
     norm_backward(d.after_attention, dh, kept.y, dx=dy[:, : d.o.n])
-    kept.y = None
+    if not d.o.needs_output:
+        kept.y = None
     return dy
 
 

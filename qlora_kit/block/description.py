@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qlora_kit.adapters.lora import FusibleLinear
 from qlora_kit.block.projection import Group, can_group
 from qlora_kit.ops.attention.rule import AttentionRule
 
@@ -160,6 +161,8 @@ def why_not(layer: nn.Module) -> str | None:
     names = {type(module).__name__ for module in modules if not can_group(module)}
     if names:
         return f"a projection is trained, has dropout or is no linear ({', '.join(sorted(names))})"
+    if _stretched_with_bias(layer):
+        return "DoRA's projections have biases, other than q, k and v without norms of their own"
     norms = [m for name, m in layer.named_modules() if name.endswith("norm")]
     if any(p.requires_grad for norm in norms for p in norm.parameters()):
         return "a norm is trained"
@@ -170,6 +173,18 @@ def why_not(layer: nn.Module) -> str | None:
     if _activation(config) not in _KINDS:
         return f"its activation is {_activation(config)}"
     return None
+
+
+def _stretched_with_bias(layer: nn.Module) -> bool:
+    """Whether a projection has row factors and a bias where its output is read with the bias."""
+    qkv, *others = linears(layer)
+    normed = getattr(layer.self_attn, "q_norm", None) is not None
+    groups = [qkv, *others] if normed else others
+    return any(
+        isinstance(module, FusibleLinear) and module.lengths and module.bias is not None
+        for group in groups
+        for module in group
+    )
 
 
 def describe(layer: nn.Module, *, deterministic: bool = False) -> Description:

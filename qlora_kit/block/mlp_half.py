@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qlora_kit.block.description import Description
 from qlora_kit.block.kept import MlpKept, Wanted
-from qlora_kit.block.parts import around, norm, norm_backward, room_beside
+from qlora_kit.block.parts import around, join, norm, norm_backward, room_beside
 from qlora_kit.block.sums import Sums
 from qlora_kit.block.tiles import Tiles
 from qlora_kit.ops.gated_activation.op import gated_activation, gated_activation_backward
@@ -99,15 +99,15 @@ def _tile(d: Description, h: Tensor, y: Tensor | None) -> MlpKept:
     rows, kept = h.shape[0], MlpKept()
     wide = d.gate_up.input_buffer(rows, h)
     norm(d.before_mlp, h, out=wide[:, : d.gate_up.k])
-    kept.gate_up = d.gate_up.forward(wide, spare=True)
+    kept.gate_up = d.gate_up.forward(wide, spare=not d.gate_up.needs_output)
     kept.normed_h, kept.small_gate_up = wide[:, : d.gate_up.k], d.gate_up.small(wide)
     wide = d.down.input_buffer(rows, h)
     kept.act = gated_activation(kept.gate_up, d.kind, out=wide[:, : d.down.k])
     kept.small_down = d.down.small(wide)
-    if d.after_mlp is not None:
+    if d.after_mlp is not None or d.down.needs_output:
         kept.y = d.down.forward(wide)
         if y is not None:
-            norm(d.after_mlp, kept.y, residual=h, out=y)
+            join(d.after_mlp, kept.y, h, out=y)
     elif y is not None:
         d.down.forward(wide, residual=h, out=y)
     else:
@@ -127,13 +127,20 @@ def _tile_backward(
     """One tile backward, from the gradient of `d.down`; that of h is written to dh."""
     gate_up, normed = kept.gate_up, kept.normed_h
     assert gate_up is not None
+    sums[1].add_output(wide, kept.y)
+    kept.y = None
     d_act, d_b = d.down.input_gradient(wide, kept.small_down)
     act = kept.act if kept.act is not None or not d.down.needs_input else d_act
     again = d_act if act is d_act else None
-    gated_activation_backward(d_act, gate_up, d.kind, d_gate_up=gate_up, act=again)
+    if d.gate_up.needs_output:  # it is read once more: no gradient in its place
+        both = d.gate_up.gradient_buffer(h.shape[0], h)
+    else:
+        both = around(gate_up, d.gate_up)
+    of_both = both[:, : d.gate_up.n]
+    gated_activation_backward(d_act, gate_up, d.kind, d_gate_up=of_both, act=again)
     sums[1].add(wide, act, kept.small_down, d_b)
-    del d_act, act, again, wide
-    both = around(gate_up, d.gate_up)
+    sums[0].add_output(both, gate_up)
+    del d_act, act, again, wide, of_both
     kept.act = kept.gate_up = None
     del gate_up
     d_normed, d_b = d.gate_up.input_gradient(both, kept.small_gate_up)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.block.projection import Group
+from qlora_kit.block.row_factors import stretch
 
 
 class Operands:
@@ -39,6 +40,7 @@ class Operands:
             groups: of all layers.
         """
         self.groups = [group for group in groups if group.r]
+        self._stretched = [group for group in self.groups if group.stretched]
         self._dtype: torch.dtype | None = None
         self._device: torch.device | None = None
         self._masters: list[nn.Parameter] = []
@@ -59,6 +61,7 @@ class Operands:
             self._allocate(dtype, device)
         with torch.no_grad():
             torch._foreach_copy_(self._copies, self._scaled())
+            stretch(self._stretched)
 
     def _scaled(self) -> list[Tensor]:
         """The masters, those that have factors in new memory and multiplied."""
@@ -84,6 +87,7 @@ class Operands:
         for group in self.groups:
             if not group.kept:
                 group.a = group.b = torch.empty(0)
+                group.rows = None
 
     @contextmanager
     def lent(self, dtype: torch.dtype) -> Iterator[None]:

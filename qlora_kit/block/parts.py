@@ -7,6 +7,7 @@ between their rows.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from qlora_kit.block.description import Description, Norm
@@ -47,6 +48,21 @@ def norm(
         The result.
     """
     return rms_norm(x, how.weight, how.eps, unit_offset=how.unit_offset, residual=residual, out=out)
+
+
+def join(how: Norm | None, y: Tensor, residual: Tensor, *, out: Tensor) -> None:
+    """Add what a half of the layer gives to the residual stream.
+
+    Args:
+        how: the norm on it, if any.
+        y: (M, H).
+        residual: (M, H).
+        out: (M, H), written; may be the residual itself.
+    """
+    if how is None:
+        torch.add(residual, y, out=out)
+    else:
+        norm(how, y, residual=residual, out=out)
 
 
 def norm_backward(
@@ -132,17 +148,24 @@ def place(d: Description, qkv: Tensor, call: Call) -> tuple[Tensor | None, Tenso
 
     Args:
         d: the layer.
-        qkv: (M, n) as projected. Turned in place where there are no norms.
+        qkv: (M, n) as projected; without biases where the backward needs it. Else turned in
+            place, if there are no norms.
         call: of the forward pass.
 
     Returns:
-        What was projected, where a norm's backward needs it; and q, k, v ready for attention,
-        in memory of the same layout.
+        What was projected, where the backward of a norm or of lengths of rows needs it; and q, k,
+        v ready for attention, in memory of the same layout.
     """
     turned = d.heads + d.kv_heads
     if d.query_norm is None or d.key_norm is None:
-        rotary_(_turned(d, qkv), call.cos, call.sin)
-        return None, qkv
+        if not d.qkv.needs_output:
+            rotary_(_turned(d, qkv), call.cos, call.sin)
+            return None, qkv
+        placed = qkv.new_empty(qkv.shape[0], qkv.stride(0))[:, : qkv.shape[1]]
+        bias = d.qkv.bias(qkv)
+        placed.copy_(qkv) if bias is None else torch.add(qkv, bias, out=placed)
+        rotary_(_turned(d, placed), call.cos, call.sin)
+        return qkv, placed
     placed = qkv.new_empty(qkv.shape[0], qkv.stride(0))[:, : qkv.shape[1]]
     both = zip(heads_of(d, qkv), heads_of(d, placed), strict=True)
     for how, (part, out) in zip((d.query_norm, d.key_norm), both, strict=False):
@@ -167,7 +190,7 @@ def displace(
     Args:
         d: the layer.
         gradients: of q, k and v, (B, T, heads of the group, D).
-        projected: what `place` returned first.
+        projected: what `place` returned first; read where there are norms.
         call: of the forward pass.
         out: (M, n), written where the group's heads are.
         group: which of the groups of heads.

@@ -8,6 +8,8 @@ adapters' A and B of all of them, R ranks together:
                dA = s·(dY·B)ᵀ·X,  dB = dYᵀ·(X·Aᵀ), part by part
 
 LoRA is R more steps of the one product: one pass over Y, one over dX, and one rounding.
+Where a method has a factor f on every row (DoRA), f ⊙ [W | B] takes the place of [W | B]: W's
+rows are stretched when they are decoded, B's by `Operands`. Then dB is f ⊙ dYᵀ·(X·Aᵀ).
 For that, inputs and gradients live in buffers with R spare columns at the right, which
 their producers (norms, activations) write into directly.
 
@@ -27,10 +29,12 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.adapters.lora import FusibleLinear
+from qlora_kit.block.row_factors import RowFactors
 from qlora_kit.block.sums import Sums
 from qlora_kit.nn.linear import NF4Linear
 from qlora_kit.ops.low_rank_gradients.op import low_rank_gradients
 from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize_into
+from qlora_kit.ops.nf4_linear.op import nf4_linear
 
 _RANKS = 8
 """Ranks are padded to a multiple of this: 16-byte rows in 16-bit dtypes."""
@@ -62,6 +66,26 @@ class Part:
     def base(self) -> nn.Module:
         """The frozen linear."""
         return self.module.base if isinstance(self.module, FusibleLinear) else self.module
+
+    @property
+    def lengths(self) -> tuple[Tensor, Tensor] | None:
+        """Of its rows: trained ones and the base's squared, (N,) each; see `FusibleLinear`."""
+        return None if self.lora is None else self.lora.lengths
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """A few rows times the base's weight, (rows, N) without bias.
+
+        Args:
+            x: (rows, K).
+
+        Returns:
+            In the dtype of x.
+        """
+        if isinstance(self.base, NF4Linear):
+            return nf4_linear(x, self.base.nf4_weight)
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return nn.functional.linear(x, weight.to(x.dtype))
 
     def decode_into(self, out: Tensor, columns: Tensor | None = None) -> None:
         """Write the weight, and columns to its right, in the dtype of `out`.
@@ -113,6 +137,7 @@ class Group:
         r: low-rank columns together, a multiple of 8; 0 without adapters.
         a: (r, k), the parts' scaled A; set by `Operands`.
         b: (n, r), the parts' B, block-diagonal; set by `Operands`.
+        rows: factors f of the rows, set by `Operands`; None where every f is 1.
         held: (n + r, k + r) decoded already, or None.
         kept: whether `held` stays from step to step.
     """
@@ -133,6 +158,7 @@ class Group:
             n, r = n + height, r + wide
         self.n, self.r = n, r
         self.a = self.b = torch.empty(0)
+        self.rows: RowFactors | None = None
         self.held: Tensor | None = None
         self.kept = False
 
@@ -151,6 +177,16 @@ class Group:
         """Whether the gradients need X·Aᵀ."""
         return any(part.lora.needs_gradient_of_b for part in self.parts if part.lora)
 
+    @property
+    def stretched(self) -> bool:
+        """Whether rows have a factor."""
+        return any(part.lengths is not None for part in self.parts)
+
+    @property
+    def needs_output(self) -> bool:
+        """Whether the gradients need Y, its bias aside."""
+        return any(part.lora.needs_output for part in self.parts if part.lora)
+
     def input_buffer(self, rows: int, like: Tensor) -> Tensor:
         """Memory for X with room for X·Aᵀ: (rows, k + r), not initialised."""
         return like.new_empty((rows, self.k + self.r))
@@ -166,6 +202,7 @@ class Group:
         *,
         spare: bool = False,
         out: Tensor | None = None,
+        biased: bool = True,
     ) -> Tensor:
         """Multiply.
 
@@ -175,6 +212,7 @@ class Group:
             spare: leave room for dY·B beside the result, so that dY can be written over it.
             out: (M, n) with any distance between rows, written; may be the residual itself.
                 New memory if None.
+            biased: False leaves the biases out.
 
         Returns:
             (M, n) in the dtype of X.
@@ -184,7 +222,7 @@ class Group:
         weight = held[: self.n]
         if out is None:
             out = wide.new_empty((wide.shape[0], self.n + (self.r if spare else 0)))[:, : self.n]
-        bias = self._bias(wide)
+        bias = self.bias(wide) if biased else None
         if residual is not None:
             torch.addmm(residual, wide, weight.T, out=out)
             return out if bias is None else out.add_(bias)
@@ -257,9 +295,13 @@ class Group:
     def keep(self, like: Tensor) -> None:
         """Decode once and for all; `Operands` puts A and B beside the weight from then on.
 
+        Rows that have a factor, another one in every step, are not kept.
+
         Args:
             like: of the dtype to decode to.
         """
+        if self.stretched:
+            return
         self.held, self.kept = like.new_zeros((self.n + self.r, self.k + self.r)), True
         for part in self.parts:
             columns = self.held.new_zeros((part.shape[0], self.r)) if self.r else None
@@ -267,7 +309,7 @@ class Group:
 
     def forget(self) -> None:
         """Undo `keep`, and let go of the memory that A and B shared with the weight."""
-        self.held, self.kept = None, False
+        self.held, self.kept, self.rows = None, False, None
         self.a = self.b = torch.empty(0)
 
     def _decode(self, like: Tensor, rows: int) -> Tensor:
@@ -275,6 +317,9 @@ class Group:
         whole = like.new_empty((rows, self.k + self.r))
         for part in self.parts:
             part.decode_into(whole[part.rows], self.b[part.rows] if self.r else None)
+        if self.rows is not None:
+            weight = whole[: self.n, : self.k]
+            weight.addcmul_(weight, self.rows.change[:, None])
         if rows > self.n:
             whole[self.n :, : self.k] = self.a
         return whole
@@ -330,8 +375,8 @@ class Group:
         """Where each part's outputs and ranks end."""
         return [(part.rows.stop, part.ranks.stop) for part in self.parts]
 
-    def _bias(self, like: Tensor) -> Tensor | None:
-        """The parts' biases one after the other, or None if none has one."""
+    def bias(self, like: Tensor) -> Tensor | None:
+        """The parts' biases one after the other, (n,), or None if none has one."""
         biases: list[Any] = [part.base.bias for part in self.parts]
         if all(bias is None for bias in biases):
             return None

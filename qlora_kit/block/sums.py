@@ -15,10 +15,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from qlora_kit.ops.layout import arithmetic_dtype
 from qlora_kit.ops.low_rank_gradients.reference import token_sum
 
 if TYPE_CHECKING:
     from qlora_kit.block.projection import Group
+
+
+_OVERLAP_VALUES = 1 << 27
+"""Products of dY and Y that exist at a time: 256 MiB in 16 bits."""
 
 
 class Sums:
@@ -38,6 +43,7 @@ class Sums:
         self._a: Tensor | None = None
         self._joint: Tensor | None = None
         self._b: list[Tensor | None] = [None] * len(group.parts)
+        self._overlap: Tensor | None = None
 
     def add(self, wide: Tensor, x: Tensor | None, small: Tensor | None, d_b: Tensor | None) -> None:
         """Add a tile.
@@ -83,6 +89,23 @@ class Sums:
             found = token_sum(wide[:, part.rows], small[:, first : first + part.lora.rank])
             self._b[index] = _plus(self._b[index], found)
 
+    def add_output(self, wide: Tensor, y: Tensor | None) -> None:
+        """Add a tile's share of the sum of dY ⊙ Y, which lengths of rows (DoRA) need.
+
+        Args:
+            wide: (m, n + r), dY in its first columns.
+            y: (m, n), the group's output, biases aside; None where `needs_output` is False.
+        """
+        if not self.group.needs_output:
+            return
+        assert y is not None
+        step = max(1, _OVERLAP_VALUES // self.group.n)
+        for start in range(0, y.shape[0], step):
+            part = slice(start, start + step)
+            products = wide[part, : self.group.n] * y[part]
+            found = products.sum(0, dtype=arithmetic_dtype(y))
+            self._overlap = _plus(self._overlap, found)
+
     def gradients(self) -> list[Tensor | None]:
         """The sums, as the group's `parameters`.
 
@@ -90,6 +113,9 @@ class Sums:
             As the adapted parts' `masters`, in their dtypes; None for a frozen one.
         """
         found: list[Tensor | None] = []
+        rows, of_rows = self.group.rows, self._overlap
+        if rows is not None and of_rows is not None:
+            of_rows = of_rows * rows.per_length
         for part, own in zip(self.group.parts, self._b, strict=True):
             lora = part.lora
             if lora is None:
@@ -101,7 +127,10 @@ class Sums:
             if lora.needs_gradient_of_b:
                 d_b = own if self._joint is None else self._joint[part.rows, : lora.rank]
                 assert d_b is not None
-            found += lora.pull_back(d_a, d_b)
+                if rows is not None:
+                    d_b = d_b * rows.factor[part.rows]
+            d_lengths = None if of_rows is None else of_rows[part.rows]
+            found += lora.pull_back(d_a, d_b, d_lengths)
         return found
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.adapters.adalora_config import RankBudget
 from qlora_kit.adapters.attached import AttachedAdapter
-from qlora_kit.adapters.config import AdaLoRA, LoRA, LoRAFA
+from qlora_kit.adapters.config import AdaLoRA, DoRA, LoRA, LoRAFA
 from qlora_kit.adapters.inject import attach
 from qlora_kit.block.install import FusedBlocks
 from qlora_kit.nn.linear import NF4Linear
@@ -36,6 +36,7 @@ METHODS: dict[str, LoRA] = {
     "lora": LoRA(rank=4, alpha=5.0),
     "lora_fa": LoRAFA(rank=4, alpha=5.0),
     "adalora": AdaLoRA(rank=4, alpha=5.0, budget=RankBudget(target_rank=2)),
+    "dora": DoRA(rank=4, alpha=5.0),
 }
 """Configurations whose scale, 1.25, is no power of two."""
 
@@ -99,7 +100,7 @@ def make(
 
 
 def randomize(adapter: AttachedAdapter, seed: int = 1) -> None:
-    """Make every B random, small enough that the model stays the model, and AdaLoRA's λ of 5."""
+    """Make every B random, small enough that the model stays the model, λ and row lengths too."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in adapter.state_dict().items():
@@ -107,6 +108,8 @@ def randomize(adapter: AttachedAdapter, seed: int = 1) -> None:
                 tensor.normal_(0.0, 0.1, generator=generator)
             elif name.endswith("lora_E"):  # beside a Q of 0.02
                 tensor.normal_(0.0, 5.0, generator=generator)
+            elif name.endswith("lora_magnitude"):
+                tensor.mul_(1 + 0.2 * torch.rand(tensor.shape, generator=generator))
 
 
 def maskless() -> dict[str, Any]:
