@@ -98,6 +98,12 @@ def test_no_trace_is_left_and_the_base_is_there_once(tmp_path):
     bank.use("again")
     assert torch.equal(answer(model), alone("llama", paths["some"], 4))
 
+    assert repr(bank).startswith("AdapterBank(all, half, again; again answers; 14 modules, ")
+    bank.remove("all")
+    bank.remove("half")
+    assert repr(bank).startswith("AdapterBank(again; again answers; 4 modules, ")
+    assert torch.equal(answer(model), alone("llama", paths["some"], 4))
+
     bank.detach_from_model()
     now = dict(model.named_modules())
     assert now.keys() == modules.keys()
