@@ -38,6 +38,7 @@ from benchmarks.methods.schedule import (
     read_rows,
     speed_jobs,
     training_jobs,
+    visible_gpus,
 )
 from benchmarks.methods.work import reduced
 from benchmarks.ops.plot_nf4_linear import newest
@@ -131,6 +132,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> Path:
         demo=arguments.demo,
         folder=folder,
         workers=arguments.workers,
+        gpus=visible_gpus(),
     )
     board = Board([], read_rows(folder))
     trainings = training_jobs(cases, tasks, arguments.seeds)

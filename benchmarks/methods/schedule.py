@@ -1,13 +1,14 @@
 """Which job comes next, and the workers that do them.
 
 Steps are timed first, one method after the other in one process while the others wait. Then all
-processes share the GPU: the base, the learning rates, and seed after seed, each for all methods,
+processes share the GPUs: the base, the learning rates, and seed after seed, each for all methods,
 so that a run that is cut short has whole seeds. Speeds of that part mean nothing and are not
 reported. A finished row is on disk at once; a run in the same folder goes on from there.
 """
 
 import json
 import multiprocessing
+import os
 import time
 import traceback
 from collections.abc import Sequence
@@ -181,10 +182,19 @@ class Setting:
     demo: Path
     folder: Path
     workers: int
+    gpus: tuple[str, ...] = ()
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """What `CUDA_VISIBLE_DEVICES` says of the GPUs at hand, one word each."""
+    words = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return tuple(words.split(",")) if words else tuple(map(str, range(torch.cuda.device_count())))
 
 
 def work(pipe: Connection, setting: Setting, number: int) -> None:
-    """A worker: says when it is ready, then does jobs until it is told None."""
+    """A worker, on one GPU in turn: says when it is ready, then does jobs until it is told None."""
+    if setting.gpus:  # before anything asks for a GPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = setting.gpus[number % len(setting.gpus)]
     if not torch.cuda.is_available() and setting.workers > 1:
         torch.set_num_threads(1)
     disable_progress_bar()

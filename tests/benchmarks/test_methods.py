@@ -178,3 +178,8 @@ def test_the_whole_command_and_its_report(space, tmp_path):
     assert [row["what"] for row in record["rows"]].count("run") == 6
     rows = (tmp_path / "work" / "rows.jsonl").read_text().splitlines()
     assert len(rows) == lines + 2
+
+
+def test_workers_take_turns_at_the_gpus_that_are_visible(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
+    assert schedule.visible_gpus() == ("3", "GPU-5")
