@@ -49,6 +49,8 @@ T = TypeVar("T")
 
 MAX_CHOICES = 20
 """Most distinct answers for which `auto` takes a task for a choice."""
+LONGEST_SHOWN = 8192
+"""Longest prompt of a sample answer: beyond, its keys and values alone would fill a card."""
 SHOWN_TOKENS = 24
 """Longest sample answer of tasks that are not measured by generation."""
 
@@ -345,7 +347,8 @@ class Evaluator:
         max_new_tokens: int,
         right: list[bool] | None,
     ) -> list[Answer]:
-        rows = sample_rows(len(data.examples), self.config.samples)
+        short = [i for i, e in enumerate(data.examples) if len(e.prompt_ids) <= LONGEST_SHOWN]
+        rows = [short[i] for i in sample_rows(len(short), self.config.samples)]
         answers = generate_answers(
             model,
             self.tokenizer,

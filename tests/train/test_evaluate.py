@@ -166,6 +166,23 @@ def test_layers_that_are_fused_already_stay_so(tmp_path: Path, tokenizer: Any) -
     fused.remove()
 
 
+def test_samples_leave_out_the_longest_prompts(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are for people; all rows are measured."""
+    model = tiny_models.build("llama")
+    data = questions(tmp_path, tokenizer, ("yes", "no"))
+    before = measure(model, tokenizer, data, samples=9)
+    lengths = sorted(len(example.prompt_ids) for example in data.examples)
+    monkeypatch.setattr("qlora_kit.train.evaluate.LONGEST_SHOWN", lengths[4])
+    shown = measure(model, tokenizer, data, samples=9)
+    fitting = [e.prompt for e in data.examples if len(e.prompt_ids) <= lengths[4]]
+    assert [answer.prompt for answer in shown.answers] == fitting
+    assert 5 <= len(fitting) < 9 == len(before.answers) == before.rows == shown.rows
+    assert shown.scores == before.scores
+    assert set(shown.answers) < set(before.answers)
+
+
 def test_exact_match_compares_json_as_values(tmp_path: Path, tokenizer: Any) -> None:
     """What the model really answers counts as right, however it is spaced; anything else not."""
     model = tiny_models.build("llama")
