@@ -2,9 +2,10 @@
 
 The base is there once, in 4 or 16 bits, and its linears make one pass over it for a whole
 batch, whoever answers its rows. An adapter is a few percent of that: r·(K + N) values for each
-linear it changes, in the dtype of its file, and as many again in the dtype that the model
-computes in while it answers (where these differ). Planner and trainer know nothing of this:
-one adapter is trained at a time (`inject.attach`), and these answer.
+linear it changes, in the dtype of its file (`AdapterBank.nbytes`). While it answers it takes as
+many again in the dtype that the model computes in, where that is another; inside `rows` those
+that occur are copied side by side, once for each form in use. Planner and trainer know nothing
+of this: one adapter is trained at a time (`inject.attach`), and these answer.
 
     bank = load_adapters(model, {"french": "adapters/french", "legal": "adapters/legal"})
     bank.use("french")                                      # all rows; None: the base alone
