@@ -74,10 +74,16 @@ def test_fused_gradients(family: str, method: str) -> None:
     assert total_error(wrong, truth) > 2 * bound
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
-def test_every_policy_gives_the_same_bits(family: str) -> None:
+CASES = [
+    *((family, "lora") for family in ("llama", "qwen3", "gemma2")),
+    *((family, method) for family in ("llama", "gemma2") for method in ("adalora", "dora")),
+]
+
+
+@pytest.mark.parametrize(("family", "method"), CASES)
+def test_every_policy_gives_the_same_bits(family: str, method: str) -> None:
     """With deterministic attention; twice, so that pinned buffers and streams are used again."""
-    model = build(family)
+    model = build(family, method)
     fused = fuse_blocks(model, "save", deterministic=True)
     wanted: Gradients = {}
     for policy in (*POLICIES, "save:1,offload", *POLICIES):
@@ -87,12 +93,12 @@ def test_every_policy_gives_the_same_bits(family: str) -> None:
         assert all(torch.equal(found[name], wanted[name]) for name in wanted), policy
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
-def test_tiles(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("family", "method"), CASES)
+def test_tiles(family: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As close to float64 as at once, an odd remainder and groups of heads included; under every
     policy the same bits, twice."""
     monkeypatch.setattr(tiles, "ATTENTION_ROWS", 1)
-    model = build(family)
+    model = build(family, method)
     _, truth = loss_and_gradients(truth_of(model), ids(), use_cache=False)
     fused = fuse_blocks(model, "save", deterministic=True)
     _, whole = loss_and_gradients(model, ids(), **maskless())
@@ -141,9 +147,10 @@ def test_packed_rows() -> None:
     assert total_error(found[0], found[1]) < 2.0**-6  # two roundings of bfloat16 apart
 
 
-def test_no_operation_of_a_step_waits_for_the_host() -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_no_operation_of_a_step_waits_for_the_host(method: str) -> None:
     """Forward and backward, every policy but those that offload the first time."""
-    model = build("llama")
+    model = build("llama", method)
     fused = fuse_blocks(model, "offload")
     tokens, mask = ids(8, 512), maskless()
     for policy, tile in [*((policy, None) for policy in POLICIES), ("offload", 1000)]:
