@@ -4,6 +4,9 @@ from dataclasses import replace
 
 from transformers import PreTrainedConfig
 
+from qlora_kit.adapters.config import LoRA
+from qlora_kit.core.errors import ConfigError
+from qlora_kit.plan.predict import Prediction
 from qlora_kit.plan.setup import FULL, Setup
 
 PAGED = "paged_adamw_8bit"
@@ -11,6 +14,7 @@ PAGED = "paged_adamw_8bit"
 LEAN_TILE = 2048
 """Tokens at a time; a number also rounds adapters a layer at a time."""
 FIELDS = {
+    "bits": "model.bits",
     "activations": "train.activations",
     "keep_decoded": "train.keep_decoded",
     "batch": "train.batch_size",
@@ -44,7 +48,49 @@ def changes(before: Setup, after: Setup) -> dict[str, str]:
     }
     if before.quant != after.quant == before.quant.with_head():
         found["model.quantize_head"] = "true"
+    one, other = before.adapter, after.adapter
+    if one is not None and other is not None and one.rank != other.rank:
+        found |= {"adapter.rank": str(other.rank), "adapter.alpha": f"{other.alpha:g}"}
     return found
+
+
+def speed_change(before: Prediction, after: Prediction) -> float:
+    """What changes do to a run's speed.
+
+    Args:
+        before: the run as it is; whether it fits does not matter.
+        after: the changed one.
+
+    Returns:
+        Share of the tokens/s that is gained or, below zero, lost.
+    """
+    return after.tokens_per_s / before.tokens_per_s - 1
+
+
+def with_rank(setup: Setup, rank: int) -> Setup:
+    """The same run with an adapter of another rank, whose scale stays what it was.
+
+    Args:
+        setup: of the run; with an adapter.
+        rank: of all its modules.
+
+    Returns:
+        A setup.
+
+    Raises:
+        ConfigError: there is no adapter.
+
+    Example:
+        >>> small = with_rank(Setup(rank=16), 4)
+        >>> small.adapter.rank, small.adapter.alpha
+        (4, 8.0)
+    """
+    adapter = setup.adapter
+    if adapter is None:
+        raise ConfigError("full fine-tuning has no rank; with_rank needs an adapter.")
+    shape = setup.shape or LoRA(rank=setup.rank, targets=setup.targets)
+    alpha = adapter.alpha * adapter.scale(adapter.rank, 1.0) / adapter.scale(rank, 1.0)
+    return replace(setup, rank=rank, shape=replace(shape, rank=rank, alpha=alpha))
 
 
 def leaner(setup: Setup, config: PreTrainedConfig) -> Setup:

@@ -1,7 +1,6 @@
 """A plan: what a run takes, whether it fits, what else would, and the fastest of it.
 
-`make_plan` asks the planner all there is to ask, for `qlora-kit plan` and `qlora_kit.plan`;
-`nearest` finds what to change in a run that does not fit.
+`make_plan` asks the planner all there is to ask, for `qlora-kit plan` and `qlora_kit.plan`.
 """
 
 from collections.abc import Sequence
@@ -13,8 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora_kit.adapters.config import LoRA, method_name
 from qlora_kit.plan.budget import Budget, graph_bytes, margin_bytes, needed_bytes
-from qlora_kit.plan.changes import FIELDS, PAGED, changes, leaner
+from qlora_kit.plan.changes import FIELDS, changes, speed_change
 from qlora_kit.plan.gpus import DEFAULT, Gpu, find_gpu, this_gpu
+from qlora_kit.plan.nearest import nearest
 from qlora_kit.plan.predict import Prediction
 from qlora_kit.plan.read import read_config
 from qlora_kit.plan.search import MOST_TOKENS, Planner
@@ -82,6 +82,17 @@ class Plan:
         """
         return changes(self.run.setup, other.setup)
 
+    def costs(self, other: Prediction) -> float:
+        """What those changes do to the speed.
+
+        Args:
+            other: `fastest`, or one of `nearest`.
+
+        Returns:
+            Share of this run's tokens/s that is lost or, below zero, gained.
+        """
+        return -speed_change(self.run, other)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON.
 
@@ -101,7 +112,10 @@ class Plan:
             "fastest": None if self.fastest is None else describe(self.fastest),
             "fastest_changes": {} if self.fastest is None else self.changes(self.fastest),
             "sizes": [asdict(one) for one in self.sizes],
-            "nearest": [{"changes": self.changes(one), **describe(one)} for one in self.nearest],
+            "nearest": [
+                {"changes": self.changes(one), "costs": self.costs(one), **describe(one)}
+                for one in self.nearest
+            ],
         }
 
     def __str__(self) -> str:
@@ -210,47 +224,6 @@ def make_plan(
         ),
         nearest=() if fits else nearest(planner, run.setup),
     )
-
-
-def nearest(planner: Planner, setup: Setup) -> tuple[Prediction, ...]:
-    """Runs that fit and are near one that does not.
-
-    Args:
-        planner: of the model.
-        setup: of the run that does not fit.
-
-    Returns:
-        In this order, where they exist: other activations; the same rows in smaller batches;
-        an optimizer whose state can leave the GPU; that with the model's ends made small as
-        well; shorter rows. Each was predicted to fit.
-    """
-    found = []
-    same = planner.fastest(setup)
-    if same is not None:
-        found.append(same)
-    rows = setup.batch * setup.accumulation
-    smaller = [n for n in range(setup.batch - 1, 0, -1) if rows % n == 0]
-    for batch in smaller:
-        made = planner.fastest(replace(setup, batch=batch, accumulation=rows // batch))
-        if made is not None:
-            found.append(made)
-            break
-    if same is None and setup.optimizer != PAGED:
-        made = planner.fastest(replace(setup, optimizer=PAGED))
-        found += [made] if made is not None else []
-    if same is None:
-        lean = leaner(setup, planner.config)
-        if lean != setup and planner.fits(planner.thriftiest(lean)):
-            made = planner.fastest(lean)
-            found += [made] if made is not None and made not in found else []
-    if same is None:
-        thrifty = planner.thriftiest(setup)
-        for batch in dict.fromkeys((setup.batch, 1)):
-            seq = min(setup.seq, planner.longest(replace(thrifty, batch=batch)))
-            if 0 < seq < setup.seq:
-                divided = replace(thrifty, batch=batch, accumulation=rows // batch, seq=seq)
-                found.append(planner.predict(divided))
-    return tuple(found)
 
 
 def compare_methods(planner: Planner, setup: Setup) -> dict[str, Prediction]:

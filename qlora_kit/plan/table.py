@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from qlora_kit.core.units import GIB, format_bytes
 from qlora_kit.plan.budget import Budget, graph_bytes, margin_bytes, needed_bytes
-from qlora_kit.plan.changes import changes
+from qlora_kit.plan.changes import changes, speed_change
 from qlora_kit.plan.plan import Plan, Sizes
 from qlora_kit.plan.predict import Prediction
 from qlora_kit.plan.setup import Setup
@@ -212,7 +212,7 @@ def nearest_table(run: Prediction, found: Sequence[Prediction], budget: Budget) 
 
     Args:
         run: as it is.
-        found: changed runs.
+        found: changed runs; beside their speed is what that is more or less than the run's own.
         budget: that they fit.
 
     Returns:
@@ -220,11 +220,12 @@ def nearest_table(run: Prediction, found: Sequence[Prediction], budget: Budget) 
     """
     size = format_bytes(budget.gpu_bytes)
     if not found:
-        return f"nothing near fits {size}: a smaller model or rank, or a larger card"
+        return f"nothing near fits {size}: a smaller model, or a larger card"
     lines = [f"nearest settings that fit {size}"]
     for one in found:
         lines += fields_text(changes(run.setup, one.setup))
-        lines.append(f"    {format_bytes(needed_bytes(one))}, {one.tokens_per_s:,.0f} tokens/s")
+        speed = f"{one.tokens_per_s:,.0f} tokens/s ({speed_change(run, one):+.0%})"
+        lines.append(f"    {format_bytes(needed_bytes(one))}, {speed}")
     return "\n".join(lines)
 
 

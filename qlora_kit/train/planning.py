@@ -19,7 +19,8 @@ from qlora_kit.core.log import logger
 from qlora_kit.core.units import GIB, format_bytes, parse_bytes
 from qlora_kit.plan.budget import Budget, needed_bytes, step_bytes
 from qlora_kit.plan.gpus import DEFAULT, Gpu, find_gpu, this_gpu
-from qlora_kit.plan.plan import AUTO, describe, nearest
+from qlora_kit.plan.nearest import nearest
+from qlora_kit.plan.plan import AUTO, describe
 from qlora_kit.plan.predict import CONTEXT, Prediction
 from qlora_kit.plan.search import Planner
 from qlora_kit.plan.setup import FULL, Setup

@@ -12,7 +12,8 @@ from qlora_kit.core.units import parse_bytes
 from qlora_kit.plan.budget import Budget, needed_bytes
 from qlora_kit.plan.changes import PAGED, changes, leaner
 from qlora_kit.plan.gpus import find_gpu
-from qlora_kit.plan.plan import compare_methods, make_plan, nearest
+from qlora_kit.plan.nearest import nearest
+from qlora_kit.plan.plan import compare_methods, make_plan
 from qlora_kit.plan.read import read_config
 from qlora_kit.plan.search import Planner
 from qlora_kit.plan.setup import Setup
