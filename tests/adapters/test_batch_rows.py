@@ -95,6 +95,30 @@ def test_rows_in_16_bits(bits, form, tmp_path):
         assert all(float(off[other][row]) > 4 * own for other in off if other != name)
 
 
+@pytest.mark.parametrize("bits", [4, 32])
+@pytest.mark.parametrize("form", ["masked", "grouped"])
+def test_rows_under_autocast(bits, form, tmp_path):
+    model = base("llama", bits)
+    paths = folders(model, configs("llama"), tmp_path)
+    bank = load_adapters(model, paths)
+    exact = {}
+    for name in ("some", "all"):
+        bank.use(name)
+        exact[name] = answer(model)
+    bank.use("some")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        one = answer(model)
+        with bank.rows(["some", "all"], form=form):
+            mixed = answer(model).float()
+        fresh = base("llama", bits)
+        load_adapter(fresh, paths["some"])
+        assert torch.equal(one, answer(fresh))
+    for row, name in enumerate(("some", "all")):
+        off = {n: float((mixed[row] - e[row]).norm() / e[row].norm()) for n, e in exact.items()}
+        assert off[name] < 8 * 2.0**-8
+        assert sum(off.values()) > 5 * off[name]
+
+
 @pytest.mark.transformers_compat
 @pytest.mark.parametrize("form", ["masked", "grouped"])
 @pytest.mark.parametrize(("family", "bits"), [("llama", 4), ("llama", 32), ("gpt2", 4)])
