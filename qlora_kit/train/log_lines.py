@@ -72,6 +72,7 @@ def let_run_ahead(args: TrainingArguments) -> None:
 
     Example:
         >>> args = TrainingArguments("out", use_cpu=True, report_to=[])
+        >>> args.dataloader_pin_memory = True  # as on a GPU
         >>> let_run_ahead(args)
         >>> args.accelerator_config.non_blocking, args.logging_nan_inf_filter
         (True, False)

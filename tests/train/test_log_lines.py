@@ -221,3 +221,16 @@ def test_values_on_their_way_are_copies() -> None:
     sent, arrived = sent_to_host({"loss": loss, "rate": 0.5})
     loss.zero_()
     assert (float(sent["loss"]), sent["rate"], arrived) == (2.0, 0.5, None)
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_batches_are_not_waited_for(tmp_path: Path, pinned: bool) -> None:
+    """From pinned memory, all the way to the loader that moves them."""
+    model, adapter = adapted()
+    args = arguments(tmp_path, save_strategy="no")
+    args.dataloader_pin_memory = pinned
+    trainer = Trainer(model, adapter, args, train_dataset=rows(4), data_collator=PadCollator(0))
+    assert not trainer.args.logging_nan_inf_filter
+    assert not trainer.logs_late  # on a CPU
+    args.dataloader_pin_memory = False  # nothing to pin for
+    assert trainer.get_train_dataloader()._non_blocking is pinned
