@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qlora_kit.adapters.lora import FusibleLinear
 from qlora_kit.block.projection import Group, can_group
+from qlora_kit.block.row_factors import can_stretch
 from qlora_kit.ops.attention.rule import AttentionRule
 
 
@@ -161,6 +162,9 @@ def why_not(layer: nn.Module) -> str | None:
     names = {type(module).__name__ for module in modules if not can_group(module)}
     if names:
         return f"a projection is trained, has dropout or is no linear ({', '.join(sorted(names))})"
+    long = [m for m in modules if isinstance(m, FusibleLinear) and m.lengths is not None]
+    if not all(can_stretch(module.base) for module in long):
+        return "blocks of 4-bit weights run across the rows that DoRA stretches"
     if _stretched_with_bias(layer):
         return "DoRA's projections have biases, other than q, k and v without norms of their own"
     norms = [m for name, m in layer.named_modules() if name.endswith("norm")]

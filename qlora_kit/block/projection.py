@@ -9,7 +9,8 @@ adapters' A and B of all of them, R ranks together:
 
 LoRA is R more steps of the one product: one pass over Y, one over dX, and one rounding.
 Where a method has a factor f on every row (DoRA), f ⊙ [W | B] takes the place of [W | B]: W's
-rows are stretched when they are decoded, B's by `Operands`. Then dB is f ⊙ dYᵀ·(X·Aᵀ).
+scales are stretched before they decode W's rows, B's rows by `Operands`. Then dB is
+f ⊙ dYᵀ·(X·Aᵀ).
 For that, inputs and gradients live in buffers with R spare columns at the right, which
 their producers (norms, activations) write into directly.
 
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.adapters.lora import FusibleLinear
-from qlora_kit.block.row_factors import RowFactors
+from qlora_kit.block.row_factors import RowFactors, stretched_weight
 from qlora_kit.block.sums import Sums
 from qlora_kit.nn.linear import NF4Linear
 from qlora_kit.ops.low_rank_gradients.op import low_rank_gradients
@@ -73,33 +74,35 @@ class Part:
         return None if self.lora is None else self.lora.lengths
 
     def multiply(self, x: Tensor) -> Tensor:
-        """A few rows times the base's weight, (rows, N) without bias.
-
-        Args:
-            x: (rows, K).
-
-        Returns:
-            In the dtype of x.
-        """
+        """A few rows x (rows, K) times the base's weight, (rows, N) without bias."""
         if isinstance(self.base, NF4Linear):
             return nf4_linear(x, self.base.nf4_weight)
         weight = self.base.weight
         assert isinstance(weight, Tensor)
         return nn.functional.linear(x, weight.to(x.dtype))
 
-    def decode_into(self, out: Tensor, columns: Tensor | None = None) -> None:
+    def decode_into(
+        self, out: Tensor, columns: Tensor | None = None, factors: Tensor | None = None
+    ) -> None:
         """Write the weight, and columns to its right, in the dtype of `out`.
 
         Args:
             out: (n, K + R) contiguous.
             columns: (n, R) or None.
+            factors: (n, 1) float32 on the weight's rows, or None.
         """
         if isinstance(self.base, NF4Linear):
-            nf4_dequantize_into(self.base.nf4_weight, out, columns)
+            packed = self.base.nf4_weight
+            if factors is not None:
+                packed = stretched_weight(packed, factors)
+            nf4_dequantize_into(packed, out, columns)
             return
         weight = self.base.weight
         assert isinstance(weight, Tensor)
-        out[:, : weight.shape[1]] = weight
+        if factors is None:
+            out[:, : weight.shape[1]] = weight
+        else:
+            torch.mul(weight, factors, out=out[:, : weight.shape[1]])
         if columns is not None:
             out[:, weight.shape[1] :] = columns
 
@@ -316,10 +319,9 @@ class Group:
         """The first rows, n or all n + r, of [W | B; A | .]."""
         whole = like.new_empty((rows, self.k + self.r))
         for part in self.parts:
-            part.decode_into(whole[part.rows], self.b[part.rows] if self.r else None)
-        if self.rows is not None:
-            weight = whole[: self.n, : self.k]
-            weight.addcmul_(weight, self.rows.change[:, None])
+            columns = self.b[part.rows] if self.r else None
+            factors = None if self.rows is None else self.rows.factor[part.rows]
+            part.decode_into(whole[part.rows], columns, factors)
         if rows > self.n:
             whole[self.n :, : self.k] = self.a
         return whole

@@ -1,5 +1,8 @@
 """Factors on the rows of decoded weights (DoRA), of all layers of a model in a few launches.
 
+A row is stretched by its scales, one float32 per 64 weights, before the weight is decoded: no
+pass over the decoded weight, and no second rounding.
+
 With A' (R, K) and B (n, R) the operands of a group, ‖V‖ the row lengths of V = W + B·A' and m the
 trained lengths, f = m/‖V‖. What is rounded to the compute dtype is f - 1, which is small: f itself
 lies near one, where neighbours in bfloat16 are 0.8% apart. The one product that reads W is W·A'ᵀ,
@@ -7,14 +10,16 @@ the 4-bit weight applied to R rows; all else is done for all groups of one shape
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_kit.adapters.dora import row_lengths
+from qlora_kit.nn.linear import NF4Linear
 from qlora_kit.ops.layout import arithmetic_dtype
+from qlora_kit.quant.weight import NF4Weight
 
 if TYPE_CHECKING:
     from qlora_kit.block.projection import Group, Part
@@ -30,9 +35,46 @@ class RowFactors:
     change: Tensor
     """(n,) f - 1 in the compute dtype."""
     factor: Tensor
-    """(n, 1) f in float32: dB is f ⊙ what B's stretched rows would get."""
+    """(n, 1) f in float32, for W's scales; dB is f ⊙ what B's stretched rows would get."""
     per_length: Tensor
     """(n,) 1/m in float32, zero where m is: dm is the sum of dY ⊙ Y times this."""
+
+
+def can_stretch(module: nn.Module) -> bool:
+    """Whether the rows of a linear's weight can be stretched while it is decoded.
+
+    Args:
+        module: the base.
+
+    Returns:
+        False for a 4-bit weight of which blocks run across rows.
+
+    Example:
+        >>> can_stretch(nn.Linear(2, 2))
+        True
+    """
+    if not isinstance(module, NF4Linear):
+        return True
+    return module.in_features % module.nf4_weight.block_size == 0
+
+
+def stretched_weight(weight: NF4Weight, factors: Tensor) -> NF4Weight:
+    """Stretch the rows of a 4-bit weight by stretching its scales.
+
+    Args:
+        weight: (N, K), of whose blocks none runs across rows.
+        factors: (N, 1) float32.
+
+    Returns:
+        A weight that shares the codes, with float32 scales.
+
+    Example:
+        >>> weight = NF4Weight.quantize(torch.ones(2, 64))
+        >>> stretched_weight(weight, torch.tensor([[1.0], [3.0]])).dequantize()[:, 0]
+        tensor([1., 3.])
+    """
+    scales = weight.scales().view(weight.shape[0], -1) * factors
+    return replace(weight, absmax=scales.view(-1), nested_absmax=None, offset=None)
 
 
 def stretch(groups: Sequence["Group"]) -> None:

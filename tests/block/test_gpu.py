@@ -64,7 +64,8 @@ def test_fused_gradients(family: str, method: str) -> None:
     with counted(fused) as ran:
         _, ours = loss_and_gradients(model, ids(), **maskless())
     assert ran == [0, 1]
-    bound = 1.1 * total_error(theirs, truth)
+    more = 1.3 if method == "dora" else 1.1  # whose weights' rounding comes after rows' factors
+    bound = more * total_error(theirs, truth)
     assert total_error(ours, truth) < bound
     with torch.no_grad():
         for parameter in model.parameters():

@@ -76,14 +76,18 @@ def test_packed_rows_and_padding(family: str, method: str) -> None:
 @pytest.mark.parametrize("method", OTHERS)
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_bfloat16_on_an_nf4_base(family: str, method: str) -> None:
-    """As close to float64 as the model's own code; masters 4% off are found."""
+    """As close to float64 as the model's own code; masters 4% off are found.
+
+    DoRA a little less: the truth's weights are rounded before rows are stretched, ours after.
+    """
     model, adapter = make(family, METHODS[method], dtype=torch.bfloat16, nf4=True)
     _, truth = loss_and_gradients(truth_of(model), use_cache=False)
     _, theirs = loss_and_gradients(model, use_cache=False)
     for policy in ("recompute_elementwise", "recompute_all"):
         fused = fuse_blocks(model, policy)
         _, ours = loss_and_gradients(model, **maskless())
-        assert total_error(ours, truth) < 1.05 * total_error(theirs, truth)
+        most = 1.2 if method == "dora" else 1.05
+        assert total_error(ours, truth) < most * total_error(theirs, truth)
         fused.remove()
     fuse_blocks(model)
     with torch.no_grad():
@@ -104,12 +108,10 @@ def _without_scale(piece: Any, d_a: Tensor, d_b: Tensor, d_lengths: Tensor) -> l
     return [d_a, d_b, d_lengths]
 
 
-def _without_factors(groups: Sequence[Group]) -> None:
-    """`stretch`, with f left out of B's gradient."""
-    stretch(groups)
-    for group in groups:
-        assert group.rows is not None
-        group.rows = replace(group.rows, factor=torch.ones_like(group.rows.factor))
+def _without_factors(piece: Any, d_a: Tensor, d_b: Tensor, d_lengths: Tensor) -> list[Tensor]:
+    """DoRA's with f left out of B's."""
+    factors = piece.lora_magnitude / piece.row_lengths(d_b.dtype)
+    return [d_a * piece.scale, d_b / factors[:, None], d_lengths]
 
 
 def _as_if_lengths_were_one(groups: Sequence[Group]) -> None:
@@ -123,7 +125,7 @@ def _as_if_lengths_were_one(groups: Sequence[Group]) -> None:
 WRONG = {
     "no λ": ("adalora", AdaLoRALinear, "pull_back", _without_values, "lora_A"),
     "no s": ("dora", DoRALinear, "pull_back", _without_scale, "lora_A"),
-    "no f": ("dora", operands, "stretch", _without_factors, "lora_B"),
+    "no f": ("dora", DoRALinear, "pull_back", _without_factors, "lora_B"),
     "no m": ("dora", operands, "stretch", _as_if_lengths_were_one, "lora_magnitude"),
 }
 
@@ -386,3 +388,12 @@ def test_budget_and_ranks_follow_the_fused_step(tmp_path: Path) -> None:
     assert len(set(ranks[-1])) > 1
     for name, tensor in wanted.items():  # Adam magnifies rounding where gradients are small
         assert (values[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
+
+
+def test_blocks_across_rows_cannot_be_stretched() -> None:
+    """Rows of 96 in blocks of 64: such a layer runs its own code, and says why."""
+    changes = {"intermediate_size": 96}
+    for method, reason in (("lora", None), ("dora", "run across the rows")):
+        model, _ = make("llama", METHODS[method], dtype=torch.float32, nf4=True, **changes)
+        found = why_not_fused(model)
+        assert (found is None) if reason is None else reason in str(found)
