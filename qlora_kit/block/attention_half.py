@@ -69,7 +69,14 @@ class _Inputs:
 
 
 def forward(
-    d: Description, x: Tensor, call: Call, want: Wanted, tiles: Tiles
+    d: Description,
+    x: Tensor,
+    call: Call,
+    want: Wanted,
+    tiles: Tiles,
+    *,
+    over: bool = False,
+    getting_wide: Callable[[], None] | None = None,
 ) -> tuple[Tensor, AttentionKept]:
     """Run it.
 
@@ -79,9 +86,11 @@ def forward(
         call: of the forward pass.
         want: what to keep.
         tiles: of the batch.
+        over: x may be written over.
+        getting_wide: called before attention.
 
     Returns:
-        h: (M, H), new memory.
+        h: (M, H), in new memory or in that of x.
         kept: what is wanted.
     """
     kept = AttentionKept()
@@ -101,10 +110,12 @@ def forward(
     del wide, inputs
     kept.projected, kept.qkv = place(d, qkv, call)
     del qkv
+    if getting_wide is not None:
+        getting_wide()
     _attend(d, call, kept, tiles)
     if not want.attention:
         kept.normed_x = kept.small_qkv = kept.projected = kept.qkv = kept.lse = None
-    h = _join(d, x, kept, want, tiles)
+    h = _join(d, x, kept, want, tiles, over=over)
     return h, kept
 
 
@@ -129,12 +140,14 @@ def _attend(d: Description, call: Call, kept: AttentionKept, tiles: Tiles) -> No
     kept.lse = torch.stack(sums) if groups > 1 else sums[0].view(1, -1)
 
 
-def _join(d: Description, x: Tensor, kept: AttentionKept, want: Wanted, tiles: Tiles) -> Tensor:
+def _join(
+    d: Description, x: Tensor, kept: AttentionKept, want: Wanted, tiles: Tiles, *, over: bool
+) -> Tensor:
     """The output projection, and the sum with the residual stream."""
     assert kept.attended is not None
-    h = x.new_empty((tiles.rows, d.o.n))
     inputs = _Inputs(d.o, tiles, x, whole=False, small=want.attention)
     apart = d.after_attention is not None or d.o.needs_output
+    h = x if over and not apart else x.new_empty((tiles.rows, d.o.n))
     if apart and want.attention:
         kept.y = torch.empty_like(h)
     with d.o.decoded(x, tiles.several):
@@ -155,7 +168,7 @@ def _join(d: Description, x: Tensor, kept: AttentionKept, want: Wanted, tiles: T
 def backward(
     d: Description,
     dh: Tensor,
-    x: Tensor,
+    once_more: Callable[[], Callable[[], Tensor]],
     kept: AttentionKept,
     call: Call,
     tiles: Tiles,
@@ -168,7 +181,8 @@ def backward(
     Args:
         d: the layer.
         dh: (M, H) with room for the ranks of `d.o` beside it. Modified.
-        x: (M, H).
+        once_more: called when attention has nearly been differentiated; what it gives is asked
+            for x, (M, H), afterwards.
         kept: what the forward left; used up.
         call: of the forward pass.
         tiles: of the batch.
@@ -179,7 +193,8 @@ def backward(
         Gradients of the adapters of `d.qkv` and `d.o`.
     """
     projected = kept.projected if d.qkv.needs_output else None
-    wide, of_o = _through_attention(d, dh, kept, call, tiles)
+    wide, of_o, coming = _through_attention(d, dh, kept, call, tiles, once_more)
+    x = coming()
     if no_longer_wide is not None:
         no_longer_wide()
     sums = Sums(d.qkv)
@@ -209,9 +224,17 @@ def backward(
 
 
 def _through_attention(
-    d: Description, dh: Tensor, kept: AttentionKept, call: Call, tiles: Tiles
-) -> tuple[Tensor, Gradients]:
-    """From h back to q, k and v: their gradient as projected, (M, n + r), and those of `d.o`."""
+    d: Description,
+    dh: Tensor,
+    kept: AttentionKept,
+    call: Call,
+    tiles: Tiles,
+    nearly: Callable[[], Callable[[], Tensor]],
+) -> tuple[Tensor, Gradients, Callable[[], Tensor]]:
+    """From h back to q, k and v: their gradient as projected, (M, n + r), and those of `d.o`.
+
+    Third, what `nearly` gave, which is called before the last group of heads.
+    """
     qkv, attended, lse = kept.qkv, kept.attended, kept.lse
     assert qkv is not None
     assert attended is not None
@@ -230,6 +253,8 @@ def _through_attention(
     wide = around(qkv, d.qkv) if in_place else None
     with d.o.decoded(dh, groups > 1):
         for group in range(groups):
+            if group == groups - 1:
+                coming = nearly()
             q, k, v = _rows(in_group(heads_of(d, qkv), group, groups), call)
             d_out = d.o.input_columns(dy, slice(group * width, (group + 1) * width))
             found = attention_backward(
@@ -251,7 +276,7 @@ def _through_attention(
             del found
     assert wide is not None
     kept.qkv = kept.attended = kept.projected = None
-    return wide, sums.gradients()
+    return wide, sums.gradients(), coming
 
 
 def _of_output(d: Description, dh: Tensor, kept: AttentionKept, tiles: Tiles) -> Tensor:

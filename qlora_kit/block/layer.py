@@ -13,6 +13,7 @@ All matrices are (M, width), M = B·T tokens.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor
 
@@ -36,7 +37,12 @@ class Gradients:
 
 
 def forward(
-    d: Description, x: Tensor, call: Call, policy: str, tile: int | None = None
+    d: Description,
+    x: Tensor,
+    call: Call,
+    policy: str,
+    tile: int | None = None,
+    getting_wide: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Kept]:
     """Run a layer.
 
@@ -46,13 +52,14 @@ def forward(
         call: of the forward pass.
         policy: one of `policy.POLICIES`, or `nothing` where no backward follows.
         tile: tokens at a time; see `tiles.tiles_of`.
+        getting_wide: called before attention, when most memory is about to be taken.
 
     Returns:
         y: (M, H).
         kept: by the policy.
     """
     tiles, want = tiles_of(d, x.shape[0], tile), wanted(policy)
-    h, attention = attention_half.forward(d, x, call, want, tiles)
+    h, attention = attention_half.forward(d, x, call, want, tiles, getting_wide=getting_wide)
     attention.reduce(d, want)
     y, mlp = mlp_half.forward(d, h, want, tiles, over=not want.attention)
     if policy == "nothing":
@@ -70,6 +77,7 @@ def backward(
     tile: int | None = None,
     owned: bool = False,
     spare: int = 0,
+    once_more: Callable[[], Callable[[], Tensor]] | None = None,
     no_longer_wide: Callable[[], None] | None = None,
 ) -> Gradients:
     """Differentiate `forward`.
@@ -84,6 +92,8 @@ def backward(
         owned: dy is nobody else's: memory beside it may be written to and, where there are
             several tiles, dx is written over it.
         spare: columns of memory to leave beside dx, for the layers before.
+        once_more: lets x come again, and gives what waits for it. So it has not to be kept:
+            where the forward is computed again, h is written over it.
         no_longer_wide: called when attention has been differentiated and its memory is free.
 
     Returns:
@@ -96,7 +106,10 @@ def backward(
     kept.mlp, kept.attention = [], AttentionKept()
     if h is None:
         again = Wanted(attention=True, mlp=False, inputs=False) if tiles.several else BACKWARD
-        h, attention = attention_half.forward(d, x, call, again, tiles)
+        over = once_more is not None
+        h, attention = attention_half.forward(d, x, call, again, tiles, over=over)
+    x_for_attention = once_more or partial(_here, x)
+    del x
     room = max(spare, d.o.r)
     if owned and tiles.several and room_beside(dy) >= room:
         dh = dy
@@ -105,6 +118,17 @@ def backward(
     of_mlp = mlp_half.backward(d, dy, h, mlp, tiles, dh, owned=owned)
     del h
     of_attention = attention_half.backward(
-        d, dh, x, attention, call, tiles, need_dx=need_dx, no_longer_wide=no_longer_wide
+        d,
+        dh,
+        x_for_attention,
+        attention,
+        call,
+        tiles,
+        need_dx=need_dx,
+        no_longer_wide=no_longer_wide,
     )
     return Gradients(dh if need_dx else None, [*of_attention, *of_mlp])
+
+
+def _here(x: Tensor) -> Callable[[], Tensor]:
+    return lambda: x

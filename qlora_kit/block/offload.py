@@ -6,7 +6,8 @@ layer of an 8B model computes for about 5 ms forward and 15 ms in a backward pas
 and its input, 64 MiB, should take 1.3 ms each way at the 54 GB/s that the record of
 `benchmarks/load` has for pinned memory. Copies grow with the tokens, attention with their
 square: on 300,000 an input, 2.3 GiB, takes 45 ms each way and the layer's attention seconds. So
-large inputs wait for each other, and come back late, to lie on the GPU for a shorter time.
+large inputs wait for each other, and come back late, to lie on the GPU for a shorter time; and
+twice, so that they need not lie there between their two uses.
 
 Host memory is taken in blocks and divided into pages, which are kept for the next step: pinning
 is slow. A layer's tensors lie one behind the other in pages from anywhere, so batches of other
@@ -69,6 +70,8 @@ class Ticket:
     """Where their pages go when nobody needs them any more."""
     before: "Ticket | None"
     """That of the layer before, in the same forward pass."""
+    twice: bool = False
+    """Whether it can be taken once more after the next time."""
     arrived: Any = None
     """The event when all of it is back; None until its return was started."""
 
@@ -104,13 +107,15 @@ class HostStore:
         self._last: Ticket | None = None
         self._leaving: deque[tuple[Any, list[Tensor]]] = deque()
 
-    def put(self, index: int, tensors: Sequence[Tensor | None]) -> Ticket:
+    def put(self, index: int, tensors: Sequence[Tensor | None], *, twice: bool = False) -> Ticket:
         """Send a layer's tensors away.
 
         Args:
             index: the layer's number; layers come in order.
             tensors: large ones dense, but for room between the rows of a matrix; None passes.
                 On a CPU they stay.
+            twice: let them be taken twice, as tensors of their own each time; where the first
+                of them stays, it is once.
 
         Returns:
             What `take` wants.
@@ -133,28 +138,47 @@ class HostStore:
             left = self._copy([pair for item in going for pair in _pairs(*item, pages)], out=True)
             self._leaving.append((left, [flat for _, flat in going]))
             self._wait_for_leaving(1 if size >= LARGE_BYTES else 2)
-        self._last = Ticket(index, items, pages, self._free, before)
+        twice = twice and bool(items) and isinstance(items[0], _Away)
+        self._last = Ticket(index, items, pages, self._free, before, twice)
         return self._last
 
     def take(self, ticket: Ticket, *, ahead: bool = True) -> list[Tensor | None]:
         """Bring a layer's tensors back.
 
         Args:
-            ticket: from `put`; used up.
+            ticket: from `put`; used up, unless it is for twice and this is the first time.
             ahead: start on those of the layer before, as `prefetch` does.
 
         Returns:
             The tensors, as they were put.
         """
-        self._wait_for_leaving(0)
+        self.settle()
         self._start(ticket)
         found = [item.back if isinstance(item, _Away) else item for item in ticket.items]
         if ticket.arrived is not None:
             self._wait(ticket.arrived)
-        ticket.items.clear()
+        if ticket.twice:
+            ticket.twice, ticket.arrived = False, None
+            for item in ticket.items:
+                if isinstance(item, _Away):
+                    item.back = None
+        else:
+            ticket.items.clear()
         if ahead:
             self.prefetch(ticket)
         return found
+
+    def settle(self) -> None:
+        """Wait, on the computing stream, for what leaves, and let go of it."""
+        self._wait_for_leaving(0)
+
+    def begin(self, ticket: Ticket) -> None:
+        """Start to bring back what `take` is about to be asked for.
+
+        Args:
+            ticket: from `put`.
+        """
+        self._start(ticket)
 
     def prefetch(self, ticket: Ticket) -> None:
         """Start to bring back what the layer before has put.
@@ -179,7 +203,8 @@ class HostStore:
         self.moved_bytes += sum(item.nbytes for item in away)
         pairs = [pair for item in going for pair in _pairs(*item, ticket.pages)]
         ticket.arrived = self._copy(pairs, out=False)
-        ticket.give_back()
+        if not ticket.twice:
+            ticket.give_back()
 
     def _page(self) -> Tensor:
         if not self._free:

@@ -1,6 +1,7 @@
 """One layer of a fused model: what is known about it, and the autograd function that runs it."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from qlora_kit.adapters.lora import FusibleLinear
 from qlora_kit.block.description import describe, drops_activations, linears
 from qlora_kit.block.layer import Call, Kept, backward, forward
+from qlora_kit.block.offload import HostStore, Ticket
 from qlora_kit.block.operands import Operands
 from qlora_kit.block.policy import waits_on_host
 from qlora_kit.block.tiles import tiles_of
@@ -89,6 +91,18 @@ def _switched_on(modules: Iterable[nn.Module]) -> list[bool]:
     return [module.enabled for module in modules if isinstance(module, FusibleLinear)]
 
 
+def _again(host: HostStore, away: Ticket) -> Callable[[], Tensor]:
+    """Let a layer's input come once more; what waits for it."""
+    host.begin(away)
+
+    def wait() -> Tensor:
+        x, *_ = host.take(away, ahead=False)
+        assert x is not None
+        return x
+
+    return wait
+
+
 class Step(torch.autograd.Function):
     """A layer as one function of its input and its adapters."""
 
@@ -98,12 +112,20 @@ class Step(torch.autograd.Function):
         rows = call.batch * call.length
         flat, fused = x.reshape(rows, -1), runner.fused
         ctx.fused, ctx.tile, ctx.operands = fused, fused.tile, runner.operands
+        several = tiles_of(runner.description, rows, fused.tile).several
+        settle = fused.host.settle if several and waits_on_host(runner.policy) else None
         with fused.rounded(runner.operands, fused.tile, x.dtype):
-            y, kept = forward(runner.description, flat, call, runner.policy, fused.tile)
+            y, kept = forward(
+                runner.description, flat, call, runner.policy, fused.tile, getting_wide=settle
+            )
         ctx.description, ctx.policy, ctx.call = runner.description, runner.policy, call
         ctx.spent, ctx.away = False, None
         if waits_on_host(runner.policy):
-            ctx.away = fused.host.put(runner.index, kept.tensors())
+            # x alone: it has not to lie there from the one use to the other
+            twice = several and runner.policy == "offload"
+            ctx.away = fused.host.put(runner.index, kept.tensors(), twice=twice)
+            if several and runner.index == len(fused.layers) - 1:
+                fused.host.settle()  # before the head
         else:
             ctx.save_for_backward(*kept.tensors())
         return y.view(x.shape)
@@ -121,6 +143,7 @@ class Step(torch.autograd.Function):
         rows = call.batch * call.length
         host, away = ctx.fused.host, ctx.away
         late = away is not None and tiles_of(ctx.description, rows, ctx.tile).several
+        twice = away is not None and away.twice
         kept = Kept.of(host.take(away, ahead=not late) if away else list(ctx.saved_tensors))
         owned = ctx.fused.handed_out(dy)
         flat = dy.reshape(rows, -1)
@@ -134,6 +157,7 @@ class Step(torch.autograd.Function):
                 tile=ctx.tile,
                 owned=owned,
                 spare=ctx.fused.spare,
+                once_more=partial(_again, host, away) if twice else None,
                 no_longer_wide=(lambda: host.prefetch(away)) if late else None,
             )
         dx = None if result.dx is None else result.dx.view(dy.shape)

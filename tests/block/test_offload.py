@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_kit.block import offload
+from qlora_kit.block import offload, tiles
+from qlora_kit.block.install import fuse_blocks
 from qlora_kit.block.offload import HostStore, OutlinedStore
+from tests.block.helpers import FAMILIES, loss_and_gradients, make, maskless
 
 PAGE, BLOCK = 4096, 8 * 4096
 
@@ -144,3 +146,84 @@ def test_how_many_layers_leave_at_a_time(monkeypatch: pytest.MonkeyPatch) -> Non
     for layer in range(5):
         store.put(layer, [torch.randn(100, 10)])
     assert len(store._leaving) == 1
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_what_is_for_twice_comes_back_twice(ahead: bool) -> None:
+    """As tensors of its own each time: the first may be written over. Then its pages are free."""
+    store = CpuStore()
+    kept = [tensors(100 + layer) for layer in range(3)]
+    copies = [[None if t is None else twin(t) for t in layer] for layer in kept]
+    tickets = [store.put(layer, kept[layer], twice=True) for layer in range(3)]
+    for layer in reversed(range(3)):
+        first = store.take(tickets[layer], ahead=ahead)
+        assert same(first, copies[layer])
+        for tensor in first[:-1]:  # the last is too small to have left
+            if tensor is not None:
+                tensor.zero_()
+        assert not tickets[layer].twice
+        assert same(store.take(tickets[layer], ahead=False), copies[layer])
+        assert tickets[layer].pages == []
+    most = store.host_bytes
+    for layer in range(3):
+        store.put(layer, tensors(100))
+    assert store.host_bytes == most
+
+
+def test_what_stays_is_not_for_twice() -> None:
+    """A first tensor that is too small to leave would be written over where it lies."""
+    assert not CpuStore().put(0, [torch.randn(3), torch.randn(100)], twice=True).twice
+    assert not HostStore().put(0, [torch.randn(100)], twice=True).twice
+    assert not CpuStore().put(0, [torch.randn(100)]).twice
+
+
+class Forgetful(CpuStore):
+    """Gives the same memory the second time, whatever became of it."""
+
+    def _memory(self, item: Any) -> Tensor:
+        return torch.zeros(item.nbytes // item.dtype.itemsize, dtype=item.dtype)
+
+    def take(self, ticket: Any, *, ahead: bool = True) -> list[Tensor | None]:
+        twice = ticket.twice
+        found = super().take(ticket, ahead=ahead)
+        if not twice:
+            found = [None if t is None else torch.zeros_like(t) for t in found]
+        return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_the_same_bits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs dropped, written over by what comes behind attention, and brought back."""
+    monkeypatch.setattr(tiles, "ATTENTION_ROWS", 1)
+    model, _ = make(family)
+    fused = fuse_blocks(model, "recompute_all", tile=32)
+    loss, wanted = loss_and_gradients(model, **maskless())
+    fused.set_policy("offload")
+    taken = []
+    for store in (CpuStore(), Forgetful()):
+        fused.host = store
+        moved = store.take
+
+        def counting(ticket: Any, *, ahead: bool = True, moved: Any = moved) -> Any:
+            taken.append((ticket.index, ticket.twice))
+            return moved(ticket, ahead=ahead)
+
+        monkeypatch.setattr(store, "take", counting)
+        found_loss, found = loss_and_gradients(model, **maskless())
+        assert found_loss == loss
+        right = all(torch.equal(found[name], wanted[name]) for name in wanted)
+        assert right == (type(store) is CpuStore)  # a wrong input would be seen
+    last = len(fused.layers) - 1
+    assert taken[:2] == [(last, True), (last, False)]
+    assert len(taken) == 2 * 2 * len(fused.layers)
+
+
+def test_without_tiles_inputs_come_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = make()
+    fused = fuse_blocks(model, "offload", tile=None)
+    fused.host = CpuStore()
+    loss_and_gradients(model, **maskless())
+    once = fused.host.moved_bytes
+    fused.tile, fused.host = 32, CpuStore()
+    loss_and_gradients(model, **maskless())
+    assert fused.host.moved_bytes == 1.5 * once
