@@ -51,9 +51,20 @@ def random_model(
             with torch.device(device):
                 model.set_submodule(name, type(module)(config))
             continue
+        if any(True for _ in module.buffers(recurse=False)):
+            _compute_buffers(model, module, device)
         _fill(module, device)
     model.tie_weights()
     return model.eval()
+
+
+def _compute_buffers(model: PreTrainedModel, module: nn.Module, device: str) -> None:
+    """Constants that no checkpoint holds, such as the factor of Gemma's embeddings."""
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        persistent = name not in module._non_persistent_buffers_set
+        here = torch.empty_like(buffer, device=device)
+        module.register_buffer(name, here, persistent=persistent)
+    model._init_weights(module)  # the parameters are on the meta device still
 
 
 def _fill(module: nn.Module, device: str) -> None:
