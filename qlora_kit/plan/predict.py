@@ -56,6 +56,8 @@ class Prediction:
     """Whether layers run as one step each."""
     trained: int
     """Parameters."""
+    moved_bytes: int = 0
+    """To the host and back, in an update."""
     outside: int = CONTEXT
     """Bytes that torch does not count."""
     notes: tuple[str, ...] = field(default=())
@@ -153,8 +155,8 @@ def _timed(
     launching = 0.0 if graph else trace.launching * setup.accumulation
     store = made.blocks.host if made.blocks is not None else None
     moved = store.moved_bytes if isinstance(store, OutlinedStore) else 0
-    copying = moved / gpu.link * setup.accumulation
-    limits: dict[str, float] = {"compute": compute, "host": launching, "link": copying}
+    moved *= setup.accumulation
+    limits: dict[str, float] = {"compute": compute, "host": launching, "link": moved / gpu.link}
     limit = max(limits, key=lambda name: limits[name])
     return Prediction(
         setup=setup,
@@ -165,6 +167,7 @@ def _timed(
         step_s=limits[limit],
         limited_by=limit,
         fused=made.blocks is not None,
+        moved_bytes=moved,
         trained=sum(p.numel() for p in made.trained),
     )
 

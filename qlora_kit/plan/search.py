@@ -333,9 +333,8 @@ def _between(share: float, one: float, other: float) -> float:
 
 def _limits(made: Prediction, gpu: Gpu) -> tuple[float, float, float]:
     """Seconds of computing, of copies to the host and back, of launching if that is longest."""
-    copied = 2 * made.host.get("checkpoints", 0) * made.setup.accumulation
     launching = made.step_s if made.limited_by == "host" else 0.0
-    return sum(made.seconds.values()), copied / gpu.link, launching
+    return sum(made.seconds.values()), made.moved_bytes / gpu.link, launching
 
 
 def _resident(made: Prediction) -> int:

@@ -15,13 +15,19 @@ from qlora_kit.plan.setup import Setup
 from qlora_kit.quant.config import QuantConfig
 
 
+BEFORE = ("8364ea4",)
+"""Commits at which inputs came back once (see `block/offload.py`): their rows took up to one
+matrix of hidden states more than is predicted now."""
+
+
 def measured() -> list[tuple[str, Row]]:
     """Rows that trained, with the kind of GPU."""
     found = []
     for file in sorted((RESULTS / "context").glob("h*.json")):
         record = json.loads(file.read_text(encoding="utf-8"))
         kind = "h200" if "H200" in record["gpu"] else "h100"
-        found += [(kind, row) for row in record["rows"] if row["trained"]]
+        once = record["commit"] in BEFORE
+        found += [(kind, {**row, "once": once}) for row in record["rows"] if row["trained"]]
     return found
 
 
@@ -47,7 +53,12 @@ def test_long_rows_fit_as_predicted():
     rows = measured()
     assert any(row["model"] == "Llama-3.3-70B" and row["length"] >= 36_000 for _, row in rows)
     for kind, row in rows:
-        assert peak(kind, row) == pytest.approx(row["peak_allocated_gib"], rel=0.01)
+        predicted, most = peak(kind, row), row["peak_allocated_gib"]
+        if row["once"]:
+            unit = 2 * row["length"] * SHAPES[row["model"]].hidden_size / GIB
+            assert 0.99 * most - unit <= predicted < 0.99 * most
+        else:
+            assert predicted == pytest.approx(most, rel=0.01)
         assert row["peak_reserved_gib"] <= row["cap_gib"]
 
 
