@@ -30,12 +30,13 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.adapters.lora import FusibleLinear
-from qlora_kit.block.row_factors import RowFactors, stretched_weight
+from qlora_kit.block.row_factors import RowFactors
 from qlora_kit.block.sums import Sums
 from qlora_kit.nn.linear import NF4Linear
 from qlora_kit.ops.low_rank_gradients.op import low_rank_gradients
 from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize_into
 from qlora_kit.ops.nf4_linear.op import nf4_linear
+from qlora_kit.ops.nf4_scales.op import stretched_weight
 
 _RANKS = 8
 """Ranks are padded to a multiple of this: 16-byte rows in 16-bit dtypes."""

@@ -10,7 +10,7 @@ the 4-bit weight applied to R rows; all else is done for all groups of one shape
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qlora_kit.adapters.dora import row_lengths
 from qlora_kit.nn.linear import NF4Linear
 from qlora_kit.ops.layout import arithmetic_dtype
-from qlora_kit.quant.weight import NF4Weight
+from qlora_kit.ops.nf4_scales.op import has_whole_rows
 
 if TYPE_CHECKING:
     from qlora_kit.block.projection import Group, Part
@@ -55,26 +55,7 @@ def can_stretch(module: nn.Module) -> bool:
     """
     if not isinstance(module, NF4Linear):
         return True
-    return module.in_features % module.nf4_weight.block_size == 0
-
-
-def stretched_weight(weight: NF4Weight, factors: Tensor) -> NF4Weight:
-    """Stretch the rows of a 4-bit weight by stretching its scales.
-
-    Args:
-        weight: (N, K), of whose blocks none runs across rows.
-        factors: (N, 1) float32.
-
-    Returns:
-        A weight that shares the codes, with float32 scales.
-
-    Example:
-        >>> weight = NF4Weight.quantize(torch.ones(2, 64))
-        >>> stretched_weight(weight, torch.tensor([[1.0], [3.0]])).dequantize()[:, 0]
-        tensor([1., 3.])
-    """
-    scales = weight.scales().view(weight.shape[0], -1) * factors
-    return replace(weight, absmax=scales.view(-1), nested_absmax=None, offset=None)
+    return has_whole_rows(module.nf4_weight)
 
 
 def stretch(groups: Sequence["Group"]) -> None:

@@ -15,15 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qlora_kit.ops.layout import arithmetic_dtype
+from qlora_kit.ops.column_products.op import column_products
 from qlora_kit.ops.low_rank_gradients.reference import token_sum
 
 if TYPE_CHECKING:
     from qlora_kit.block.projection import Group
-
-
-_OVERLAP_VALUES = 1 << 27
-"""Products of dY and Y that exist at a time: 256 MiB in 16 bits."""
 
 
 class Sums:
@@ -99,12 +95,8 @@ class Sums:
         if not self.group.needs_output:
             return
         assert y is not None
-        step = max(1, _OVERLAP_VALUES // self.group.n)
-        for start in range(0, y.shape[0], step):
-            part = slice(start, start + step)
-            products = wide[part, : self.group.n] * y[part]
-            found = products.sum(0, dtype=arithmetic_dtype(y))
-            self._overlap = _plus(self._overlap, found)
+        found = column_products(wide[:, : self.group.n], y)
+        self._overlap = _plus(self._overlap, found)
 
     def gradients(self) -> list[Tensor | None]:
         """The sums, as the group's `parameters`.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.ops.backend import force_backend
+from qlora_kit.ops.column_products.op import column_products
 from qlora_kit.ops.cross_entropy.op import cross_entropy, cross_entropy_
 from qlora_kit.ops.gated_activation.op import (
     KINDS,
@@ -22,6 +23,7 @@ from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize
 from qlora_kit.ops.nf4_linear import cuda as nf4_linear_cuda
 from qlora_kit.ops.nf4_linear.op import nf4_linear
 from qlora_kit.ops.nf4_quantize.op import nf4_quantize, nf4_quantize_absmax
+from qlora_kit.ops.nf4_scales.op import stretched_weight
 from qlora_kit.ops.rms_norm.op import rms_norm, rms_norm_backward
 from qlora_kit.ops.rotary.op import rotary_
 from qlora_kit.quant.double_quant import quantize_absmax
@@ -305,13 +307,37 @@ def _worst(
         yield what, max(found, key=lambda error: (error != error, error)), bound
 
 
+def _column_products_errors(device: torch.device) -> Iterator[tuple[str, float, float]]:
+    """Whole pieces and single values, one strip of rows and several."""
+    for dtype in _DTYPES:
+        errors: dict[str, list[float]] = {"sums": []}
+        for rows, n in ((700, 640), (40, 33)):
+            a, b = (_random(rows + i, n).to(device, dtype)[:rows] for i in range(2))
+            exact = (a.double() * b.double()).sum(0)
+            errors["sums"].append(_error(column_products(a, b), exact))
+        yield from _worst(errors, dtype, 700 * torch.finfo(torch.float32).eps)
+
+
+def _scales_errors(device: torch.device) -> Iterator[tuple[str, float, float]]:
+    """Stretched scales, with and without double quantization, bit for bit."""
+    factors = 1.0 + 0.1 * _random(48)
+    for nested in (True, False):
+        weight = NF4Weight.quantize(_random(48, 320), double_quant=nested)
+        exact = weight.scales().view(48, -1) * factors[:, None]
+        found = stretched_weight(weight.to(device), factors.to(device)).absmax.cpu()
+        name = "nested" if nested else "plain"
+        yield f"{name}, bit for bit", _error(found, exact.view(-1).double()), 0.0
+
+
 OP_TESTS = {
+    "column_products": _column_products_errors,
     "cross_entropy": _cross_entropy_errors,
     "gated_activation": _gated_errors,
     "low_rank_gradients": _low_rank_errors,
     "nf4_dequantize": _dequantize_errors,
     "nf4_linear": _linear_errors,
     "nf4_quantize": _quantize_errors,
+    "nf4_scales": _scales_errors,
     "rms_norm": _norm_errors,
     "rotary": _rotary_errors,
 }

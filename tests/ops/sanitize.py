@@ -14,6 +14,7 @@ import sys
 import torch
 
 from qlora_kit.ops.backend import force_backend
+from qlora_kit.ops.column_products.op import column_products
 from qlora_kit.ops.gated_activation.op import gated_activation, gated_activation_backward
 from qlora_kit.ops.jit import architecture_of
 from qlora_kit.ops.low_rank_gradients import cuda as low_rank_cuda
@@ -99,6 +100,7 @@ def elementwise(rows: int, size: int, dtype: torch.dtype) -> None:
                 rotary_(heads.clone(), angle.cos(), angle.sin()),
                 gated_activation(gate_up, "gelu"),
                 gated_activation_backward(dy, gate_up, "silu", act=act),
+                column_products(dy, x),
             ]
         found[backend] = [*results, again, act]
     for got, wanted in zip(found["cuda"], found["reference"], strict=True):

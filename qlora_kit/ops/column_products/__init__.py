@@ -1,0 +1,1 @@
+"""Sums of a ⊙ b over rows: op, reference, CUDA."""

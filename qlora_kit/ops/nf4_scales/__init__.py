@@ -1,0 +1,1 @@
+"""Scales of an NF4 weight whose rows are stretched: op, reference, CUDA."""
