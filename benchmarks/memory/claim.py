@@ -56,6 +56,11 @@ def rounds(models: Sequence[str], seq: int, large: Sequence[str] | None = None) 
         *([replace(main, models=four, batches=(4,))] if four else []),
         replace(main, methods=("qlora",), policies=("recompute_elementwise",)),
         replace(alone, methods=("qlora",), policies=("offload",)),
+        *(
+            [replace(alone, models=four, batches=(4,), methods=("qlora",), policies=("offload",))]
+            if four
+            else []
+        ),
         replace(alone, methods=("qlora_fa", "lora_fa")),
         replace(alone, methods=("qlora_paged",), policies=("recompute_all",)),
         replace(alone, methods=("full_bf16",)),

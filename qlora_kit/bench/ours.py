@@ -6,8 +6,9 @@ collator, the logging and the checks of a real run, to tell what the loop itself
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ from qlora_kit.train.arguments import training_arguments
 from qlora_kit.train.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from qlora_kit.train.data.collate import PadCollator
 from qlora_kit.train.trainer import Trainer
+
+LOG_EVERY = 5
+"""Updates between two log lines, as `qlora-kit train` has them."""
 
 _ROW = {"input_ids": [1, 2], "labels": [1, 2]}
 
@@ -146,10 +150,6 @@ def build(build: Build, stage: Stage) -> Subject:
         optimizer = trainer.create_optimizer()
     flat = flat_optimizer(optimizer)
     run = _Run(model, parameters, trainer.args, build.step)
-
-    def in_trainer(point: Point, step: str, steps: int) -> list[float]:
-        return trainer_steps(model, adapter, build, point, step, steps, optimizer)
-
     return Subject(
         model=model,
         loss=run.loss,
@@ -159,7 +159,7 @@ def build(build: Build, stage: Stage) -> Subject:
         backward=run.backward,
         facts=run.facts,
         clip=None if flat is None else lambda: flat.clip_grad_norm(MAX_GRAD_NORM),
-        trainer=in_trainer,
+        trainer=InTrainer(model, adapter, build, optimizer),
         save=lambda folder: adapter.save(folder, base_model=build.checkpoint),
     )
 
@@ -184,6 +184,7 @@ def make_trainer(
     folder: str,
     step: str,
     policy: str = "save",
+    log_every: int = LOG_EVERY,
     callbacks: tuple[TrainerCallback, ...] = (),
 ) -> Trainer:
     """The Trainer as `qlora-kit train` sets it up, for so many steps.
@@ -198,6 +199,7 @@ def make_trainer(
         folder: for checkpoints, of which none is written.
         step: `fused` or `eager`.
         policy: what becomes of activations.
+        log_every: updates between two log lines.
         callbacks: more of them.
 
     Returns:
@@ -215,6 +217,7 @@ def make_trainer(
             warmup_ratio=0.0,
             max_grad_norm=MAX_GRAD_NORM,
             gradient_checkpointing=step == "eager" and policy == "recompute_all",
+            log_every=log_every,
             loggers=(),
         ),
     )
@@ -244,53 +247,69 @@ class _Marks(TrainerCallback):
         self.clock.mark()
 
 
-def trainer_steps(
-    model: PreTrainedModel,
-    adapter: AttachedAdapter,
-    build: Build,
-    point: Point,
-    step: str,
-    steps: int,
-    optimizer: torch.optim.Optimizer,
-) -> list[float]:
-    """Milliseconds of so many updates inside the Trainer, a few more before them.
+@dataclass(frozen=True, slots=True)
+class InTrainer:
+    """The same steps inside the Trainer: a `Subject`'s `trainer`."""
 
-    Args:
-        model: with the adapter; its layers not fused.
-        adapter: what is trained.
-        build: optimizer and learning rate.
-        point: batch, sequence and policy.
-        step: `fused` or `eager`.
-        steps: timed updates.
-        optimizer: of the bare loop, whose flat buffers hold the adapter.
+    model: PreTrainedModel
+    """With the adapter; its layers not fused."""
+    adapter: AttachedAdapter
+    """What is trained."""
+    build: Build
+    """Optimizer and learning rate."""
+    optimizer: torch.optim.Optimizer
+    """Of the bare loop, whose flat buffers hold the adapter."""
 
-    Returns:
-        One entry per timed update: batch made, moved, trained on, logged every fifth time.
-    """
-    total = steps + 1 + RECORDED_AFTER
-    generator = torch.Generator().manual_seed(build.seed)
-    vocab = model.config.vocab_size
-    ids = torch.randint(3, vocab, (total * point.batch, point.seq), generator=generator).tolist()
-    marks = _Marks(build.device)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(
-            model,
-            adapter,
-            build,
-            [{"input_ids": row, "labels": row} for row in ids],
-            batch=point.batch,
-            steps=total,
-            folder=folder,
-            step=step,
-            policy=point.policy,
-            callbacks=(marks,),
-        )
-        trainer.optimizer = optimizer
-        try:
-            trainer.train()
-        finally:
-            if trainer.fused is not None:
-                trainer.fused.remove()
-            if step == "eager":
-                model.gradient_checkpointing_disable()
-    return marks.clock.step_ms()[RECORDED_AFTER:]
+    def __call__(
+        self,
+        point: Point,
+        step: str,
+        steps: int,
+        *,
+        log_every: int = LOG_EVERY,
+        change: Callable[[Trainer], None] | None = None,
+        callbacks: tuple[TrainerCallback, ...] = (),
+    ) -> list[float]:
+        """Milliseconds of so many updates inside the Trainer, a few more before them.
+
+        Args:
+            point: batch, sequence and policy.
+            step: `fused` or `eager`.
+            steps: timed updates.
+            log_every: updates between two log lines.
+            change: told of the Trainer before it trains, to compare another one with it.
+            callbacks: more of them.
+
+        Returns:
+            One entry per timed update: batch made, moved, trained on, logged where it is due.
+        """
+        build, marks = self.build, _Marks(self.build.device)
+        total = steps + 1 + RECORDED_AFTER
+        generator = torch.Generator().manual_seed(build.seed)
+        shape = (total * point.batch, point.seq)
+        ids = torch.randint(3, self.model.config.vocab_size, shape, generator=generator).tolist()
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = make_trainer(
+                self.model,
+                self.adapter,
+                build,
+                [{"input_ids": row, "labels": row} for row in ids],
+                batch=point.batch,
+                steps=total,
+                folder=folder,
+                step=step,
+                policy=point.policy,
+                log_every=log_every,
+                callbacks=(marks, *callbacks),
+            )
+            trainer.optimizer = self.optimizer
+            if change is not None:
+                change(trainer)
+            try:
+                trainer.train()
+            finally:
+                if trainer.fused is not None:
+                    trainer.fused.remove()
+                if step == "eager":
+                    self.model.gradient_checkpointing_disable()
+        return marks.clock.step_ms()[RECORDED_AFTER:]

@@ -226,6 +226,8 @@ def start_counting(cap_gib: float | None) -> None:
     gc.collect()
     if not torch.cuda.is_available():
         return
+    # cuBLAS's workspaces, one per stream, would be those of the points before
+    getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     share = 1.0 if cap_gib is None else min(1.0, cap_gib * GIB / total)

@@ -27,8 +27,9 @@ from qlora_kit.step.graph import MOST_TOKENS
 from qlora_kit.step.head_input import TARGET_POSITIONS, head_input
 
 LIBRARIES = 72 << 20
-"""Bytes of cuBLAS's workspace on Hopper, which torch allocates for each stream; a graph is
-recorded on one of its own."""
+"""Bytes of cuBLAS's workspaces on Hopper, which torch allocates."""
+RECORDING = 64 << 20
+"""Bytes of the one for the stream that a CUDA graph is recorded on."""
 LIBRARIES_BEFORE = 8 << 20
 """On GPUs before Hopper."""
 CONTEXT = 520 << 20
@@ -113,8 +114,10 @@ def predict(config: PreTrainedConfig, setup: Setup, gpu: Gpu) -> Prediction:
     state, on_host = optimizer_bytes(trained, setup.optimizer)
     found["optimizer"] = state
     found["importance scores"], _ = importance(made.adalora, gpu)
-    workspaces = 2 if is_recorded(setup, fused=made.blocks is not None) else 1  # one per stream
-    found["libraries"] = workspaces * (LIBRARIES if gpu.capability[0] == 9 else LIBRARIES_BEFORE)
+    hopper = gpu.capability[0] == 9
+    found["libraries"] = LIBRARIES if hopper else LIBRARIES_BEFORE
+    if is_recorded(setup, fused=made.blocks is not None):
+        found["libraries"] += RECORDING if hopper else LIBRARIES_BEFORE
     moment, blocks, workspace = trace.peak()
     gradients = {id(b) for p in trained if p.grad is not None and (b := trace.block_of(p.grad))}
     update = _update_bytes(trained, flat=setup.method != FULL)

@@ -14,7 +14,6 @@ from qlora_kit.plan.predict import predict
 from qlora_kit.plan.setup import Setup
 from qlora_kit.quant.config import QuantConfig
 
-
 BEFORE = ("8364ea4",)
 """Commits at which inputs came back once (see `block/offload.py`): their rows took up to one
 matrix of hidden states more than is predicted now."""
