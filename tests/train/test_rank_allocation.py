@@ -15,7 +15,6 @@ from qlora_kit.adapters.config import AdaLoRA
 from qlora_kit.adapters.inject import attach
 from qlora_kit.adapters.peft_format import read_adapter
 from qlora_kit.core.errors import ConfigError, SourceError
-from qlora_kit.step.prepare import prepare_model
 from qlora_kit.train.checkpoints import last_checkpoint
 from qlora_kit.train.config import ExportConfig
 from qlora_kit.train.data.collate import PadCollator
@@ -25,6 +24,7 @@ from qlora_kit.train.report import render_report
 from qlora_kit.train.run import run_training
 from qlora_kit.train.trainer import Trainer
 from tests import tiny_models
+from tests.block.helpers import counted
 from tests.train.helpers import arguments, rows, state
 from tests.train.sample_record import record
 from tests.train.test_run import make_config, quiet
@@ -35,6 +35,7 @@ BUDGET = RankBudget(target_rank=2, start_updates=1, final_updates=3, every=2)
 def make(folder: Path, budget: RankBudget = BUDGET, callbacks: Any = (), **changes: Any) -> Trainer:
     model = tiny_models.build("llama")
     config = AdaLoRA(rank=4, alpha=8, budget=budget, dropout=changes.pop("dropout", 0.0))
+    step = changes.pop("step", "auto")
     settings = {"max_steps": 9, "save_steps": 3} | changes
     return Trainer(
         model,
@@ -43,6 +44,7 @@ def make(folder: Path, budget: RankBudget = BUDGET, callbacks: Any = (), **chang
         train_dataset=rows(20),
         data_collator=PadCollator(0),
         callbacks=callbacks,
+        step=step,
     )
 
 
@@ -58,7 +60,12 @@ class _Stop(TrainerCallback):
 @pytest.mark.parametrize("stop", [4, 7])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"gradient_accumulation_steps": 2, "dropout": 0.3}, {"optim": "adamw_8bit"}],
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "dropout": 0.3},
+        {"optim": "adamw_8bit"},
+        {"step": "fused"},
+    ],
 )
 def test_resume_gives_the_same_bits(tmp_path: Path, settings: dict[str, Any], stop: int) -> None:
     """Killed while ranks fall, and when they are final."""
@@ -159,12 +166,18 @@ def test_an_overflow_in_float16_leaves_the_scores_alone(tmp_path: Path) -> None:
         assert moved == (value == 1.0)
 
 
-def test_it_trains_through_the_models_own_layers(tmp_path: Path) -> None:
-    """Fused layers serve LoRA alone: asked for, they say so; `auto` takes the model's code."""
-    trainer = make(tmp_path)
-    with pytest.raises(ConfigError, match="AdaLoRALinear"):
-        prepare_model(trainer.model, trainer.args, "fused", "auto")
-    assert trainer.fused is None
+def test_fused_layers_run_it(tmp_path: Path) -> None:
+    """Where they are asked for; `auto` takes the model's own code on a CPU.
+
+    That both come to the same ranks is tested with the layers, in `tests/block/test_methods.py`.
+    """
+    assert make(tmp_path / "auto").fused is None
+    trainer = make(tmp_path / "fused", step="fused")
+    assert trainer.fused is not None
+    with counted(trainer.fused.blocks) as ran:
+        trainer.train()
+    assert ran == [0, 1] * 9
+    assert trainer.ranks.allocator.history.budget[-1] == 2 * 14
 
 
 def test_checkpointing_gives_the_same_gradients(tmp_path: Path) -> None:
