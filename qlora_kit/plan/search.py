@@ -188,7 +188,8 @@ class Planner:
         if not decoded:
             return [replace(setup, activations=p) for p in self._policies(setup)]
         made = [replace(setup, activations=p, keep_decoded=0) for p in self._policies(setup)]
-        if not (setup.bits == 4 and setup.method != FULL and self.predict(setup).fused):
+        stays = setup.bits == 4 and setup.method not in (FULL, "dora")  # whose rows change
+        if not (stays and self.predict(setup).fused):
             return made
         kept = [replace(one, keep_decoded=self.layers) for one in made]
         return [one for one in kept if one.activations in _DECODED_WITH] + made

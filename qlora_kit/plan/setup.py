@@ -21,7 +21,7 @@ class Setup:
     """
 
     method: str = "lora"
-    """`lora`, `rslora`, `lora_fa`, or `full`: every weight, for comparison."""
+    """Of `adapters.config.METHODS`, or `full`: every weight, for comparison."""
     bits: int = 4
     """4: the base in NF4; 16: as it is."""
     rank: int = 16
@@ -39,7 +39,8 @@ class Setup:
     activations: str = "recompute_elementwise"
     """What layers keep for the backward; see `block/policy.py`."""
     keep_decoded: int = 0
-    """Layers, from the first on, whose weights stay decoded; with fused layers and 4 bits."""
+    """Layers, from the first on, whose weights stay decoded; with fused layers and 4 bits, and
+    not with DoRA, whose rows have other factors in every step."""
     tile: Tile = "auto"
     """Tokens at a time where each is alone; see `block/tiles.py`."""
     embeddings_on_host: bool = False

@@ -240,3 +240,10 @@ def test_what_cannot_be_traced_is_said(monkeypatch):
     monkeypatch.setattr(search, "predict", breaks)
     with pytest.raises(ConfigError, match=r"LlamaConfig cannot be traced.*aten::item"):
         planner("40GiB").predict(LONG)
+
+
+def test_weights_of_dora_do_not_stay_decoded():
+    """Their rows have other factors in every step."""
+    made = planner("70GiB")
+    assert any(kind.keep_decoded for kind in made.kinds(LONG))
+    assert not any(kind.keep_decoded for kind in made.kinds(replace(LONG, method="dora")))
