@@ -5,6 +5,7 @@ Here: packed and padded rows, bytes kept, 16 bits on NF4, frozen and missing par
 a wrong formula would be found.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qlora_kit.adapters.adalora import AdaLoRALinear
 from qlora_kit.adapters.adalora_config import RankBudget
@@ -397,3 +400,38 @@ def test_blocks_across_rows_cannot_be_stretched() -> None:
         model, _ = make("llama", METHODS[method], dtype=torch.float32, nf4=True, **changes)
         found = why_not_fused(model)
         assert (found is None) if reason is None else reason in str(found)
+
+
+class _Calls(TorchDispatchMode):
+    """Counts calls and the values that go into them, by op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.values: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            given = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+            self.calls[func.name()] += 1
+            self.values[func.name()] += sum(t.numel() for t in given)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_lora_fa_does_nothing_that_lora_does_not(family: str, policy: str) -> None:
+    """It leaves the gradient of A out, so it is not slower: a part of LoRA's calls, and no other."""
+    found = {}
+    for method in ("lora", "lora_fa"):
+        model, _ = make(family, METHODS[method], dtype=torch.bfloat16, nf4=True)
+        fuse_blocks(model, policy)
+        loss_and_gradients(model, **maskless())
+        with _Calls() as calls:
+            loss_and_gradients(model, **maskless())
+        found[method] = calls
+    lora, lora_fa = found["lora"], found["lora_fa"]
+    assert not lora_fa.calls - lora.calls
+    assert not lora_fa.values - lora.values
+    products = "aten::mm"
+    assert lora.calls[products] - lora_fa.calls[products] == 4 * tiny_models.LAYERS  # one per group
