@@ -4,8 +4,9 @@ Weights, adapters and optimizer state are counted exactly. What a step takes bes
 predicted a little low, and what torch holds beyond what it counts is an estimate. So a run is
 said to fit only if all that torch will have reserved fits beside the CUDA context, with 4% of
 what comes and goes in a step and 128 MiB to spare. A step that becomes a CUDA graph has memory
-of its own, in which the allocator reuses less; where batches differ in shape, those that are not
-recorded need theirs beside it.
+of its own; where batches differ in shape, those that are not recorded need theirs beside it. (A
+recorded step holds 0.4 to 1.1 GiB more than it would otherwise, in the records of `bench memory`.
+That is not counted: one that has no room for it runs as it is, see `step/graph.py`.)
 """
 
 from dataclasses import dataclass
@@ -19,11 +20,6 @@ MARGIN = 0.04
 """Of what a step takes for itself, the share that has to stay free besides."""
 SPARE = 128 << 20
 """Bytes that have to stay free in any case."""
-
-RECORDED = 768 << 20
-"""Bytes that a recorded step holds at most beside what the same step takes otherwise: 0.35 to 1.1
-GiB in ten measured ones (benchmarks/results/memory and train, 1B to 8B). One that cannot be recorded
-for want of memory runs as it is."""
 
 STEP = ("saved activations", "working set", "decoded weights", "loss", "kernel workspace")
 """Components that come and go with every step."""
@@ -97,19 +93,17 @@ class Budget:
 
 
 def graph_bytes(prediction: Prediction) -> int:
-    """Memory that steps recorded as CUDA graphs hold beside what they and other batches need.
+    """Memory that steps recorded as CUDA graphs hold beside what other batches need.
 
     Args:
         prediction: of the run.
 
     Returns:
-        Bytes; 0 where no step is recorded.
+        Bytes; 0 where no step is recorded, or all are alike.
     """
     setup = prediction.setup
-    if not is_recorded(setup, fused=prediction.fused):
-        return 0
-    step = step_bytes(prediction)
-    return min(RECORDED, step) + (step if setup.varied else 0)
+    beside = setup.varied and is_recorded(setup, fused=prediction.fused)
+    return step_bytes(prediction) if beside else 0
 
 
 def step_bytes(prediction: Prediction) -> int:

@@ -7,8 +7,9 @@ gradients of one batch; accumulation, clipping and the optimizer stay outside, s
 rate and step number change.
 
 The memory of a recorded step stays reserved for it. All graphs share it, so it costs what the
-largest needs. Nothing in the step may wait for the GPU; if something does, the recording
-fails, that is logged, and training goes on without.
+largest needs. Nothing in the step may wait for the GPU; if something does, or if there is no room
+for the recording and for an update beside it, it fails, that is logged, and training goes on
+without.
 """
 
 from collections import Counter
@@ -119,6 +120,7 @@ class StepGraphs:
                 loss = self._loss(own, count)
                 loss.backward()
             gradients = [parameter.grad for parameter in self._parameters]
+            _ask_for_as_much(gradients)
             return _Recorded(graph, own, count, loss.detach(), gradients)
         except RuntimeError as error:
             self._working = False
@@ -160,6 +162,14 @@ class StepGraphs:
         for parameter in self._parameters:
             if parameter.grad is not None and parameter.grad.data_ptr() in theirs:
                 parameter.grad = parameter.grad.clone()
+
+
+def _ask_for_as_much(gradients: list[Tensor | None]) -> None:  # needs a GPU
+    """Fail here, and not in the optimizer, if the graph has left no room for an update."""
+    present = [gradient for gradient in gradients if gradient is not None]
+    if present:
+        size = sum(gradient.nbytes for gradient in present)
+        torch.empty(2 * size, dtype=torch.uint8, device=present[0].device)
 
 
 def _key(inputs: Inputs) -> tuple[object, ...]:
