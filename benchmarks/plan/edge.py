@@ -25,6 +25,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from qlora_kit.plan.gpus import find_gpu
 from qlora_kit.plan.predict import CONTEXT, Prediction
 from qlora_kit.plan.search import UNIT, Planner
 from qlora_kit.plan.setup import FULL, Setup
+from qlora_kit.step.graph import MOST_TOKENS
 from qlora_kit.train.record import source_commit
 
 CLASSES = ("fits", "tight", "refused")
@@ -147,7 +149,7 @@ def sizes_of(edge: Edge, *, gpu: str = "h100") -> dict[str, Setup]:
 
 def _beyond(n: int, wanted: Callable[[int], bool]) -> int:
     """The first number at least 3% larger for which something is so."""
-    n = max(n + 1, int(n * (1 + BEYOND)))
+    n = max(n + 1, ceil(n * (1 + BEYOND)))
     while not wanted(n):
         n += 1
     return n
@@ -206,7 +208,7 @@ def jobs(edges: Sequence[Edge], *, device: str = "cuda") -> list[Job]:
                 graph=setup.graph,
                 keep_decoded=edge.keep_decoded,
                 cap_gib=cap,
-                warmup=_GRAPH_WARMUP if setup.graph and setup.tokens <= 4096 else warmup,
+                warmup=_GRAPH_WARMUP if setup.graph and setup.tokens <= MOST_TOKENS else warmup,
                 steps=steps,
                 cases=(name,),
             )
@@ -245,6 +247,13 @@ def outcome(row: Row) -> str:
     return "ran" if "tokens_per_s" in row else str(row.get("error") or row.get("skipped"))
 
 
+def _unrecorded(row: Row) -> str:
+    """A word where a step would have become a CUDA graph, had there been room."""
+    small = row["batch"] * row["seq"] <= MOST_TOKENS
+    wanted = row["graphs"] and small and outcome(row) == "ran"
+    return ", no graph" if wanted and not row.get("graph") else ""
+
+
 def said_of(row: Row) -> str:
     """What the planner said: today, or when the runs were chosen."""
     return str(row.get("class") or row["cases"][0])
@@ -274,7 +283,7 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(
             f"{row['model'][:13]:13} {method:10} {row['batch']:>3} x {row['seq']:<6}"
             f"{policy[:24]:24} {said_of(row):8}{cells[0]:>12} {cells[1]:>6} {cells[2]:>9} "
-            f"{cells[3]:>9} {row['cap_gib']:>6.2f}  {outcome(row)[:40]}"
+            f"{cells[3]:>9} {row['cap_gib']:>6.2f}  {outcome(row)[:40]}{_unrecorded(row)}"
         )
     counts = Counter((said_of(row), outcome(row)) for row in rows)
     ends = ("ran", "out of memory")
