@@ -60,9 +60,9 @@ _LAUNCH_S = 2.0e-6
 
 _TORCH_LAUNCH_S, _OUR_LAUNCH_S, _DECODE_LAUNCH_S = 42e-6, 115e-6, 200e-6
 """Python's time per op, what leads to it included: torch's, ours, decoding a weight. Fitted to the
-steps without a graph in benchmarks/results/memory and rounded with an eye on benchmarks/results/plan,
-whose eight such steps are off by 16% in the median: a slow host, on which the same step took a
-quarter more or less from one process to the next."""
+steps without a graph in benchmarks/results/memory and rounded with an eye on those in
+benchmarks/results/plan, eight that are off by 16% in the median: a slow host, on which the same
+step took a quarter more or less from one process to the next."""
 
 
 def launch_seconds(op: OpOverload, cost: Cost) -> float:
