@@ -14,27 +14,33 @@ is brought under it by setting supports, drawn at random, to `none` until it fit
 is decided by a seed: a search repeats.
 
 Searching on training rows would choose the largest structures, and on test rows is cheating:
-the caller says which rows, and `train.glora.search_structures` takes the run's held-out ones.
+the caller says which rows; `qlora-kit search` takes the run's held-out ones.
 
 Source: arXiv:2306.07967, section 3.4 and the authors' code; sizes as there.
 """
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 
 from qlora_kit.adapters.attached import AttachedAdapter
 from qlora_kit.adapters.glora import GLoRALinear
 from qlora_kit.adapters.glora_config import FORMS, GLoRA, Structure
-from qlora_kit.core.errors import AdapterError, ConfigError
-
-Candidate = tuple[Structure, ...]
-"""One structure per linear, in the adapter's order."""
+from qlora_kit.adapters.glora_structures import (
+    Candidate,
+    count_values,
+    draw,
+    super_net_pieces,
+    use,
+)
+from qlora_kit.core.errors import ConfigError
 
 _TRIES = 200
 """Draws in a row that bring nothing new before a generation is left smaller."""
+_NEAR = 200
+"""Random candidates of which the one with the most values below a size stands for the size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +99,8 @@ class Found:
     """On validation rows."""
     parameters: int
     """Trained values."""
+    generation: int
+    """In which it was measured, from 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,8 +113,24 @@ class SearchResult:
     """Names of the linears that `structures` belong to."""
     best_by_generation: tuple[float, ...]
     """Lowest loss so far, after every generation."""
-    measured: int
-    """Candidates."""
+    candidates: tuple[Found, ...]
+    """All that were measured, in that order."""
+
+    @property
+    def measured(self) -> int:
+        """Number of candidates."""
+        return len(self.candidates)
+
+    def ranking(self, count: int) -> list[Found]:
+        """The lowest losses; of equal ones the fewest values, then the first measured.
+
+        Args:
+            count: how many.
+
+        Returns:
+            At most so many, best first.
+        """
+        return ranked(self.candidates)[:count]
 
     def config(self, super_net: GLoRA) -> GLoRA:
         """The configuration of an adapter with the best structures.
@@ -121,73 +145,55 @@ class SearchResult:
         return replace(super_net, super_net=False, structures={m: str(s) for m, s in pairs})
 
 
-def super_net_pieces(adapter: AttachedAdapter) -> list[GLoRALinear]:
-    """The linears of a super-net.
+def ranked(candidates: Iterable[Found]) -> list[Found]:
+    """Sort measured candidates, the best first.
 
     Args:
-        adapter: attached.
+        candidates: in the order in which they were measured.
 
     Returns:
-        In the model's order.
+        By loss; of equal ones the fewest values, then the first measured.
+
+    Example:
+        >>> [f.parameters for f in ranked([Found((), 2.0, 1, 0), Found((), 1.0, 9, 0)])]
+        [9, 1]
+    """
+    return sorted(candidates, key=lambda found: (found.loss, found.parameters))
+
+
+def random_structures(
+    adapter: AttachedAdapter, *, size: int, count: int, seed: int
+) -> list[Candidate]:
+    """Draw structures of a size, to be compared with those that a search found.
+
+    Args:
+        adapter: a super-net, attached.
+        size: trained values at most; of many random draws the largest is taken, which is near.
+        count: how many.
+        seed: of the draws; they are others than those of a search with the same seed.
+
+    Returns:
+        Candidates that nothing was measured for.
 
     Raises:
-        AdapterError: it is no super-net.
+        AdapterError: the adapter is no super-net.
 
     Example:
         >>> from torch import nn
         >>> from qlora_kit.adapters.inject import attach
         >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 4)])})
-        >>> [p.place for p in super_net_pieces(attach(model, GLoRA(super_net=True)))]
-        ['layers.0']
+        >>> adapter = attach(model, GLoRA(rank=2, super_net=True))
+        >>> drawn = random_structures(adapter, size=30, count=2, seed=0)
+        >>> [count_values(super_net_pieces(adapter), candidate) for candidate in drawn]
+        [30, 30]
     """
-    pieces = [p for p in adapter.pieces if isinstance(p, GLoRALinear) and p.super_net]
-    if not pieces:
-        raise AdapterError(
-            f"{adapter!r} is no GLoRA super-net. Attach GLoRA(super_net=True) and train it first."
-        )
-    return pieces
-
-
-def draw(generator: random.Random) -> Structure:
-    """Draw one of the 432 structures, each as likely.
-
-    Args:
-        generator: of the draw.
-
-    Returns:
-        The structure.
-
-    Example:
-        >>> str(draw(random.Random(0)))
-        'none none lora scalar none'
-    """
-    return Structure(*(generator.choice(forms) for forms in FORMS.values()))
-
-
-def draw_structures(pieces: Sequence[GLoRALinear], seed: int, update: int, batch: int) -> None:
-    """Let every linear of a super-net use a structure drawn for one batch.
-
-    Args:
-        pieces: of the super-net; their `choice` is set.
-        seed: the run's.
-        update: number of the update.
-        batch: number of the batch within it. All three decide alone: a resumed run draws
-            what the whole run would have.
-    """
-    generator = random.Random(f"{seed}:{update}:{batch}")
-    for piece in pieces:
-        piece.choice = draw(generator).on(bias=piece.has_bias)
-
-
-def use(pieces: Sequence[GLoRALinear], structures: Candidate) -> None:
-    """Let every linear of a super-net use a given structure.
-
-    Args:
-        pieces: of the super-net; their `choice` is set.
-        structures: one per piece.
-    """
-    for piece, structure in zip(pieces, structures, strict=True):
-        piece.choice = structure
+    pieces = super_net_pieces(adapter)
+    run = _Search(pieces, lambda: 0.0, size, SearchSettings())
+    run.random = random.Random(f"control:{seed}")
+    return [
+        max((run.random_candidate() for _ in range(_NEAR)), key=partial(count_values, pieces))
+        for _ in range(count)
+    ]
 
 
 def search(
@@ -196,6 +202,7 @@ def search(
     *,
     limit: int,
     settings: SearchSettings | None = None,
+    watch: Callable[[Found], None] | None = None,
 ) -> SearchResult:
     """Search a trained super-net.
 
@@ -205,6 +212,7 @@ def search(
         loss: measures the model as it is on validation rows; lower is better.
         limit: most trained values of a candidate, the head's not counted.
         settings: sizes; None: the defaults.
+        watch: called with every candidate once it is measured.
 
     Returns:
         The best candidate, and how the search went.
@@ -229,7 +237,7 @@ def search(
     if limit < 0:
         raise ConfigError(f"the limit of trained values must be at least 0, got {limit}.")
     whole = tuple(piece.structure for piece in pieces)
-    run = _Search(pieces, loss, limit, settings or SearchSettings())
+    run = _Search(pieces, loss, limit, settings or SearchSettings(), watch)
     try:
         return run.go()
     finally:
@@ -245,49 +253,55 @@ class _Search:
         loss: Callable[[], float],
         limit: int,
         settings: SearchSettings,
+        watch: Callable[[Found], None] | None = None,
     ) -> None:
         self.pieces, self.loss, self.limit, self.settings = pieces, loss, limit, settings
+        self.watch = watch or (lambda found: None)
+        self.generation = 0
         self.random = random.Random(settings.seed)
         self.measured: dict[Candidate, Found] = {}
 
     def go(self) -> SearchResult:
         sizes, history = self.settings, list[float]()
         for generation in range(sizes.generations):
+            self.generation = generation
             if generation == 0:
-                self._extend(self._any, sizes.population)
+                self._extend(self.random_candidate, sizes.population)
             else:
                 parents = self._best(sizes.top)
                 self._extend(partial(self._mutant, parents), sizes.mutations)
                 self._extend(partial(self._child, parents), sizes.crossovers)
                 target = sizes.population * (generation + 1)
-                self._extend(self._any, target - len(self.measured))
+                self._extend(self.random_candidate, target - len(self.measured))
             history.append(self._best(1)[0].loss)
         return SearchResult(
             best=self._best(1)[0],
             modules=tuple(piece.place for piece in self.pieces),
             best_by_generation=tuple(history),
-            measured=len(self.measured),
+            candidates=tuple(self.measured.values()),
         )
 
     def _best(self, count: int) -> list[Found]:
-        """The lowest losses; of equal ones the fewest values, then the first measured."""
-        return sorted(self.measured.values(), key=lambda f: (f.loss, f.parameters))[:count]
+        return ranked(self.measured.values())[:count]
 
     def _extend(self, make: Callable[[], Candidate], count: int) -> None:
         """Measure so many new candidates, or fewer where there are no more."""
         misses = 0
         while count > 0 and misses < _TRIES:
-            candidate = self._fit(make())
+            candidate = make()
             if candidate in self.measured:
                 misses += 1
                 continue
             use(self.pieces, candidate)
             loss = float(self.loss())
             loss = math.inf if math.isnan(loss) else loss  # it would upset the order
-            self.measured[candidate] = Found(candidate, loss, self._count(candidate))
+            found = Found(candidate, loss, count_values(self.pieces, candidate), self.generation)
+            self.measured[candidate] = found
+            self.watch(found)
             count, misses = count - 1, 0
 
-    def _any(self) -> Candidate:
+    def random_candidate(self) -> Candidate:
+        """Any, brought under the limit."""
         return self._settled([draw(self.random) for _ in self.pieces])
 
     def _mutant(self, parents: Sequence[Found]) -> Candidate:
@@ -313,12 +327,12 @@ class _Search:
 
     def _settled(self, structures: Sequence[Structure]) -> Candidate:
         pairs = zip(structures, self.pieces, strict=True)
-        return tuple(structure.on(bias=piece.has_bias) for structure, piece in pairs)
+        return self._fit([structure.on(bias=piece.has_bias) for structure, piece in pairs])
 
-    def _fit(self, candidate: Candidate) -> Candidate:
+    def _fit(self, candidate: Sequence[Structure]) -> Candidate:
         """Set random supports to none until the candidate is under the limit."""
         fitted = list(candidate)
-        total = self._count(candidate)
+        total = count_values(self.pieces, tuple(candidate))
         places = [
             (i, field.name)
             for i, structure in enumerate(fitted)
@@ -328,16 +342,7 @@ class _Search:
         self.random.shuffle(places)
         while total > self.limit:
             i, support = places.pop()
-            total -= self._count_one(i, fitted[i])
+            total -= count_values(self.pieces[i : i + 1], (fitted[i],))
             fitted[i] = replace(fitted[i], **{support: "none"})
-            total += self._count_one(i, fitted[i])
+            total += count_values(self.pieces[i : i + 1], (fitted[i],))
         return tuple(fitted)
-
-    def _count(self, candidate: Candidate) -> int:
-        return sum(self._count_one(i, structure) for i, structure in enumerate(candidate))
-
-    def _count_one(self, i: int, structure: Structure) -> int:
-        piece = self.pieces[i]
-        return structure.count(
-            piece.out_features, piece.in_features, rank=piece.rank, bias=piece.has_bias
-        )

@@ -31,7 +31,7 @@ def why_not_merged(config: Method) -> str | None:
     if isinstance(config, GLoRA) and config.super_net:
         return (
             "A GLoRA super-net is many structures at once. Search the best one first "
-            "(qlora_kit.train.glora.search_structures), and merge that."
+            "(`qlora-kit search`), and merge that."
         )
     if isinstance(config, Full):
         return "Full fine-tuning saves the whole model: there is nothing to merge."

@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from qlora_kit.cli.arguments import Parser
 from qlora_kit.cli.logs import setup_logging
-from qlora_kit.cli.target import add_loading_arguments, load_target, resolve_target, run_settings
+from qlora_kit.cli.target import (
+    add_loading_arguments,
+    class_names,
+    load_target,
+    resolve_target,
+    run_settings,
+)
 from qlora_kit.core.atomic import atomic_write_text
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.train.config import DataConfig, DataFormat, EvalConfig, EvalTask, RunConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from qlora_kit.train.evaluate import SetResult
 
 _ABOUT = """\
@@ -142,13 +146,6 @@ def _settings(options: argparse.Namespace, run: RunConfig | None) -> tuple[DataC
     )
 
 
-def _class_names(model: "PreTrainedModel") -> tuple[str, ...]:
-    """The classes a model was saved with; empty if it has only numbers for them."""
-    names = model.config.id2label or {}
-    found = tuple(str(names[key]) for key in sorted(names))
-    return () if all(name.startswith("LABEL_") for name in found) else found
-
-
 def _measure(options: argparse.Namespace, target: Any) -> "dict[str, SetResult]":
     from rich.console import Console
 
@@ -160,7 +157,7 @@ def _measure(options: argparse.Namespace, target: Any) -> "dict[str, SetResult]"
     if run is None and options.data is None:
         raise ConfigError(f"{options.target} belongs to no run, so name the data to measure it on.")
     model, tokenizer, adapter = load_target(target, options)
-    labels = _words(options.labels) or (run.model.labels if run else ()) or _class_names(model)
+    labels = _words(options.labels) or (run.model.labels if run else ()) or class_names(model)
     data_config, settings = _settings(options, run)
     seed = run.train.seed if run else 0  # which rows `eval_fraction` holds out
     data = build_dataset(data_config, tokenizer, "eval", task=target.task, labels=labels, seed=seed)

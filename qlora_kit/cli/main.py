@@ -24,6 +24,7 @@ COMMANDS = {
     "eval": "measure a model or an adapter on any data file",
     "chat": "talk to a model or an adapter",
     "merge": "write the adapter into the base's weights",
+    "search": "find the best structures in a trained GLoRA super-net",
     "preview": "show training examples token by token, with the loss mask",
     "inspect": "look into adapters: subspaces, amplification, spectra, sweeps",
     "bench": "measure memory and speed of every method on this machine",

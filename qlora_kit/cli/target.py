@@ -260,6 +260,27 @@ def load_target(
     return model, cast("PreTrainedTokenizerBase", tokenizer), adapter
 
 
+def class_names(model: "PreTrainedModel") -> tuple[str, ...]:
+    """Name the classes a model was saved with.
+
+    Args:
+        model: of any task.
+
+    Returns:
+        By id; empty if it has only numbers for them.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+        ...     vocab_size=16, id2label={0: "no", 1: "yes"})
+        >>> class_names(BertForSequenceClassification(tiny))
+        ('no', 'yes')
+    """
+    names = model.config.id2label or {}
+    found = tuple(str(names[key]) for key in sorted(names))
+    return () if all(name.startswith("LABEL_") for name in found) else found
+
+
 def _with_own(target: Target, others: Mapping[str, Path]) -> dict[str, Path]:
     """All adapters, the target's first: called after its folder, or the run's it is in."""
     if target.adapter is None:

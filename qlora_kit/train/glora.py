@@ -5,12 +5,15 @@
     found = search_structures(model, adapter, batches, limit=200_000)       # 2. on validation rows
     adapter = cut_out(model, adapter, found)            # 3. the best alone; train on, save, merge
 
+The authors stop there: the structures that were found keep the super-net's values, and nothing
+is trained after the search. `qlora-kit search` does 2 and 3.
+
 The draws of a batch depend on seed, update and the batch's number within it alone, so that a
 resumed run draws what the whole one would have. Outside of training steps (evaluation, saving)
 a super-net uses the largest structure.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +24,10 @@ from transformers import PreTrainedModel
 from qlora_kit.adapters.attached import AttachedAdapter
 from qlora_kit.adapters.glora import GLoRALinear
 from qlora_kit.adapters.glora_config import GLoRA
-from qlora_kit.adapters.glora_search import (
-    SearchResult,
-    SearchSettings,
+from qlora_kit.adapters.glora_search import Found, SearchResult, SearchSettings, search
+from qlora_kit.adapters.glora_structures import (
+    Candidate,
     draw_structures,
-    search,
     super_net_pieces,
     use,
 )
@@ -86,6 +88,7 @@ def search_structures(
     *,
     limit: int,
     settings: SearchSettings | None = None,
+    watch: Callable[[Found], None] | None = None,
 ) -> SearchResult:
     """Search a trained super-net for the structures with the lowest loss on validation rows.
 
@@ -95,6 +98,7 @@ def search_structures(
         batches: collated *validation* rows with `labels`; read once and kept.
         limit: most trained values, a classifier's head not counted.
         settings: sizes; None: the authors'.
+        watch: called with every candidate once it is measured.
 
     Returns:
         The best structures, and how the search went.
@@ -108,12 +112,51 @@ def search_structures(
         'search_structures'
     """
     rows = list(batches)
-    causal = "SequenceClassification" not in type(model).__name__
 
     def loss() -> float:
-        return loss_totals(model, rows, causal=causal).metrics()["loss"]
+        return _loss(model, rows)
 
-    return search(adapter, loss, limit=limit, settings=settings)
+    return search(adapter, loss, limit=limit, settings=settings, watch=watch)
+
+
+def loss_of(
+    model: PreTrainedModel,
+    adapter: AttachedAdapter,
+    batches: Iterable[dict[str, Any]],
+    structures: Candidate | None = None,
+) -> float:
+    """Measure one structure of a super-net, or of any adapter as it is.
+
+    Args:
+        model: with the adapter on it.
+        adapter: a super-net where structures are given.
+        batches: collated rows with `labels`.
+        structures: one per linear; they count while it is measured. None: what counts now.
+
+    Returns:
+        Mean cross-entropy in nats, per token or per row of a classifier.
+
+    Raises:
+        AdapterError: the adapter is no super-net.
+
+    Example:
+        >>> loss_of.__name__  # a whole use: tests/train/test_glora.py
+        'loss_of'
+    """
+    if structures is None:
+        return _loss(model, batches)
+    pieces = super_net_pieces(adapter)
+    before = tuple(piece.choice for piece in pieces)
+    use(pieces, structures)
+    try:
+        return _loss(model, batches)
+    finally:
+        use(pieces, before)
+
+
+def _loss(model: PreTrainedModel, batches: Iterable[dict[str, Any]]) -> float:
+    causal = "SequenceClassification" not in type(model).__name__
+    return loss_totals(model, batches, causal=causal).metrics()["loss"]
 
 
 def cut_out(

@@ -8,7 +8,8 @@ import torch
 from transformers import TrainerCallback
 
 from qlora_kit.adapters.glora_config import GLoRA
-from qlora_kit.adapters.glora_search import SearchSettings, use
+from qlora_kit.adapters.glora_search import SearchSettings
+from qlora_kit.adapters.glora_structures import use
 from qlora_kit.adapters.inject import attach, load_adapter
 from qlora_kit.adapters.lora import LoRALinear
 from qlora_kit.core.errors import AdapterError, ConfigError
