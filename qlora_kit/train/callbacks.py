@@ -8,6 +8,7 @@ number: both fail silently elsewhere and cost a night.
 
 import math
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,7 @@ from transformers import (
 from qlora_kit.core.errors import AdapterError, NonFiniteError
 from qlora_kit.core.memory import rss_bytes
 from qlora_kit.train.config import TrainConfig
+from qlora_kit.train.marks import Mark, mark
 
 T = TypeVar("T")
 
@@ -212,7 +214,11 @@ class GradientGuard(TrainerCallback):
 
 
 class ConsoleProgress(TrainerCallback):
-    """One bar in a terminal; one line per log elsewhere."""
+    """One bar in a terminal; one line per log elsewhere.
+
+    The bar counts updates that the device has done, not those queued for it: the time it says
+    is left follows from that.
+    """
 
     def __init__(self, console: Console) -> None:
         """Remember where to write.
@@ -223,6 +229,7 @@ class ConsoleProgress(TrainerCallback):
         self.console = console
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        self._queued: deque[tuple[int, Mark]] = deque()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -231,6 +238,7 @@ class ConsoleProgress(TrainerCallback):
         if self.console.is_terminal and state.is_world_process_zero:
             self._progress = make_progress(self.console)
             self._progress.start()
+            self._queued.clear()
             self._task = self._progress.add_task(
                 "train", total=state.max_steps, completed=state.global_step, note=""
             )
@@ -238,9 +246,12 @@ class ConsoleProgress(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Advance the bar."""
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=state.global_step)
+        """Advance the bar to the last update that the device has come to; does not wait."""
+        if self._progress is None or self._task is None:
+            return
+        self._queued.append((state.global_step, mark(args.device)))
+        while self._queued and self._queued[0][1].is_passed:
+            self._progress.update(self._task, completed=self._queued.popleft()[0])
 
     def on_log(
         self,
@@ -272,7 +283,9 @@ class ConsoleProgress(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Close the bar."""
+        """Fill the bar and close it: every update was waited for."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=state.global_step)
         self.close()
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ the GPU has nothing to do. So on a GPU a line that is due is copied to pinned me
 step, and read after the next update has been queued: the host waits for numbers while the GPU
 works. A line says what it always said, under the step it belongs to; it appears one update
 later, and with it what follows from it, such as the refusal of a loss that is not a number.
+Speed is by the GPU's clock, from line to line (`throughput.py`), not by when lines are read.
 
 Nothing overtakes a line: it is read at once where an evaluation, a checkpoint or the end of the
 training comes next. On a CPU, where values are there when they are made, every line is.
@@ -20,7 +21,7 @@ from transformers import TrainingArguments
 from qlora_kit.core.units import GIB
 from qlora_kit.train.callbacks import memory_bytes
 from qlora_kit.train.expected import Expected
-from qlora_kit.train.throughput import Throughput
+from qlora_kit.train.throughput import Throughput, Window
 from qlora_kit.train.update import UpdatingTrainer
 
 Values = dict[str, Tensor | float]
@@ -38,6 +39,8 @@ class LogLine:
     """Over which the loss is a sum."""
     values: Values
     """`loss`, `tokens` and others by name; tensors are () and on the host when `arrived`."""
+    window: Window
+    """In which its tokens were trained."""
     memory: int
     """Bytes, as `memory_bytes` counts them."""
     start_time: float
@@ -186,6 +189,7 @@ class LoggingTrainer(UpdatingTrainer):
         if grad_norm is not None:
             values["grad_norm"] = grad_norm
         values |= {"learning_rate": rate, **self.own_values(), "tokens": self.throughput.take()}
+        window = self.throughput.close()
         sent, arrived = sent_to_host(values)
         loss.zero_()
         return LogLine(
@@ -193,6 +197,7 @@ class LoggingTrainer(UpdatingTrainer):
             epoch=self.state.epoch,
             updates=self.state.global_step - self._globalstep_last_logged,
             values=sent,
+            window=window,
             memory=memory_bytes(self.args.device),
             start_time=start_time,
             arrived=arrived,
@@ -206,8 +211,9 @@ class LoggingTrainer(UpdatingTrainer):
         logs = line.read()
         self._total_loss_scalar += logs["loss"]
         logs["loss"] /= line.updates
-        self.state.num_input_tokens_seen += self.throughput.add(int(logs.pop("tokens")))
-        logs["tokens_per_s"] = self.throughput.window()
+        tokens = int(logs.pop("tokens"))
+        self.state.num_input_tokens_seen += tokens
+        logs["tokens_per_s"] = self.throughput.rate(line.window, tokens)
         logs["tokens"] = self.state.num_input_tokens_seen
         logs["memory_gib"] = round(line.memory / GIB, 3)
         if self.expected is not None:

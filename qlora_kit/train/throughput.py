@@ -1,16 +1,47 @@
 """Tokens per second of a training, with what is not training left out.
 
 Tokens are counted on the device and read with the log line they belong to, so that counting
-never makes the host wait. Evaluations and checkpoints run inside `outside()` and do not count.
+never makes the host wait. Time is the device's, between marks in its work (`marks.py`): the
+host queues updates faster than a GPU does them, and reads lines later than they were due.
+Evaluations and checkpoints run inside `outside()` and do not count.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from qlora_kit.train.marks import Mark, mark
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """Updates between two log lines."""
+
+    start: Mark
+    """Where the one before ended."""
+    end: Mark
+    """Behind its last update."""
+    pauses: tuple[tuple[Mark, Mark], ...]
+    """Starts and ends of what was no training."""
+    counted: int
+    """Tokens that were read before its end."""
+
+    def seconds(self) -> float:
+        """Time the device trained; waits until it has come to the end.
+
+        Returns:
+            Seconds, pauses left out.
+
+        Example:
+            >>> pauses = ((Mark(2.0), Mark(5.0)),)
+            >>> Window(start=Mark(1.0), end=Mark(6.0), pauses=pauses, counted=0).seconds()
+            2.0
+        """
+        return self.end.since(self.start) - sum(end.since(start) for start, end in self.pauses)
 
 
 class Throughput:
@@ -26,20 +57,25 @@ class Throughput:
         5
     """
 
-    def __init__(self) -> None:
-        """Start the clock."""
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        """Start the clock.
+
+        Args:
+            device: whose time is taken.
+        """
+        self._device = device
         self.widest = (0, 0)
         self._on_device: Tensor | None = None
         self._known = 0
-        self._mark_s = time.perf_counter()
-        self._window_tokens = 0
-        self._paused_s = 0.0
+        self._start = mark(device)
+        self._counted = 0
+        self._pauses: list[tuple[Mark, Mark]] = []
         self._timed_tokens = 0
         self._timed_s = 0.0
 
     def start(self) -> None:
         """Start the clock again."""
-        self._mark_s, self._paused_s = time.perf_counter(), 0.0
+        self._start, self._pauses = mark(self._device), []
 
     def count(self, ids: Tensor, mask: Tensor | None) -> None:
         """Count a batch's tokens.
@@ -60,23 +96,11 @@ class Throughput:
         """Start another count, without waiting for the device.
 
         Returns:
-            () int64, tokens of the count until now, for `add` once it has been read.
+            () int64, tokens of the count until now.
         """
         known, counted = self._known, self._on_device
         self._known, self._on_device = 0, None
         return torch.tensor(known) if counted is None else counted + known
-
-    def add(self, tokens: int) -> int:
-        """Count a reading of what `take` gave.
-
-        Args:
-            tokens: read.
-
-        Returns:
-            The same number.
-        """
-        self._window_tokens += tokens
-        return tokens
 
     def flush(self) -> int:
         """Read the count, which waits for the device.
@@ -84,26 +108,46 @@ class Throughput:
         Returns:
             Tokens since the last reading.
         """
-        return self.add(int(self.take()))
+        tokens = int(self.take())
+        self._counted += tokens
+        return tokens
 
     @contextmanager
     def outside(self) -> Iterator[None]:
         """Time spent here does not count."""
-        start = time.perf_counter()
+        start = mark(self._device)
         try:
             yield
         finally:
-            self._paused_s += time.perf_counter() - start
+            self._pauses.append((start, mark(self._device)))
 
-    def window(self) -> float:
-        """Tokens per second since the last call, of tokens that were flushed."""
-        now = time.perf_counter()
-        elapsed = now - self._mark_s - self._paused_s
-        rate = round(self._window_tokens / max(elapsed, 1e-9), 1)
-        self._timed_tokens += self._window_tokens
+    def close(self) -> Window:
+        """End a window behind the work queued so far and begin the next; does not wait.
+
+        Returns:
+            The window, for `rate` once its tokens have been read.
+        """
+        end = mark(self._device)
+        window = Window(
+            start=self._start, end=end, pauses=tuple(self._pauses), counted=self._counted
+        )
+        self._start, self._pauses, self._counted = end, [], 0
+        return window
+
+    def rate(self, window: Window, tokens: int) -> float:
+        """Tokens per second of a window; waits for its end.
+
+        Args:
+            window: that was closed.
+            tokens: read off what `take` gave at its end.
+
+        Returns:
+            The rate, of these and of the tokens that were flushed in it.
+        """
+        elapsed, tokens = window.seconds(), tokens + window.counted
+        self._timed_tokens += tokens
         self._timed_s += elapsed
-        self._mark_s, self._window_tokens, self._paused_s = now, 0, 0.0
-        return rate
+        return round(tokens / max(elapsed, 1e-9), 1)
 
     def mean(self, history: Sequence[dict[str, Any]]) -> float:
         """Tokens per second over all windows.

@@ -147,7 +147,7 @@ class Trainer(LoggingTrainer):
         # True: the loss is a sum over tokens divided by `num_items_in_batch`, so it is not
         # divided again by the number of accumulated batches.
         self.model_accepts_loss_kwargs = self.causal
-        self.throughput = Throughput()
+        self.throughput = Throughput(args.device)
         self.expected = expected
         self.logs_late = args.device.type == "cuda"
 
