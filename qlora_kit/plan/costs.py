@@ -163,13 +163,11 @@ def _attention_backward(inputs: Any, gpu: Gpu) -> Cost:
     flops = 5 * _attention_flops(q, window, starts, longest)
     cudnn = gpu.uses_cudnn_attention and window is None and starts is None and not same
     b, t, heads, dim = q.shape
-    if cudnn:  # the gradient of q in float32, and one sum per query
-        workspace = b * t * heads * (dim + 1) * 4
-    else:  # FlashAttention 2: likewise, rows rounded up, and dK, dV per query head
+    if not cudnn:  # FlashAttention 2 rounds up
         t, dim = -(-t // 128) * 128, -(-dim // 32) * 32
-        workspace = b * t * heads * (dim + 1) * 4
-        if k.shape[2] != heads:
-            workspace += 2 * b * t * heads * dim * dout.element_size()
+    workspace = b * t * heads * (dim + 1) * 4  # the gradient of q in float32, a sum per query
+    if k.shape[2] != heads:  # dK and dV, once per query head
+        workspace += 2 * b * t * heads * dim * dout.element_size()
     return Cost("attention", flops / gpu.backward.rate(rows, q.shape[-1]) + _LAUNCH_S, workspace)
 
 

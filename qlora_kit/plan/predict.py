@@ -28,8 +28,9 @@ from qlora_kit.step.head_input import TARGET_POSITIONS, head_input
 
 LIBRARIES = 72 << 20
 """Bytes of cuBLAS's workspaces on Hopper, which torch allocates."""
-RECORDING = 64 << 20
-"""Bytes of the one for the stream that a CUDA graph is recorded on."""
+RECORDING = 32 << 20
+"""Bytes of each of two more for the stream that a CUDA graph is recorded on: the forward's, and
+that of autograd's thread, which comes with the recording's backward."""
 LIBRARIES_BEFORE = 8 << 20
 """On GPUs before Hopper."""
 CONTEXT = 520 << 20
@@ -116,13 +117,14 @@ def predict(config: PreTrainedConfig, setup: Setup, gpu: Gpu) -> Prediction:
     found["importance scores"], _ = importance(made.adalora, gpu)
     hopper = gpu.capability[0] == 9
     found["libraries"] = LIBRARIES if hopper else LIBRARIES_BEFORE
-    if is_recorded(setup, fused=made.blocks is not None):
-        found["libraries"] += RECORDING if hopper else LIBRARIES_BEFORE
+    recording = _recording(made, setup, gpu)
+    found["libraries"] += recording
     moment, blocks, workspace = trace.peak()
     gradients = {id(b) for p in trained if p.grad is not None and (b := trace.block_of(p.grad))}
     update = _update_bytes(trained, flat=setup.method != FULL)
     rest = sum(b.size for b in trace.blocks if b.died is None and id(b) not in gradients)
-    if update + rest > moment:  # the optimizer's step is the peak
+    if update + rest + recording > moment:  # the optimizer's step is the peak
+        found["libraries"] += recording
         found["gradients"] = update
         found["working set"] = rest
     else:
@@ -192,6 +194,13 @@ def is_recorded(setup: Setup, *, fused: bool) -> bool:
     return setup.graph and fused and setup.tokens <= MOST_TOKENS
 
 
+def _recording(made: Outline, setup: Setup, gpu: Gpu) -> int:
+    """Bytes that each pass of a recorded step has for cuBLAS; 0 where none is recorded."""
+    if not is_recorded(setup, fused=made.blocks is not None):
+        return 0
+    return RECORDING if gpu.capability[0] == 9 else LIBRARIES_BEFORE // 2
+
+
 def run_step(made: Outline, setup: Setup, gpu: Gpu) -> Trace:
     """Run forward and backward under a trace; gradients stay on the parameters.
 
@@ -225,14 +234,18 @@ def run_step(made: Outline, setup: Setup, gpu: Gpu) -> Trace:
                 if made.adalora:
                     loss = loss + orthogonality(made.adalora)
         with trace.during(BACKWARD):
+            with trace.during("libraries"):
+                size = _recording(made, setup, gpu)
+                workspace = torch.empty(size, dtype=torch.uint8, device="meta")
             loss.backward()
-            del loss
+            del loss, workspace
     return trace
 
 
 def _sort(found: dict[str, int], blocks: list[Block], gradients: set[int]) -> None:
     """Add the blocks alive at the peak to their components."""
-    names = {"forward": "saved activations", "loss": "loss", "inputs": "working set"}
+    names = {"forward": "saved activations", "inputs": "working set"}
+    names |= {"loss": "loss", "libraries": "libraries"}
     last_forward = max((b.born for b in blocks if b.phase == "forward"), default=0)
     in_forward = all(b.phase in ("inputs", "forward") for b in blocks)
     for block in blocks:
