@@ -199,19 +199,23 @@ def _tensor_map(  # needs a GPU
 ) -> Any:
     from cuda.core import Device
 
-    Device(device).set_current()  # a thread that has not used the GPU yet has no context
     # The enumerations have no public name in cuda-core 1.2.
     from cuda.core._tensor_map import TensorMapL2Promotion, TensorMapSwizzle
     from cuda.core.utils import StridedMemoryView
 
     memory = _Memory(address, (rows, columns), kind)
-    view = StridedMemoryView.from_cuda_array_interface(memory, stream_ptr=-1)
     name = f"SWIZZLE_{swizzle}B" if swizzle else "NONE"
-    return view.as_tensor_map(
-        box_dim=box,
-        swizzle=getattr(TensorMapSwizzle, name),
-        l2_promotion=TensorMapL2Promotion.L2_128B,
-    )
+    # The tensors say where, the caller's device stays current: torch's guard restores it, not
+    # cuda-core. The guard alone is not enough: it leaves a thread that has not used the GPU yet
+    # without a context where the device is 0.
+    with torch.cuda.device(device):
+        Device(device).set_current()
+        view = StridedMemoryView.from_cuda_array_interface(memory, stream_ptr=-1)
+        return view.as_tensor_map(
+            box_dim=box,
+            swizzle=getattr(TensorMapSwizzle, name),
+            l2_promotion=TensorMapL2Promotion.L2_128B,
+        )
 
 
 @lru_cache(maxsize=64)

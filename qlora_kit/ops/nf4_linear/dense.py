@@ -8,6 +8,7 @@ LoRA joins the product as r more steps of its contraction: the activations are c
 beside the small product, and B (or A) stands beside the decoded weight. Adding to a
 result written before would cost about the same and is less exact: measured on an H100
 (torch 2.11, CUDA 13.0), cuBLAS with beta = 1 rounds its product to 16 bits before it adds.
+Small results are summed in float32 (`reference.product`).
 """
 
 import torch
@@ -71,13 +72,15 @@ def multiply_transposed(
         (M, K) in the dtype of dy.
     """
     if dyb is None or lora_a is None:
-        return dy @ nf4_dequantize.dequantize(weight, dy.dtype)
+        decoded = nf4_dequantize.dequantize(weight, dy.dtype)
+        return reference.product(dy, decoded, None, None, None)
     n, k = weight.shape
     rows = _to_eight(lora_a.T).T
     decoded = dy.new_empty((n + rows.shape[0], k))
     nf4_dequantize.dequantize(weight, dy.dtype, out=decoded[:n])
     decoded[n:] = rows
-    return torch.cat((dy, _to_eight(dyb)), dim=1) @ decoded
+    both = torch.cat((dy, _to_eight(dyb)), dim=1)
+    return reference.product(both, decoded, None, None, None)
 
 
 def _to_eight(columns: Tensor) -> Tensor:

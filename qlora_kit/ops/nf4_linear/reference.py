@@ -15,6 +15,10 @@ from qlora_kit.quant.weight import NF4Weight
 
 Decode = Callable[[NF4Weight, torch.dtype], Tensor]
 
+_FEW_RESULTS = 1 << 16
+"""Four tiles of 128 x 128: up to here cuBLAS may cut a sum into hundreds of parts and add them
+in the result's 16 bits (docs/decisions/0012)."""
+
 
 def forward(
     x: Tensor,
@@ -149,7 +153,9 @@ def product(
     """Multiply, with a low-rank product and a bias added on the way.
 
     The low-rank product is written first and the large one adds to it: one pass less
-    over the result than the other way round.
+    over the result than the other way round. Small 16-bit results on a GPU are summed in
+    float32 and rounded once, which is not left to cuBLAS
+    (docs/decisions/0012-small-results-in-float32.md).
 
     Args:
         x: (M, K).
@@ -166,10 +172,25 @@ def product(
         >>> product(eye, eye, torch.ones(2), eye, eye).tolist()
         [[3.0, 1.0], [1.0, 3.0]]
     """
+    results = x.shape[0] * w.shape[1]
+    if x.is_cuda and x.element_size() == 2 and 0 < results <= _FEW_RESULTS:
+        return _rounded_once(x, w, bias, small, factor)
     if small is None or factor is None:
         return x @ w if bias is None else torch.addmm(bias, x, w)
     y = small @ factor if bias is None else torch.addmm(bias, small, factor)
     return y.addmm_(x, w)
+
+
+def _rounded_once(
+    x: Tensor, w: Tensor, bias: Tensor | None, small: Tensor | None, factor: Tensor | None
+) -> Tensor:
+    """`product` of 16-bit CUDA tensors, all of its sums in float32."""
+    y = torch.mm(x, w, out_dtype=torch.float32)
+    if small is not None and factor is not None:
+        y += torch.mm(small, factor, out_dtype=torch.float32)
+    if bias is not None:
+        y += bias
+    return y.to(x.dtype)
 
 
 def transposed_product(left: Tensor, right: Tensor) -> Tensor:
