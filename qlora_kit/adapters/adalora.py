@@ -20,7 +20,10 @@ P and Q stay about orthogonal through a term in the loss, in two forms (`orthogo
     code    R = mean over all P and Q of ‖PᵀP − I‖_F, not squared (the default)
 
 The sum of squares of a large model outweighs its task: for 224 matrices of rank 12 it starts
-at 5,400, the mean of norms at 3.5. Both are computed in float32.
+at 5,400, the mean of norms at 3.5. Both are computed in float32. Their gradients are known: with
+D = QQᵀ − I, dQ is 4·D·Q and 2·D·Q/(n·‖D‖_F), n the number of matrices, and zero where D is; dP
+likewise is P·(PᵀP − I) times the same. `add_orthogonality` adds them where an update's gradients
+are complete: a few batched products per shape of matrices, however many layers there are.
 
 Defaults: rank 12 → 8 on average, γ 0.1, β₁ = β₂ = 0.85, ΔT 100.
 
@@ -29,7 +32,7 @@ Source: arXiv:2303.10512 and the authors' code, github.com/QingruZhang/AdaLoRA.
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -186,7 +189,7 @@ def orthogonality(modules: Iterable[AdaLoRALinear], form: str = "code") -> Tenso
         form: `code` or `paper`; see the module's text.
 
     Returns:
-        () float32, without γ.
+        () float32, without γ; autograd knows its gradient.
 
     Example:
         >>> from qlora_kit.adapters.config import AdaLoRA
@@ -196,23 +199,104 @@ def orthogonality(modules: Iterable[AdaLoRALinear], form: str = "code") -> Tenso
         >>> bool(orthogonality([layer]) < 1e-5), bool(orthogonality([layer], "paper") < 1e-10)
         (True, True)
     """
-    wide: dict[tuple[int, ...], list[Tensor]] = {}
+    groups = list(_alike(modules).items())
+    with _float32(groups[0][1][0].device):
+        norms = [_lengths(_distances(torch.stack(g).float(), tall)) for (tall, *_), g in groups]
+        return _total(torch.cat(norms), form)
+
+
+@torch.no_grad()
+def add_orthogonality(
+    modules: Iterable[AdaLoRALinear],
+    weight: float,
+    form: str = "code",
+    *,
+    loss_scale: Tensor | None = None,
+) -> Tensor:
+    """Add the gradient of γ·R to `.grad`, as if R had been in the loss.
+
+    Args:
+        modules: of one adapter, on one device, behind an update's backward passes.
+        weight: γ.
+        form: `code` or `paper`; see the module's text.
+        loss_scale: () what gradients are multiplied by for now, in a float16 run.
+
+    Returns:
+        () float32, γ·R.
+
+    Example:
+        >>> from qlora_kit.adapters.config import AdaLoRA
+        >>> layer = AdaLoRALinear(nn.Linear(8, 4), "proj", AdaLoRA(rank=2), seed=0)
+        >>> value = add_orthogonality([layer], 0.1)
+        >>> torch.equal(value, 0.1 * orthogonality([layer]))
+        True
+        >>> layer.lora_A.grad.shape, layer.lora_E.grad is None
+        (torch.Size([2, 8]), True)
+    """
+    groups = list(_alike(modules).items())
+    count, found = sum(len(group) for _, group in groups), []
+    with _float32(groups[0][1][0].device):
+        for (tall, *_), group in groups:
+            stack = torch.stack(group).float()
+            distances = _distances(stack, tall)
+            norms = _lengths(distances)
+            found.append(norms)
+            if form == "paper":
+                factor = torch.full_like(norms, 4.0 * weight)
+            else:
+                factor = torch.where(norms == 0.0, 0.0, 2.0 * weight / count / norms)
+            if loss_scale is not None:
+                factor = factor * loss_scale
+            distances.mul_(factor[:, None, None])
+            product = torch.bmm(stack, distances) if tall else torch.bmm(distances, stack)
+            _add_gradients(group, product)
+        return weight * _total(torch.cat(found), form)
+
+
+def _alike(modules: Iterable[AdaLoRALinear]) -> dict[tuple[object, ...], list[Tensor]]:
+    """Matrices of one shape and dtype, by whether they are P (tall) and by these."""
+    found: dict[tuple[object, ...], list[Tensor]] = {}
     for module in modules:
-        for matrix in (module.lora_A, module.lora_B.T):
-            wide.setdefault(tuple(matrix.shape), []).append(matrix)
-    device = next(iter(wide.values()))[0].device
-    on_meta = device.type == "meta"  # where torch has no autocast
-    with nullcontext() if on_meta else torch.autocast(device.type, enabled=False):
-        norms = torch.cat([_distances(group) for group in wide.values()])
-        return norms.square().sum() if form == "paper" else norms.mean()
+        for tall, matrix in ((False, module.lora_A), (True, module.lora_B)):
+            key = (tall, matrix.shape, matrix.dtype)
+            found.setdefault(key, []).append(matrix)
+    return found
 
 
-def _distances(matrices: Sequence[Tensor]) -> Tensor:
-    """‖M·Mᵀ − I‖_F of matrices (r, n) of one shape, (count,) float32."""
-    stack = torch.stack(tuple(matrices)).float()
-    gram = torch.bmm(stack, stack.mT)
-    eye = torch.eye(gram.shape[1], device=gram.device)
-    return torch.linalg.vector_norm(gram - eye, dim=(1, 2))  # its gradient at 0 is 0, not NaN
+def _float32(device: torch.device) -> AbstractContextManager[object]:
+    """Without autocast; a meta device has none in torch."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def _distances(stack: Tensor, tall: object) -> Tensor:
+    """PᵀP − I or QQᵀ − I of matrices of one shape, (count, r, r) float32."""
+    gram = torch.bmm(stack.mT, stack) if tall else torch.bmm(stack, stack.mT)
+    return gram - torch.eye(gram.shape[1], device=gram.device)
+
+
+def _lengths(distances: Tensor) -> Tensor:
+    """Norms, (count,); their gradient at 0 is 0, not NaN."""
+    return torch.linalg.vector_norm(distances, dim=(1, 2))
+
+
+def _total(norms: Tensor, form: str) -> Tensor:
+    return norms.square().sum() if form == "paper" else norms.mean()
+
+
+def _add_gradients(parameters: Sequence[Tensor], product: Tensor) -> None:
+    """Add what belongs to each, (count, ...) float32, to the gradients of those that train."""
+    parts = product.to(parameters[0].dtype).unbind()
+    sums, more = [], []
+    for parameter, part in zip(parameters, parts, strict=True):
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None:
+            parameter.grad = part
+        else:
+            sums.append(parameter.grad)
+            more.append(part)
+    if sums:
+        torch._foreach_add_(sums, more)
 
 
 def _gaussian(name: str, shape: tuple[int, ...]) -> Tensor:

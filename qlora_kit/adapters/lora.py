@@ -27,6 +27,7 @@ Source: arXiv:2106.09685 (LoRA), arXiv:2312.03732 (rsLoRA), arXiv:2308.03303 (Lo
 
 import hashlib
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -229,13 +230,49 @@ class LowRankLinear(ModuleWrapper):
         return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"
 
 
-class FusibleLinear(LowRankLinear):
-    """A low-rank pair that a layer which runs as one step (`block/`) can take over.
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One low-rank term of a piece, s·diag(`row_factors`)·A and B; or parts of its masters."""
 
-    Such a layer multiplies by A' and B in one pass, y = f ⊙ (x Ŵᵀ + (x A'ᵀ) Bᵀ) + bias, and asks
-    the piece what A' and f are made of, and what their gradients mean: A' = s·A and f = 1 but
-    for subclasses that say otherwise.
+    a: Tensor
+    """A, (r, K) in the master dtype."""
+    b: Tensor
+    """B, (n, r) likewise."""
+    scale: float
+    """s."""
+    row_factors: Tensor | None = None
+    """What rows of A are multiplied with besides s, (r, 1) in the master dtype."""
+    rows_of_a: slice | None = None
+    """The rows of `a` that are meant; None: all."""
+    rows_of_b: slice | None = None
+    """Likewise of `b`."""
+    outputs: slice | None = None
+    """The linear's outputs that it is added to; None: all."""
+
+    @property
+    def rank(self) -> int:
+        """Rows of A that are meant."""
+        rows = self.rows_of_a
+        return self.a.shape[0] if rows is None else rows.stop - rows.start
+
+
+class FusibleLinear(LowRankLinear):
+    """Low-rank terms that a layer which runs as one step (`block/`) can take over.
+
+    Such a layer multiplies by A' and B' in one pass, y = f ⊙ (x Ŵᵀ + (x A'ᵀ) B'ᵀ) + bias, and asks
+    the piece what A', B' and f are made of, and what their gradients mean: A' = s·A, B' = B and
+    f = 1 but for subclasses that say otherwise.
     """
+
+    @property
+    def terms(self) -> list[Term]:
+        """What A' is made of, one below the other, and B', side by side."""
+        return [Term(self.lora_A, self.lora_B, self.scale, self.row_factors)]
+
+    @property
+    def columns(self) -> int:
+        """Rows of A' and columns of B': the ranks of all `terms`."""
+        return self.rank
 
     @property
     def lengths(self) -> tuple[Tensor, Tensor] | None:
@@ -270,11 +307,11 @@ class FusibleLinear(LowRankLinear):
     def pull_back(
         self, d_a: Tensor | None, d_b: Tensor | None, d_lengths: Tensor | None = None
     ) -> list[Tensor | None]:
-        """Turn gradients of A' and B into those of the masters.
+        """Turn gradients of A' and B' into those of the masters.
 
         Args:
-            d_a: (r, K) float32, or None where it is not needed.
-            d_b: (N, r) float32, likewise.
+            d_a: (columns, K) float32, or None where it is not needed.
+            d_b: (N, columns) float32, likewise.
             d_lengths: (N,) float32, that of m, where `needs_output`.
 
         Returns:

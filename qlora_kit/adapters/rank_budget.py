@@ -118,6 +118,7 @@ class RankAllocator:
         self._sensitivity = [torch.zeros_like(p, dtype=torch.float32) for p in self._values]
         self._uncertainty = [torch.zeros_like(p, dtype=torch.float32) for p in self._values]
         self._final: Tensor | None = None
+        self._masks: list[Tensor] = []
         places = tuple(module.place for module in self.modules)
         ranks = [module.rank for module in self.modules]
         self.history = RankHistory(places, [0], [self.whole], [ranks])
@@ -136,7 +137,7 @@ class RankAllocator:
         found = [i for i, p in enumerate(self._values) if p.grad is not None]
         if not found:
             return
-        values = [self._values[i].detach().float() for i in found]
+        values = [self._values[i].float() for i in found]
         gradients = [g.float() for i in found if (g := self._values[i].grad) is not None]
         importance = list(torch._foreach_mul(values, gradients))
         torch._foreach_abs_(importance)
@@ -158,14 +159,17 @@ class RankAllocator:
         _, end = self.budget.phases(updates)
         if update > end:
             if self._final is not None:
-                self._zero(self._final)
+                if not self._masks:
+                    self._masks = self._masks_of(self._final)
+                self._zero(self._masks)
             return
         if not self.budget.distributes(update, updates):
             return
         count = self.budget.at(update, self.whole, self.target, updates)
         kept = keep_best(self.scores(), count)
-        self._zero(kept)
-        self._final = kept if update == end else None
+        masks = self._masks_of(kept)
+        self._zero(masks)
+        self._final, self._masks = (kept, masks) if update == end else (None, [])
         ranks = [int(part.sum()) for part in kept.cpu().split([m.rank for m in self.modules])]
         self.history.updates.append(update)
         self.history.budget.append(count)
@@ -226,6 +230,7 @@ class RankAllocator:
                 self._uncertainty[i].copy_(tensors[f"{name}.uncertainty"])
             final = tensors.get("final")
             self._final = None if final is None else final.to(self._values[0].device)
+            self._masks = []
             self.history = RankHistory(
                 tuple(history["modules"]), history["updates"], history["budget"], history["ranks"]
             )
@@ -235,11 +240,13 @@ class RankAllocator:
                 "configuration of the interrupted run."
             ) from error
 
-    def _zero(self, kept: Tensor) -> None:
-        parts = kept.split([module.rank for module in self.modules])
-        values: list[Tensor] = [module.lora_E for module in self.modules]
-        masks = [part.reshape(-1, 1).to(v.dtype) for part, v in zip(parts, values, strict=True)]
-        torch._foreach_mul_(values, masks)
+    def _masks_of(self, kept: Tensor) -> list[Tensor]:
+        """One and zero for every λ, in the shapes and the dtype of the modules'."""
+        parts = kept.to(self.modules[0].lora_E.dtype).split([m.rank for m in self.modules])
+        return [part.reshape(-1, 1) for part in parts]
+
+    def _zero(self, masks: list[Tensor]) -> None:
+        torch._foreach_mul_([module.lora_E for module in self.modules], masks)
 
 
 def keep_best(scores: Tensor, count: int) -> Tensor:

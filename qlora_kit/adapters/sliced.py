@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_kit.adapters.config import LoRA
-from qlora_kit.adapters.lora import LowRankLinear, initial_a, linear_shape
+from qlora_kit.adapters.lora import FusibleLinear, Term, initial_a, linear_shape
 from qlora_kit.adapters.low_rank import LowRank
 from qlora_kit.core.errors import AdapterError
 from qlora_kit.nn.linear import NF4Linear
@@ -81,7 +81,7 @@ def layout(model: nn.Module, place: str, module: nn.Module) -> dict[str, Span]:
     return spans
 
 
-class SlicedLoRALinear(LowRankLinear):
+class SlicedLoRALinear(FusibleLinear):
     """A fused linear with low-rank branches on some of its slices; see the module's text.
 
     Attributes:
@@ -137,6 +137,46 @@ class SlicedLoRALinear(LowRankLinear):
         self.lora_A = nn.Parameter(a.detach())
         self.lora_B = nn.Parameter(like.new_zeros(rows, self.rank).detach())
 
+    @property
+    def terms(self) -> list[Term]:
+        """One for each slice."""
+        found, row = [], 0
+        for index, (start, stop) in enumerate(self.slices.values()):
+            ranks, rows = self._columns_of(index), slice(row, row + stop - start)
+            outputs = slice(start, stop)
+            found.append(Term(self.lora_A, self.lora_B, self.scale, None, ranks, rows, outputs))
+            row += stop - start
+        return found
+
+    @property
+    def columns(self) -> int:
+        """Of all slices."""
+        return self.rank * len(self.slices)
+
+    def pull_back(
+        self, d_a: Tensor | None, d_b: Tensor | None, d_lengths: Tensor | None = None
+    ) -> list[Tensor | None]:
+        """Turn gradients of A and of the whole wide B into those of the masters.
+
+        Args:
+            d_a: (columns, K) float32, or None where it is not needed.
+            d_b: (N, columns) float32, likewise; what is outside the blocks counts nowhere.
+            d_lengths: None.
+
+        Returns:
+            As `masters`, in their dtypes; None for what is frozen.
+        """
+        return super().pull_back(d_a, None if d_b is None else torch.cat(self._blocks(d_b)))
+
+    def _columns_of(self, index: int) -> slice:
+        """Of a slice, in the wide B."""
+        return slice(index * self.rank, (index + 1) * self.rank)
+
+    def _blocks(self, wide: Tensor) -> list[Tensor]:
+        """The blocks of a wide B, (outputs of a slice, r) each."""
+        spans = enumerate(self.slices.values())
+        return [wide[start:stop, self._columns_of(index)] for index, (start, stop) in spans]
+
     def wide_b(self) -> Tensor:
         """Lay the blocks of B out, (N, r times slices); differentiable."""
         r = self.rank
@@ -185,18 +225,15 @@ class SlicedLoRALinear(LowRankLinear):
         Raises:
             AdapterError: there is something beside the blocks.
         """
-        r, blocks = self.rank, []
         rest = pair.b.clone()
-        for index, (start, stop) in enumerate(self.slices.values()):
-            columns = slice(index * r, (index + 1) * r)
-            blocks.append(pair.b[start:stop, columns])
-            rest[start:stop, columns] = 0
+        for block in self._blocks(rest):
+            block.zero_()
         if rest.any():
             raise AdapterError(
                 f"the saved lora_B of {self.place} is not zero outside the slices "
                 f"{', '.join(self.slices)}. Remove qlora_kit.json to load it as plain LoRA."
             )
-        return {"lora_A": pair.a, "lora_B": torch.cat(blocks)}
+        return {"lora_A": pair.a, "lora_B": torch.cat(self._blocks(pair.b))}
 
     def merge_delta(self) -> Tensor:
         """Compute s·B·A, zero outside the slices.

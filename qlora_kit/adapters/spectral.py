@@ -10,12 +10,13 @@ start is subtracted where it is added,
     y = x Ŵᵀ + s (x Aᵀ) Bᵀ - s (x A₀ᵀ) B₀ᵀ
 
 which is the same function, has the same gradients, starts as exactly the base on 4 and on
-16 bits, and costs a second, frozen, branch of rank r. Merging adds s (B A - B₀ A₀). A file
-holds the change as one LoRA of rank 2r, [A; A₀] and [B, -B₀] with the same s: PEFT and all
-others read it as that, on an ordinary base, and `qlora_kit.json` records that the second
-half is the frozen start, so that training goes on here as it was. PEFT's own PiSSA files
-name a base that was changed: they are refused; let PEFT convert them to LoRA
-(`path_initial_model_for_weight_conversion`) and they are read.
+16 bits, and costs a second, frozen, branch of rank r, in the same products: fused layers run
+it as a LoRA of rank 2r. Merging adds s (B A - B₀ A₀). A file holds the change as one LoRA of
+rank 2r, [A; A₀] and [B, -B₀] with the same s: PEFT and all others read it as that, on an
+ordinary base, and `qlora_kit.json` records that the second half is the frozen start, so that
+training goes on here as it was. PEFT's own PiSSA files name a base that was changed: they are
+refused; let PEFT convert them to LoRA (`path_initial_model_for_weight_conversion`) and they
+are read.
 
 *LoftQ* (`init: loftq`, arXiv:2310.08659) starts at what quantization took away: s·B·A is the
 best approximation of rank r of W - Ŵ, W being the original weight, which is read from the
@@ -40,7 +41,7 @@ from torch import Tensor, nn
 
 from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.dora import dense_weight
-from qlora_kit.adapters.lora import LoRALinear, LowRankLinear, seeded
+from qlora_kit.adapters.lora import FusibleLinear, LoRALinear, LowRankLinear, Term, seeded
 from qlora_kit.adapters.low_rank import LowRank
 from qlora_kit.core.errors import AdapterError
 from qlora_kit.nn.linear import NF4Linear
@@ -94,7 +95,7 @@ def leading_factors(matrix: Tensor, rank: int, generator: torch.Generator) -> tu
     return u[:, :rank] * root, root[:, None] * vh[:rank]
 
 
-class PiSSALinear(LowRankLinear):
+class PiSSALinear(FusibleLinear):
     """A linear whose leading singular directions are trained; see the module's text.
 
     Attributes:
@@ -169,6 +170,32 @@ class PiSSALinear(LowRankLinear):
         return torch.addmm(y.reshape(-1, self.out_features), flat, b.T, alpha=self.scale).view(
             y.shape
         )
+
+    @property
+    def terms(self) -> list[Term]:
+        """What is trained, less where it started."""
+        return [*super().terms, Term(self.start_a, self.start_b, -self.scale)]
+
+    @property
+    def columns(self) -> int:
+        """Of both terms."""
+        return 2 * self.rank
+
+    def pull_back(
+        self, d_a: Tensor | None, d_b: Tensor | None, d_lengths: Tensor | None = None
+    ) -> list[Tensor | None]:
+        """Turn gradients of the joint factors into those of A and B.
+
+        Args:
+            d_a: (2r, K) float32, or None where it is not needed.
+            d_b: (N, 2r) float32, likewise.
+            d_lengths: None.
+
+        Returns:
+            As `masters`, in their dtypes; None for what is frozen.
+        """
+        of_a = None if d_a is None else d_a[: self.rank]
+        return super().pull_back(of_a, None if d_b is None else d_b[:, : self.rank])
 
     def state(self) -> dict[str, Tensor]:
         """A and B, and where they started."""

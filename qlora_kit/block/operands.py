@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlora_kit.block.projection import Group
 from qlora_kit.block.row_factors import stretch
@@ -24,6 +24,7 @@ class Operands:
     """A and B of every group of a model in the compute dtype, rounded once per forward pass.
 
     Example:
+        >>> from torch import nn
         >>> from qlora_kit.adapters.config import LoRA
         >>> from qlora_kit.adapters.lora import LoRALinear
         >>> group = Group([LoRALinear(nn.Linear(8, 4), "proj", LoRA(rank=2), seed=0)])
@@ -43,7 +44,7 @@ class Operands:
         self._stretched = [group for group in self.groups if group.stretched]
         self._dtype: torch.dtype | None = None
         self._device: torch.device | None = None
-        self._masters: list[nn.Parameter] = []
+        self._masters: list[tuple[Tensor, slice | None]] = []
         self._scales: list[float] = []
         self._row_factors: list[Tensor | None] = []
         self._copies: list[Tensor] = []
@@ -67,15 +68,16 @@ class Operands:
         """The masters, those that have factors in new memory and multiplied."""
         factors = zip(self._scales, self._row_factors, strict=True)
         changed = [i for i, (scale, rows) in enumerate(factors) if scale != 1.0 or rows is not None]
+        found = [tensor if rows is None else tensor[rows] for tensor, rows in self._masters]
         if not changed:
-            return list(self._masters)
-        masters: list[Tensor] = [self._masters[i] for i in changed]
+            return found
+        masters = [found[i] for i in changed]
         products = list(torch._foreach_mul(masters, [self._scales[i] for i in changed]))
         rows = [self._row_factors[i] for i in changed]
         if with_rows := [(p, r) for p, r in zip(products, rows, strict=True) if r is not None]:
             torch._foreach_mul_([p for p, _ in with_rows], [r for _, r in with_rows])
         new = dict(zip(changed, products, strict=True))
-        return [new.get(i, master) for i, master in enumerate(self._masters)]
+        return [new.get(i, master) for i, master in enumerate(found)]
 
     def forget(self) -> None:
         """Make room anew at the next `refresh`: a group has begun or ceased to be kept."""
@@ -126,8 +128,12 @@ class Operands:
                 if part.lora is None:
                     continue
                 first = part.ranks.start
-                ranks = slice(first, first + part.lora.rank)
-                self._masters += [part.lora.lora_A, part.lora.lora_B]
-                self._scales += [part.lora.scale, 1.0]
-                self._row_factors += [part.lora.row_factors, None]
-                self._copies += [group.a[ranks], group.b[part.rows, ranks]]
+                for term in part.lora.terms:
+                    ranks = slice(first, first + term.rank)
+                    first = ranks.stop
+                    self._masters += [(term.a, term.rows_of_a), (term.b, term.rows_of_b)]
+                    self._scales += [term.scale, 1.0]
+                    self._row_factors += [term.row_factors, None]
+                    b = group.b[part.rows, ranks]
+                    b = b if term.outputs is None else b[term.outputs]
+                    self._copies += [group.a[ranks], b]

@@ -156,7 +156,7 @@ class Group:
         n = r = 0
         for module in modules:
             height, self.k = _shape(module)
-            rank = module.rank if isinstance(module, FusibleLinear) and module.enabled else 0
+            rank = module.columns if isinstance(module, FusibleLinear) and module.enabled else 0
             wide = -(-rank // _RANKS) * _RANKS
             self.parts.append(Part(module, slice(n, n + height), slice(r, r + wide)))
             n, r = n + height, r + wide

@@ -82,7 +82,7 @@ class Sums:
                 continue
             assert small is not None
             first = part.ranks.start
-            found = token_sum(wide[:, part.rows], small[:, first : first + part.lora.rank])
+            found = token_sum(wide[:, part.rows], small[:, first : first + part.lora.columns])
             self._b[index] = _plus(self._b[index], found)
 
     def add_output(self, wide: Tensor, y: Tensor | None) -> None:
@@ -115,9 +115,9 @@ class Sums:
             d_a = d_b = None
             if lora.needs_gradient_of_a:
                 assert self._a is not None
-                d_a = self._a[part.ranks.start : part.ranks.start + lora.rank]
+                d_a = self._a[part.ranks.start : part.ranks.start + lora.columns]
             if lora.needs_gradient_of_b:
-                d_b = own if self._joint is None else self._joint[part.rows, : lora.rank]
+                d_b = own if self._joint is None else self._joint[part.rows, : lora.columns]
                 assert d_b is not None
                 if rows is not None:
                     d_b = d_b * rows.factor[part.rows]

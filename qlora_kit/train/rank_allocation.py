@@ -1,9 +1,12 @@
 """AdaLoRA in the loop: its term in the loss, scores before an update, ranks after it.
 
 `Trainer` makes one of these for an AdaLoRA adapter and adds it to its callbacks; nothing
-else in the loop knows the method. Importance needs the values that the gradient was taken
-at, so it is followed before the optimizer's step; ranks are set after it. In a float16 run
-an update whose gradients overflowed is skipped here as the optimizer skips it.
+else in the loop knows the method. The term depends on no batch: its gradient is added once per
+update, behind the last of the batches, in closed form; so forward and backward of a batch
+are LoRA's, and are recorded as a CUDA graph as LoRA's are. Importance needs the values that
+the gradient was taken at, so it is followed before the optimizer's step; ranks are set after
+it. In a float16 run an update whose gradients overflowed is skipped here as the optimizer
+skips it.
 """
 
 from pathlib import Path
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qlora_kit.adapters.adalora import AdaLoRALinear, orthogonality
+from qlora_kit.adapters.adalora import AdaLoRALinear, add_orthogonality, orthogonality
 from qlora_kit.adapters.attached import AttachedAdapter
 from qlora_kit.adapters.config import AdaLoRA
 from qlora_kit.adapters.rank_budget import RankAllocator
@@ -32,7 +35,7 @@ class RankAllocation(TrainerCallback):
         >>> from qlora_kit.adapters.inject import attach
         >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 4)])})
         >>> ranks = RankAllocation.of(attach(model, AdaLoRA(rank=2)))
-        >>> ranks.penalty().requires_grad
+        >>> float(ranks.penalty()) > 0
         True
     """
 
@@ -63,15 +66,29 @@ class RankAllocation(TrainerCallback):
         modules = [piece for piece in adapter.pieces if isinstance(piece, AdaLoRALinear)]
         return cls(modules, adapter.config)
 
+    @torch.no_grad()
     def penalty(self) -> Tensor:
         """The term in the loss of one update.
 
         Returns:
-            () float32, γ·R; zero without a graph where γ is 0.
+            () float32, γ·R.
         """
         if self.weight == 0.0:
             return torch.zeros((), device=self.modules[0].lora_A.device)
         return self.weight * orthogonality(self.modules, self.form)
+
+    def add_gradients(self, loss_scale: Tensor | None) -> Tensor:
+        """Add the term's gradient to those of an update's batches.
+
+        Args:
+            loss_scale: () what they are multiplied by for now, in a float16 run; else None.
+
+        Returns:
+            As `penalty`.
+        """
+        if self.weight == 0.0:
+            return self.penalty()
+        return add_orthogonality(self.modules, self.weight, self.form, loss_scale=loss_scale)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -142,7 +142,7 @@ class Trainer(LoggingTrainer):
         self.remove_callback(transformers.PrinterCallback)
         self.causal = causal
         alone = args.world_size == 1 and self.accelerator.scaler is None
-        alone = alone and self.fused is not None and self.fused.never_waits and self.ranks is None
+        alone = alone and self.fused is not None and self.fused.never_waits
         self.graphs = StepGraphs(self._graph_loss, [p for _, p in trainable]) if alone else None
         # True: the loss is a sum over tokens divided by `num_items_in_batch`, so it is not
         # divided again by the number of accumulated batches.
@@ -200,12 +200,8 @@ class Trainer(LoggingTrainer):
             )
             if self.args.average_tokens_across_devices and num_items_in_batch is not None:
                 loss = loss * self.accelerator.num_processes
-            if model.training:
-                loss = self.with_penalty(loss, is_share=num_items_in_batch is not None)
             return (loss, {}) if return_outputs else loss
-        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        as_it_is = return_outputs or not model.training
-        return found if as_it_is else self.with_penalty(found, is_share=False)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _graph_loss(self, inputs: Batch, num_items: Tensor) -> Tensor:
         self.model.train()  # a recorded step stays in the mode it was recorded in
@@ -243,9 +239,8 @@ class Trainer(LoggingTrainer):
         if self.graphs is not None and isinstance(num_items_in_batch, Tensor):
             recorded = self.graphs.run(self._prepare_inputs(inputs), num_items_in_batch)
             if recorded is not None:
-                return recorded
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        return loss
+                return self.with_penalty(recorded)
+        return self.with_penalty(super().training_step(model, inputs, num_items_in_batch))
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """Return 0: Transformers' estimate counts packed bytes as weights."""

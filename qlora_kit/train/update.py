@@ -60,21 +60,20 @@ class UpdatingTrainer(transformers.Trainer):
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 
-    def with_penalty(self, loss: Tensor, *, is_share: bool) -> Tensor:
-        """Add the method's own term to the loss of a batch that is trained on.
+    def with_penalty(self, loss: Tensor) -> Tensor:
+        """Add the method's own term, and its gradient, behind the last batch of an update.
 
         Args:
-            loss: () of the task, of one of the batches accumulated for an update.
-            is_share: whether it is the batch's share of the update's loss; otherwise
-                Transformers divides it by the number of accumulated batches.
+            loss: () of a batch, behind its backward pass, as it counts in the update's.
 
         Returns:
-            () with the batch's share of the term; `loss` itself where the method has none.
+            () with the whole term, if it was the last; `loss` itself where the method has none.
         """
-        if self.ranks is None:
+        if self.ranks is None or not self.accelerator.sync_gradients:
             return loss
-        batches = getattr(self, "current_gradient_accumulation_steps", 1) if is_share else 1
-        return loss + self.ranks.penalty() / batches
+        scaler = self.accelerator.scaler
+        scale = None if scaler is None else scaler.scale(torch.ones((), device=loss.device))
+        return loss + self.ranks.add_gradients(scale)
 
     def own_values(self) -> dict[str, Tensor]:
         """What a method adds to a log line: how much of the loss is its own term.

@@ -1,10 +1,12 @@
 """AdaLoRA on one linear and on models: values, gradients, orthogonality, start, merge."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from qlora_kit.adapters.adalora import AdaLoRALinear, orthogonality
+from qlora_kit.adapters.adalora import AdaLoRALinear, add_orthogonality, orthogonality
 from qlora_kit.adapters.adalora_config import RankBudget
 from qlora_kit.adapters.config import AdaLoRA, LoRA, make_adapter_config, method_name
 from qlora_kit.adapters.inject import attach
@@ -153,6 +155,42 @@ def test_orthogonality_in_both_forms():
         right = torch.autograd.grad(wanted, copies, retain_graph=True)
         for a, b in zip(found, right, strict=True):
             assert relative_error(a, b) < 64 * F32_EPS
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", ["code", "paper"])
+def test_its_gradient_in_closed_form(form, dtype):
+    """As autograd has it, added to what is there; frozen parts, half a factor and scales."""
+    config = replace(CONFIG, dtype=dtype)
+    layers = [AdaLoRALinear(nn.Linear(12, 40), f"small{i}", config, seed=0) for i in range(3)]
+    layers += [AdaLoRALinear(nn.Linear(24, 12), "other", config, seed=0)]
+    parameters = [p for layer in layers for p in (layer.lora_A, layer.lora_B)]
+    wanted = torch.autograd.grad(0.3 * orthogonality(layers, form), parameters)
+    layers[1].lora_B.requires_grad_(False)
+    layers[0].lora_A.grad = torch.full_like(layers[0].lora_A, 2.0)
+    value = add_orthogonality(layers, 0.3, form, loss_scale=torch.tensor(4.0))
+    assert torch.equal(value, 0.3 * orthogonality(layers, form).detach())
+    assert layers[1].lora_B.grad is None
+    assert all(layer.lora_E.grad is None for layer in layers)
+    eps = 64 * (F32_EPS if dtype == "float32" else torch.finfo(torch.bfloat16).eps / 16)
+    for i, (parameter, right) in enumerate(zip(parameters, wanted, strict=True)):
+        if parameter is layers[1].lora_B:
+            continue
+        right = 4.0 * right.float() + (2.0 if i == 0 else 0.0)
+        assert relative_error(parameter.grad, right) < eps
+        assert relative_error(0.5 * parameter.grad, right) > 0.4
+
+
+def test_its_gradient_is_zero_where_it_is():
+    layer, _ = adapted("linear")
+    with torch.no_grad():
+        layer.lora_A.zero_()[:, :RANK] = torch.eye(RANK)
+        layer.lora_B.zero_()[:RANK] = torch.eye(RANK)
+    for form in ("code", "paper"):
+        layer.lora_A.grad = layer.lora_B.grad = None
+        assert add_orthogonality([layer], 1.0, form) == 0.0
+        assert not layer.lora_A.grad.any()
+        assert not layer.lora_B.grad.any()
 
 
 def test_orthogonality_is_float32_under_autocast_and_flat_at_the_minimum():

@@ -1,5 +1,6 @@
 """AdaLoRA in the loop: the loss, accumulation, exact resume, the record and its picture."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from qlora_kit.adapters.adalora import orthogonality
@@ -19,6 +21,7 @@ from qlora_kit.train.checkpoints import last_checkpoint
 from qlora_kit.train.config import ExportConfig
 from qlora_kit.train.data.collate import PadCollator
 from qlora_kit.train.describe import describe_training
+from qlora_kit.train.rank_allocation import RankAllocation
 from qlora_kit.train.rank_picture import rank_map
 from qlora_kit.train.report import render_report
 from qlora_kit.train.run import run_training
@@ -103,16 +106,14 @@ def test_a_run_too_short_for_its_budget_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["code", "paper"])
 def test_the_regularizer_is_in_the_loss(tmp_path: Path, form: str) -> None:
-    """Loss and gradients of one batch: with γ minus without is γ·R."""
+    """Loss and gradients of one update: with γ minus without is γ·R."""
     results = {}
     for weight in (0.0, 0.5):
         budget = RankBudget(target_rank=2, orthogonality=weight, orthogonality_form=form)
         trainer = make(tmp_path, budget)
         batch = PadCollator(0)(rows(2))
-        trainer.model.train()
         count = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
-        loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=count)
-        loss.backward()
+        loss = trainer.training_step(trainer.model, dict(batch), num_items_in_batch=count)
         results[weight] = loss.item(), [p.grad.clone() for p in trainer.adapter.parameters()]
         trainer.model.eval()
         with torch.no_grad():
@@ -247,3 +248,41 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert adapter.config.budget == config.adalora
     values = [pair.values for pair in adapter.deltas.values()]
     assert sum(int((value != 0).sum()) for value in values) == 2 * 14
+
+
+class _Launches(TorchDispatchMode):
+    """Counts calls that are no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.calls[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("when", ["ranks fall", "ranks are final"])
+def test_an_update_has_as_many_launches_however_many_layers(tmp_path: Path, when: str) -> None:
+    """Of what AdaLoRA adds: its term, scores and masks; a hundred for all shapes together."""
+    found = []
+    for layers in (1, 4):
+        model = tiny_models.build("llama", num_hidden_layers=layers)
+        config = AdaLoRA(rank=4, alpha=8, budget=BUDGET)
+        ranks = RankAllocation.of(attach(model, config))
+        assert ranks is not None
+        for module in ranks.modules:
+            for parameter in module.trainable().values():
+                parameter.grad = torch.ones_like(parameter)
+        if when == "ranks are final":
+            ranks.allocator.allocate(6, updates=9)
+            ranks.allocator.allocate(7, updates=9)
+        update = 3 if when == "ranks fall" else 8  # neither distributes
+        with _Launches() as launches:
+            ranks.add_gradients(None)
+            ranks.allocator.observe(update, updates=9)
+            ranks.allocator.allocate(update, updates=9)
+        found.append(launches.calls)
+    assert found[0] == found[1]
+    assert found[0].total() < 60
