@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from qlora_kit.adapters.attached import AttachedAdapter
-from qlora_kit.adapters.glora_config import FORMS
+from qlora_kit.adapters.glora_config import FORMS, Structure
 from qlora_kit.adapters.glora_search import (
     Found,
     SearchResult,
@@ -114,7 +114,9 @@ class Work:
         self.model, self.adapter, data = self._load(run_config)
         size = options.batch_size or run_config.eval.batch_size
         parts = split_rows(len(data), options.rows, settings.seed)
-        self.searched, self.others = (_part(data, rows, size) for rows in parts)
+        searched, others = (_part(data, rows, size) for rows in parts)
+        self.parts = {"searched": searched, "others": others}
+        self.console = Console(file=sys.stderr)
         self.pieces = super_net_pieces(self.adapter)
         self.whole = tuple(piece.structure for piece in self.pieces)
         self.largest = count_values(self.pieces, self.whole)
@@ -143,43 +145,27 @@ class Work:
         Returns:
             What was found.
         """
-        console = Console(file=sys.stderr)
-        settings = self.settings
+        settings, console = self.settings, self.console
+        searched, others = (part.rows for part in self.parts.values())
         total = settings.population * settings.generations
         console.print(
-            f"up to {total:,} candidates of at most {limit:,} values on {self.searched.rows:,} rows"
-            f" of {self.set}; {self.others.rows:,} other rows judge",
+            f"search: up to {total:,} candidates of at most {limit:,} values, on {searched:,} rows "
+            f"of {self.set}; {others:,} other rows judge",
             highlight=False,
+            soft_wrap=True,
         )
-        with make_progress(console) as progress:
+        with _bar(console) as progress:
             watch = _Watch(progress, settings)
             found = search_structures(
                 self.model,
                 self.adapter,
-                self.searched.batches,
+                self.parts["searched"].batches,
                 limit=limit,
                 settings=settings,
                 watch=watch,
             )
             watch.say()
         return found
-
-    def measure(self, structures: Candidate | None) -> dict[str, Any]:
-        """Measure one structure on both parts of the rows.
-
-        Args:
-            structures: one per linear; None: the adapter as it is.
-
-        Returns:
-            Trained values and losses, as plain values.
-        """
-        parts = {"searched": self.searched, "others": self.others}
-        losses = {
-            name: loss_of(self.model, self.adapter, part.batches, structures)
-            for name, part in parts.items()
-        }
-        values = 0 if structures is None else count_values(self.pieces, structures)
-        return {"parameters": values, "loss": losses}
 
     def record(self, found: SearchResult, limit: int) -> dict[str, Any]:
         """Measure what the table compares, and collect the history.
@@ -191,41 +177,59 @@ class Work:
         Returns:
             The content of `search.json`.
         """
-        settings = self.settings
+        best = [self._described(one.structures, one.loss) for one in found.ranking(BEST)]
         drawn = random_structures(
             self.adapter,
             size=found.best.parameters,
             count=self.options.controls,
-            seed=settings.seed,
+            seed=self.settings.seed,
         )
-        with self.adapter.disabled():
-            base = self.measure(None)
-
-        def described(structures: Candidate) -> dict[str, Any]:
-            forms = dict(zip(found.modules, map(str, structures), strict=True))
-            return self.measure(structures) | {"structures": forms}
-
+        control = [self._described(structures) for structures in drawn]
+        base: dict[str, Any] = {"parameters": 0, "loss": {}}
+        super_net = self._described(self.whole)
+        lines = [base, super_net, *best[:SHOWN], *control]
+        todo = [(one, part) for one in lines for part in self.parts if part not in one["loss"]]
+        self.console.print(f"compare: {len(todo)} losses", highlight=False)
+        with _bar(self.console) as progress:
+            task = progress.add_task("compare", total=len(todo), note="")
+            for one, part in todo:
+                one["loss"][part] = self._loss(one, part)
+                progress.advance(task)
         return {
             "format": 1,
             "run": self.options.run,
             "base_model": self.target.base,
             "limit": limit,
-            "settings": asdict(settings),
-            "rows": {
-                "set": self.set,
-                "searched": self.searched.rows,
-                "others": self.others.rows,
-            },
+            "settings": asdict(self.settings),
+            "rows": {"set": self.set} | {name: part.rows for name, part in self.parts.items()},
             "base": base,
-            "super_net": self.measure(self.whole),
-            "best": [described(one.structures) for one in found.ranking(BEST)],
-            "random": [described(structures) for structures in drawn],
+            "super_net": super_net,
+            "best": best,
+            "random": control,
             "best_by_generation": found.best_by_generation,
             "candidates": [
                 {"generation": f.generation, "loss": f.loss, "parameters": f.parameters}
                 for f in found.candidates
             ],
         }
+
+    def _described(self, structures: Candidate, loss: float | None = None) -> dict[str, Any]:
+        """Plain values of one line: trained values, losses by part, and the forms."""
+        places = [piece.place for piece in self.pieces]
+        return {
+            "parameters": count_values(self.pieces, structures),
+            "loss": {} if loss is None else {"searched": loss},
+            "structures": dict(zip(places, map(str, structures), strict=True)),
+        }
+
+    def _loss(self, line: dict[str, Any], part: str) -> float:
+        """The loss of a line on a part of the rows; of the base where it has no structures."""
+        batches = self.parts[part].batches
+        if "structures" not in line:
+            with self.adapter.disabled():
+                return loss_of(self.model, self.adapter, batches)
+        structures = tuple(map(Structure.parse, line["structures"].values()))
+        return loss_of(self.model, self.adapter, batches, structures)
 
 
 def _part(data: "TokenizedSet", rows: list[int], size: int) -> _Part:
@@ -234,6 +238,13 @@ def _part(data: "TokenizedSet", rows: list[int], size: int) -> _Part:
     order = sorted(rows, key=lambda row: -data.lengths[row])
     chunks = [order[i : i + size] for i in range(0, len(order), size)]
     return _Part(len(rows), [collate([data[row] for row in chunk]) for chunk in chunks])
+
+
+def _bar(console: Console) -> "Progress":
+    """A progress bar that stays away where there is no terminal."""
+    progress = make_progress(console)
+    progress.disable = not console.is_terminal
+    return progress
 
 
 class _Watch:
