@@ -15,6 +15,7 @@ Without a GPU a tiny model runs, which tests the benchmark and nothing else.
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -27,9 +28,7 @@ from benchmarks.context.child import Case
 from benchmarks.harness.record import ROOT, write_record
 from qlora_kit.bench.process import run_process
 from qlora_kit.block.tiles import Tile
-
-ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-"""Segments that grow: what is freed serves tensors of any size."""
+from qlora_kit.core.allocator import FIXED, growing_segments, segments_grow
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -80,18 +79,19 @@ def measure(case: Case, scratch: Path, arguments: argparse.Namespace) -> dict[st
     row.unlink(missing_ok=True)
     job.write_text(json.dumps({"case": asdict(case), "row_file": str(row)}), encoding="utf-8")
     print(f"{case.model}, {case.length:,} tokens", flush=True)
+    environment = FIXED if arguments.fixed_segments else growing_segments()
     outcome = run_process(
         [sys.executable, "-m", "benchmarks.context.child", str(job)],
         limit_seconds=arguments.limit_seconds,
         folder=ROOT,
-        environment={} if arguments.fixed_segments else ALLOCATOR,
+        environment=environment,
     )
     if row.exists():
         found: dict[str, object] = json.loads(row.read_text(encoding="utf-8"))
     else:
         print("   failed:", outcome.reason, *outcome.tail[-15:], sep="\n     ", flush=True)
         found = {**asdict(case), "trained": False, "error": outcome.reason or "no row"}
-    return {**found, "expandable_segments": not arguments.fixed_segments}
+    return {**found, "expandable_segments": segments_grow({**os.environ, **environment})}
 
 
 def table(rows: Sequence[dict[str, object]]) -> str:

@@ -1,6 +1,6 @@
 """Paged optimizers: one long row in a stream of short ones, with the state paged and not.
 
-    python -m benchmarks.context.spike [--card-gib 23] [--long 24576]
+    python -m benchmarks.context.spike [--card-gib 23] [--long 24576] [--fixed-segments]
 
 Memory of the GPU beyond `--card-gib` is taken away first, by the driver and not by torch: as on
 a smaller card, what does not fit is not there. Each kind of optimizer trains the same stream in
@@ -26,6 +26,7 @@ from benchmarks.harness.record import ROOT, write_record
 from qlora_kit.bench.process import run_process
 from qlora_kit.bench.steps import GIB, is_out_of_memory
 from qlora_kit.bench.subject import Stage
+from qlora_kit.core.allocator import FIXED, growing_segments, segments_grow
 
 OPTIMIZERS = ("adamw_32bit", "paged_adamw_32bit")
 SHORT = 1024
@@ -111,6 +112,8 @@ def run(optimizer: str, card_gib: float, long: int, rank: int) -> dict[str, obje
         "detail": detail,
         "state_gib": 8 * sum(p.numel() for p in model.parameters() if p.requires_grad) / GIB,
         "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB if gpu else None,
+        "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB if gpu else None,
+        "expandable_segments": segments_grow(),
     }
 
 
@@ -123,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--card-gib", type=float, default=23.0)
     parser.add_argument("--long", type=int, default=24576 if gpu else 64)
     parser.add_argument("--rank", type=int, default=256 if gpu else 4)
+    parser.add_argument("--fixed-segments", action="store_true", help="torch's own allocator")
     parser.add_argument("--limit-seconds", type=float, default=240)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -140,7 +144,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             words += [str(file), "--card-gib", str(arguments.card_gib)]
             words += ["--long", str(arguments.long), "--rank", str(arguments.rank)]
             print(optimizer, flush=True)
-            outcome = run_process(words, limit_seconds=arguments.limit_seconds, folder=ROOT)
+            outcome = run_process(
+                words,
+                limit_seconds=arguments.limit_seconds,
+                folder=ROOT,
+                environment=FIXED if arguments.fixed_segments else growing_segments(),
+            )
             if not file.exists():
                 print("   failed:", outcome.reason, *outcome.tail[-15:], sep="\n     ")
                 return 1

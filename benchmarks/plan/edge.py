@@ -5,8 +5,8 @@
     python -m benchmarks.plan.edge --again RECORD     # hold a record to the planner of today
 
 For each edge three sizes under one budget, which torch is held to as `train` holds it
-(`torch.cuda.set_per_process_memory_fraction`, torch's allocator as it comes, so that fragments
-count):
+(`torch.cuda.set_per_process_memory_fraction`), with the allocator that `train` has
+(`core/allocator.py`), so that fragments count:
 
     fits      the largest batch, or the longest row, that the planner says fits: it has to run
     tight     the next one, at least 3% more tokens: inside its margin, so it may run or not;

@@ -45,6 +45,7 @@ from qlora_kit.bench.subject import (
     read_jobs,
     write_row,
 )
+from qlora_kit.core.allocator import segments_grow
 from qlora_kit.core.memory import PeakMemory
 
 BUILDERS = {
@@ -238,6 +239,7 @@ def run_job(job: Job, stage: Stage) -> None:
             "load_host_gib": memory.peak_bytes / GIB,
             "weights_gib": (torch.cuda.memory_allocated() - left) / GIB if gpu else None,
             "left_before_gib": left / GIB if gpu else None,
+            "growing_segments": segments_grow() if gpu else None,
         }
         vocab = vocab_size(job.build)
         for point in job.points:

@@ -27,6 +27,7 @@ from qlora_kit.bench.layers import KnownPositions, own_layers, without_positions
 from qlora_kit.bench.random_model import random_model
 from qlora_kit.bench.shapes import config_of
 from qlora_kit.bench.subject import Batch, Build, NotPossible, Point, Stage, Subject, make_optimizer
+from qlora_kit.core.allocator import growing_segments
 from qlora_kit.ops.attention.transformers_door import register, unpadded_inputs
 from qlora_kit.step.graph import StepGraphs
 from qlora_kit.step.loss import causal_lm_loss, count_targets
@@ -37,7 +38,8 @@ HEADS = ("chunked", "stock")
 
 def environment(_build: Build) -> dict[str, str]:
     """Variables that have to be set before the process starts."""
-    return {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return offline | growing_segments()
 
 
 class _Run:

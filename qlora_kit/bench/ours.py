@@ -31,6 +31,7 @@ from qlora_kit.bench.subject import (
     Stage,
     Subject,
 )
+from qlora_kit.core.allocator import growing_segments
 from qlora_kit.load.model import load
 from qlora_kit.optim.create import flat_optimizer
 from qlora_kit.quant.config import QuantConfig
@@ -50,7 +51,8 @@ _ROW = {"input_ids": [1, 2], "labels": [1, 2]}
 
 def environment(_build: Build) -> dict[str, str]:
     """Variables that have to be set before the process starts."""
-    return {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return offline | growing_segments()
 
 
 class _Run:

@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from types import TracebackType
 
+from qlora_kit.core.allocator import use_growing_segments
 from qlora_kit.core.errors import ConfigError, UserError
 
 COMMANDS = {
@@ -146,6 +147,8 @@ def entry() -> None:
     # Before torch is imported: threads that wait for each other sleep instead of spinning. That
     # costs speed on an idle CPU and saves a shared one from collapse: docs/decisions/0007.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if sys.argv[1:2] != ["bench"]:  # its processes choose: other libraries run as they come
+        use_growing_segments()
     sys.exit(main(sys.argv[1:]))
 
 

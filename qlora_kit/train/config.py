@@ -224,7 +224,7 @@ class RunConfig:
     plan: Literal["auto", "off"] = "auto"
     """`auto`: on a GPU, predict memory first, refuse what cannot fit and choose `auto` settings."""
     budget: str = "auto"
-    """GPU memory the run may take, such as 44GiB; `auto`: what the card has free."""
+    """GPU memory the run may take, such as 44GiB, enforced; `auto`: what the card has free."""
     output: str = "runs/run"
     """Folder for the adapter, checkpoints, logs, merged model and report."""
     resume: bool = False

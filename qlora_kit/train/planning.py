@@ -25,6 +25,7 @@ from qlora_kit.plan.predict import CONTEXT, Prediction
 from qlora_kit.plan.search import Planner
 from qlora_kit.plan.setup import FULL, Setup
 from qlora_kit.plan.table import memory_table, nearest_table, run_text
+from qlora_kit.train.arguments import is_on_gpu
 from qlora_kit.train.config import RunConfig
 from qlora_kit.train.data.tokenized import TokenizedSet
 
@@ -195,12 +196,15 @@ def _free_bytes() -> int:  # needs a GPU
 
 
 def enforce(config: RunConfig) -> None:
-    """Let torch take no more of the GPU than a budget that was given.
+    """Let torch take no more of the GPU than a budget that was given, plan or no plan.
 
     Args:
-        config: the run; `auto` changes nothing.
+        config: the run; without a budget, or on a CPU, nothing changes.
+
+    Raises:
+        ConfigError: the budget is no size.
     """
-    if config.budget != AUTO and torch.cuda.is_available():
+    if config.budget != AUTO and is_on_gpu(config.model.device):
         _limit(parse_bytes(config.budget))
 
 
@@ -303,7 +307,6 @@ def plan_run(
     Raises:
         ConfigError: nothing fits; the message has the table and what would.
     """
-    enforce(config)
     if config.method not in PLANNED:
         logger.info("training without a plan: plans for %s were not measured", config.method)
         return None

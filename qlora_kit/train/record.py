@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from qlora_kit import __version__
+from qlora_kit.core.allocator import segments_grow
 from qlora_kit.core.memory import anonymous_bytes
 from qlora_kit.train.evaluate import Answer, SetResult
 
@@ -100,6 +101,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         found["gpu"] = properties.name
         found["gpu_memory_bytes"] = properties.total_memory
         found["cuda"] = torch.version.cuda
+        found["growing_segments"] = segments_grow()
     return found
 
 

@@ -19,6 +19,7 @@ from qlora_kit.adapters.config import LoRA, make_adapter_config
 from qlora_kit.adapters.inject import AttachedAdapter, attach
 from qlora_kit.adapters.whole_model import computing_dtype
 from qlora_kit.checkpoint.source import Source, open_source
+from qlora_kit.core.allocator import use_growing_segments
 from qlora_kit.core.atomic import atomic_write_text
 from qlora_kit.core.errors import SourceError
 from qlora_kit.core.memory import PeakMemory
@@ -56,6 +57,7 @@ from qlora_kit.train.planning import (
     RunPlan,
     advice,
     bounded_evaluation,
+    enforce,
     gpu_of,
     largest_batch,
     plan_run,
@@ -107,6 +109,7 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
         Traceback (most recent call last):
         qlora_kit.core.errors.SourceError: ...
     """
+    use_growing_segments()
     run = _Run(config, console or Console())
     with explain_memory_errors(config, run.memory_advice), quiet_transformers():
         return run.go()
@@ -189,11 +192,11 @@ class _Run:
         return source, tokenizer
 
     def _make_plan(self, train: TokenizedSet, stages: Stages, *, on_gpu: bool) -> None:
-        """Plan the run where it is on a GPU, before its model is there."""
+        """Plan the run where it is on a GPU, before its model is there; hold it to its budget."""
         self.pad = 8 if on_gpu else 1
         self.lengths = list(train.lengths)
-        gpu = gpu_of(self.config)
-        if gpu is None:
+        enforce(self.config)
+        if (gpu := gpu_of(self.config)) is None:
             return
         model = read_config(self.folder)
         with stages.stage("plan"):

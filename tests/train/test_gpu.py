@@ -99,6 +99,32 @@ def test_no_update_waits_for_the_gpu(tmp_path: Path, accumulated: int, width: in
     assert found == [*range(1, 10)]
 
 
+class _Work(TrainerCallback):
+    """Gives the GPU so many cycles to wait in each update, which the host does not notice."""
+
+    def __init__(self, cycles: int) -> None:
+        self.cycles = cycles
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        torch.cuda._sleep(self.cycles)
+
+
+def test_log_lines_have_the_gpus_time(tmp_path: Path) -> None:
+    """40 million cycles are 13 ms or more on any card (3 GHz); no line may say less."""
+    trainer = make(tmp_path, max_steps=9, full_determinism=False)  # a checkpoint at 3, 6 and 9
+    trainer.add_callback(_Work(40_000_000))
+    trainer.train()
+    lines = [h for h in trainer.state.log_history if "loss" in h]
+    tokens = [0, *(line["tokens"] for line in lines)]
+    seconds = [
+        (after - before) / line["tokens_per_s"]
+        for before, after, line in zip(tokens, tokens[1:], lines, strict=False)
+    ]
+    assert len(seconds) == 9
+    assert min(seconds) > 0.013
+    assert sum(seconds) < trainer.state.log_history[-1]["train_runtime"]
+
+
 def test_torch_sees_what_waits(tmp_path: Path) -> None:
     """The same with a batch that is waited for: refused."""
     trainer = make(tmp_path, max_steps=9, save_strategy="no", full_determinism=False)

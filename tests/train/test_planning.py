@@ -31,6 +31,7 @@ from qlora_kit.train.planning import (
     RunPlan,
     advice,
     bounded_evaluation,
+    enforce,
     gpu_of,
     largest_batch,
     plan_run,
@@ -318,6 +319,63 @@ def test_running_out_of_memory_inside_the_model_is_explained(base, tmp_path, mon
         file = tmp_path / "run.yaml"
         file.write_text(to_yaml(replace(config, output=str(tmp_path / "two"))))
         assert main(["train", str(file)]) == 2
+
+
+@pytest.mark.parametrize("plan", ["auto", "off"])
+@pytest.mark.parametrize(
+    ("budget", "limits"), [("12GiB", [12 << 30]), ("500MB", [500_000_000]), ("auto", [])]
+)
+def test_a_budget_that_is_named_is_enforced(monkeypatch, plan, budget, limits):
+    """Whether or not a plan is made; without one nothing is."""
+    found: list[int] = []
+    monkeypatch.setattr(planning, "_limit", found.append)
+    monkeypatch.setattr(planning, "is_on_gpu", lambda device: device != "cpu")
+    enforce(make(plan=plan, budget=budget))
+    assert found == limits
+    enforce(make(plan=plan, budget=budget, model=ModelConfig(path="m", device="cpu")))
+    assert found == limits
+
+
+def test_a_budget_that_is_no_size_is_refused(monkeypatch):
+    monkeypatch.setattr(planning, "is_on_gpu", lambda device: True)
+    with pytest.raises(ConfigError, match="much"):
+        enforce(make(budget="much"))
+
+
+@pytest.mark.parametrize(
+    "method", ["lora", "bitfit"]
+)  # with a plan, if there is a GPU, and without
+@pytest.mark.parametrize("plan", ["auto", "off"])
+def test_a_run_under_a_budget_ends_at_it(base, tmp_path, monkeypatch, capsys, plan, method):
+    """The limit is there before the model is; beyond it: what takes less, and exit code 2."""
+    limits: list[int] = []
+    monkeypatch.setattr(planning, "_limit", limits.append)
+    monkeypatch.setattr(planning, "is_on_gpu", lambda device: True)
+    real_load, real_mlp = run_module.load, LlamaMLP.forward
+    seen: list[int] = []
+
+    def load(*arguments: Any, **named: Any) -> Any:
+        seen.append(len(limits))
+        return real_load(*arguments, **named)
+
+    def mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
+        if limits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return real_mlp(self, x)
+
+    monkeypatch.setattr(run_module, "load", load)
+    monkeypatch.setattr(LlamaMLP, "forward", mlp)
+    free = whole(base, tmp_path, plan=plan, method=method, output=str(tmp_path / "free"))
+    run_training(free, console=Console(quiet=True))
+    assert seen == [0]
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(replace(free, budget="12GiB", output=str(tmp_path / "held"))))
+    assert main(["train", str(file)]) == 2
+    assert (seen, limits) == ([0, 1], [12 << 30])
+    said = capsys.readouterr().err
+    assert "out of memory" in said
+    assert ("nearest settings that fit" if method == "lora" else "Try, in this order") in said
+    assert "Traceback" not in said
 
 
 def test_losses_do_not_depend_on_how_rows_are_divided(base):
