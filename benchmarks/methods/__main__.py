@@ -9,16 +9,20 @@ SmolLM2-135M-Instruct in NF4. `reviews`: positive or negative, the quickstart's 
 budget. `commands`: a voice command to JSON, judged by exact match of the whole answer. For each
 seed all methods see the same rows in the same order, for as many updates. The learning rate is
 chosen for each method and task on rows that are neither trained on nor reported, with a seed of
-its own: three rates half a decade apart, one more where the best is outermost, at most two.
+its own, in trainings of half the updates and less: three rates half a decade apart, one more
+where the best is outermost, at most two.
 
-Steps are timed first, one process alone, median of several after a warm-up; the trainings share
-the GPU and say nothing about speed. `--work FOLDER` keeps every finished row at once, and a run
+Steps are timed first, while there is one process alone, at a larger model's shape: where a step
+only waits for the processor to launch it, as it does with 135 million weights, methods cannot be
+told apart by it. Median of several after a warm-up; the trainings share the GPU and say nothing
+about speed. `--work FOLDER` keeps every finished row at once, and a run
 in the same folder goes on from there. `--total-seconds` ends the run; the record says what is
 missing.
 """
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -30,16 +34,9 @@ import torch
 
 from benchmarks.harness.record import ROOT, write_record
 from benchmarks.methods.cases import BY_NAME, DEMO, MODEL, TASKS, Shape, budget_row
-from benchmarks.methods.report import draw, table, text, write_into
-from benchmarks.methods.schedule import (
-    Board,
-    Crew,
-    Setting,
-    read_rows,
-    speed_jobs,
-    training_jobs,
-    visible_gpus,
-)
+from benchmarks.methods.crew import Crew, Setting, read_rows, visible_gpus
+from benchmarks.methods.report import budget_of, draw, table, text, write_into
+from benchmarks.methods.schedule import Board, bases, costs_of, speed_jobs, training_jobs
 from benchmarks.methods.work import reduced
 from benchmarks.ops.plot_nf4_linear import newest
 from qlora_kit.checkpoint.source import open_source
@@ -69,6 +66,12 @@ def shapes_of(words: Sequence[str]) -> tuple[Shape, ...]:
     return tuple(found)
 
 
+def default_workers(gpu: bool) -> int:
+    """Three for every four cores, where a GPU waits for a launch most of the time; else one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) * 3 // 4) if gpu else 1
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     gpu = torch.cuda.is_available()
@@ -86,14 +89,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--no-tune", action="store_true", help="take the middle of every grid")
     add("--model", default=str(MODEL), help="a folder or a .gguf file")
     add("--demo", type=Path, default=DEMO, help="folder of the data")
-    default = ["demo:16x128", "Llama-3.2-1B:4x1024"] if gpu else ["demo:4x64"]
+    default = ["Llama-3.2-1B:4x1024"] if gpu else ["demo:4x64"]
     add("--speed", nargs="*", default=default, metavar="NAME:BxT", help="where steps are timed")
     add("--speed-steps", type=int, default=Shape(name="", batch=1, seq=1).steps)
-    add("--workers", type=int, default=12 if gpu else 1, help="processes that train at a time")
+    add("--workers", type=int, default=default_workers(gpu), help="processes that train")
     add("--total-seconds", type=float, default=3600)
     add("--work", type=Path, help="folder to keep rows in and to go on from")
     add("--out", type=Path, help="instead of benchmarks/results")
     add("--report", nargs="?", const="newest", metavar="RECORD", help="only write the document")
+    add("--leave-out", nargs="*", default=[], help="of a report: methods changed since the record")
     add("--document", type=Path, default=DOCUMENT)
     add("--figure", type=Path, default=FIGURE)
     return parser.parse_args(argv)
@@ -104,9 +108,11 @@ def report(arguments: argparse.Namespace) -> None:
     newest_one = arguments.report == "newest"
     file = newest("methods") if newest_one else Path(arguments.report)
     record = json.loads(file.read_text(encoding="utf-8"))
-    write_into(arguments.document, text(record, file.name))
-    draw(record, arguments.figure)
-    print(f"{arguments.document} and {arguments.figure} from {file.name}")
+    write_into(arguments.document, text(record, file.name, arguments.leave_out))
+    print(f"{arguments.document} from {file.name}")
+    if budget_of(record)["tasks"]:
+        draw(record, arguments.figure)
+        print(f"{arguments.figure} from {file.name}")
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> Path:
@@ -132,17 +138,17 @@ def measure(arguments: argparse.Namespace, folder: Path) -> Path:
         demo=arguments.demo,
         folder=folder,
         workers=arguments.workers,
+        bits=bases(cases, tasks, shapes),
         gpus=visible_gpus(),
     )
     board = Board([], read_rows(folder))
-    trainings = training_jobs(cases, tasks, arguments.seeds)
-    if arguments.no_tune:
-        trainings = [job for job in trainings if job.what != "tune"]
     with Crew(setting, board, began + arguments.total_seconds) as crew:
         try:
-            crew.ready()
-            print(f"{time.monotonic() - began:5.0f} s  the workers are ready", flush=True)
+            print(f"{time.monotonic() - began:5.0f} s  the first worker is ready", flush=True)
             crew.run(speed_jobs(cases, shapes), alone=True)
+            trainings = training_jobs(cases, tasks, arguments.seeds, costs_of(board.rows))
+            if arguments.no_tune:
+                trainings = [job for job in trainings if job.what != "tune"]
             crew.run(trainings, alone=False)
         except KeyboardInterrupt:
             print("cut short: what was finished is recorded", flush=True)

@@ -7,7 +7,7 @@ replaced, the rest of it is left alone.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,39 +79,46 @@ def budget_of(record: dict[str, Any]) -> Row:
     return row
 
 
-def table(record: dict[str, Any]) -> Table:
-    """One line per method, the base first.
+def table(record: dict[str, Any], leave_out: Collection[str] = ()) -> Table:
+    """One line per method, the base first where there are scores.
 
     Args:
         record: of this benchmark.
+        leave_out: methods without a line.
 
     Returns:
         The table; what was not run is a dash.
     """
     rows, budget = record["rows"], budget_of(record)
     tasks, shapes = budget["tasks"], budget["shapes"]
-    heading = ["method", "trained", "peak MiB"]
-    heading += [f"{part} {_shape(s)}" for s in shapes for part in ("tokens/s", "time")]
+    heading = ["method", "trained", *(["peak MiB"] if tasks else [])]
+    heading += [f"{part} {_shape(s)}" for s in shapes for part in ("tokens/s", "time", "peak GiB")]
     heading += [f"{task['name']}, {task['metric'].replace('_', ' ')} %" for task in tasks]
-    base = ["base, NF4", NONE, NONE, *[NONE] * (2 * len(shapes))]
-    for task in tasks:
-        found = find(rows, what="base", task=task["name"])
-        base.append(spread([row["score"] for row in found]))
-    lines = [tuple(base)]
+    lines = []
+    if tasks:
+        found = [find(rows, what="base", task=task["name"]) for task in tasks]
+        scored = [spread([row["score"] for row in base]) for base in found]
+        lines.append(("base, NF4", NONE, NONE, *[NONE] * (3 * len(shapes)), *scored))
     for case in budget["cases"]:
         name = case["name"]
         runs = find(rows, what="run", method=name)
         timed = find(rows, what="speed", method=name)
-        if not runs and not timed:
+        if name in leave_out or not (runs or timed):
             continue
-        peaks = [row["peak_bytes"] for row in runs if row.get("peak_bytes")]
         line = [case["label"], f"{(runs or timed)[0]['trainable']:,}"]
-        line.append(f"{max(peaks) / MIB:,.0f}" if peaks else NONE)
+        if tasks:
+            line.append(_peak(runs, MIB, ".0f"))
         for shape in shapes:
             line += _speed(rows, name, shape["name"])
         line += [spread(scores(rows, name, task["name"])) for task in tasks]
         lines.append(tuple(line))
     return Table("methods", tuple(heading), lines)
+
+
+def _peak(rows: Sequence[Row], unit: int, digits: str) -> str:
+    """The highest peak of memory; a dash without a GPU."""
+    peaks = [row["peak_bytes"] for row in rows if row.get("peak_bytes")]
+    return f"{max(peaks) / unit:,{digits}}" if peaks else NONE
 
 
 def _shape(shape: Row) -> str:
@@ -120,45 +127,70 @@ def _shape(shape: Row) -> str:
 
 
 def _speed(rows: Sequence[Row], case: str, shape: str) -> list[str]:
-    """Tokens/s, and the step's time in units of LoRA's."""
+    """Tokens/s, the step's time in units of LoRA's, and its peak."""
     own = find(rows, what="speed", method=case, shape=shape)
     of_lora = find(rows, what="speed", method=REFERENCE, shape=shape)
     if not own:
-        return [NONE, NONE]
+        return [NONE, NONE, NONE]
     ratio = f"{own[0]['ms'] / of_lora[0]['ms']:.2f}" if of_lora else NONE
     fused = "" if own[0]["fused"] else "*"
-    return [f"{own[0]['tokens_per_s']:,.0f}", ratio + fused]
+    return [f"{own[0]['tokens_per_s']:,.0f}", ratio + fused, _peak(own, GIB, ".1f")]
 
 
-def text(record: dict[str, Any], source: str) -> str:
+def text(record: dict[str, Any], source: str, leave_out: Collection[str] = ()) -> str:
     """What stands between the marks of the document.
 
     Args:
         record: of this benchmark.
         source: the record's file, for the reader.
+        leave_out: methods without a line, because they were changed since.
 
     Returns:
         Markdown.
     """
     budget = budget_of(record)
-    where = record["gpu"] or record["cpu"]
-    seeds = {row["seed"] for row in find(record["rows"], what="run")}
-    lines = [
-        f"`{budget['model']}` on {where}, commit {record['commit']}, {len(seeds)} seeds "
-        f"(`{source}`). Peak: of the runs, base included; time: of a step, over LoRA's"
-        + (", * by the model's own code instead of fused layers." if record["gpu"] else "."),
-    ]
+    tasks = budget["tasks"]
+    lines = [_measured(record, source)]
     lines += [
         f"`{t['name']}`: {t['updates']} updates of {t['batch']} rows, {t['test_rows']:,} held out; "
-        f"learning rate by the loss on {t['validation_rows']} further rows."
-        for t in budget["tasks"]
+        f"learning rate by the loss on {t['validation_rows']} further rows after "
+        f"{t['tuning_updates']} updates."
+        for t in tasks
     ]
     if budget["not_run"]:
         lines.append(f"Not run: {', '.join(budget['not_run'])}.")
+    if leave_out:
+        labels = [case["label"] for case in budget["cases"] if case["name"] in leave_out]
+        lines.append(f"Left out: {', '.join(labels)}; another implementation was measured.")
     failed = [row for row in record["rows"] if "error" in row]
     lines += [f"Failed: {row['what']} {row['method']}: {row['error']}" for row in failed]
-    rates = "; ".join(_rates(record, task["name"]) for task in budget["tasks"])
-    return "\n\n".join(["\n".join(lines), table(record).markdown(), f"Learning rates: {rates}."])
+    parts = ["\n".join(lines), table(record, leave_out).markdown()]
+    if tasks:
+        parts.append(f"Learning rates: {'; '.join(_rates(record, t['name']) for t in tasks)}.")
+    return "\n\n".join(parts)
+
+
+def _measured(record: dict[str, Any], source: str) -> str:
+    """What was measured where, and how to read it."""
+    budget = budget_of(record)
+    where = record["gpu"] or record["cpu"]
+    star = ", * by the model's own code instead of fused layers" if record["gpu"] else ""
+    shapes = f"Steps at {', '.join(_named(s) for s in budget['shapes'])}, random weights in NF4,"
+    seeds = {row["seed"] for row in find(record["rows"], what="run")}
+    said = f"commit {record['commit']}"
+    if not budget["tasks"]:
+        return (
+            f"{shapes} on {where}, {said} (`{source}`). Time: of a step, over LoRA's{star}. "
+            "Scores are not measured yet."
+        )
+    return (
+        f"`{budget['model']}` on {where}, {said}, {len(seeds)} seeds (`{source}`). Peak MiB: of "
+        f"the runs, base included; time: of a step, over LoRA's{star}."
+    )
+
+
+def _named(shape: Row) -> str:
+    return f"{shape['name']}'s shape ({shape['batch']} × {shape['seq']} tokens)"
 
 
 def _rates(record: dict[str, Any], task: str) -> str:

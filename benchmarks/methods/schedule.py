@@ -1,28 +1,14 @@
-"""Which job comes next, and the workers that do them.
+"""Which job comes next: the base, the learning rates, and seed after seed.
 
-Steps are timed first, one method after the other in one process while the others wait. Then all
-processes share the GPUs: the base, the learning rates, and seed after seed, each for all methods,
-so that a run that is cut short has whole seeds. Speeds of that part mean nothing and are not
-reported. A finished row is on disk at once; a run in the same folder goes on from there.
+Each for all methods, the slowest first, so that a run that is cut short has whole seeds and none
+is left to one worker at the end. Who does them: `crew.py`.
 """
 
-import json
-import multiprocessing
-import os
-import time
-import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
-from typing import Any
-
-import torch
-from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.methods.cases import BY_NAME, DEMO_SHAPE, WIDER, Case, Job, Shape, Task
-from benchmarks.methods.work import Row, Workshop
-from qlora_kit.train.callbacks import quiet_transformers
+from benchmarks.methods.work import Row
 
 TUNING_SEED = 100
 """Not among those that are reported."""
@@ -39,18 +25,48 @@ def speed_jobs(cases: Sequence[Case], shapes: Sequence[Shape]) -> list[Job]:
     return [Job(what="speed", case=case.name, shape=s.name) for case, s in pairs]
 
 
-def training_jobs(cases: Sequence[Case], tasks: Sequence[Task], seeds: int) -> list[Job]:
+def costs_of(rows: Sequence[Row]) -> dict[str, float]:
+    """Milliseconds of a step by method, where it was timed last.
+
+    Example:
+        >>> costs_of([{"what": "speed", "method": "lora", "ms": 2.0}, {"what": "base"}])
+        {'lora': 2.0}
+    """
+    return {row["method"]: row["ms"] for row in rows if row["what"] == "speed" and "ms" in row}
+
+
+def bases(cases: Sequence[Case], tasks: Sequence[Task], shapes: Sequence[Shape]) -> tuple[int, ...]:
+    """Bits of the demo model's bases that there is something to do with; the base is in NF4.
+
+    Example:
+        >>> bases([BY_NAME["full"]], [], []), bases([BY_NAME["full"]], [], [Shape(
+        ...     name="demo", batch=1, seq=8)])
+        ((), (16,))
+    """
+    if not tasks and all(shape.name != DEMO_SHAPE for shape in shapes):
+        return ()
+    return tuple(sorted({case.bits for case in cases} | ({4} if tasks else set())))
+
+
+def training_jobs(
+    cases: Sequence[Case],
+    tasks: Sequence[Task],
+    seeds: int,
+    costs: Mapping[str, float] | None = None,
+) -> list[Job]:
     """The base on every task, the grids, and seed after seed of all methods.
 
     Args:
         cases: methods.
         tasks: data sets.
         seeds: how many.
+        costs: of a step, by method; the slowest come first, so that none is the last alone.
 
     Returns:
         Jobs in their order; reported ones have no rate yet.
     """
     pairs = [(case, task) for task in tasks for case in cases]
+    pairs.sort(key=lambda pair: -(costs or {}).get(pair[0].name, 0.0))
     jobs = [Job(what="base", task=task.name) for task in tasks]
     jobs += [
         Job(what="tune", case=case.name, task=task.name, rate=rate, seed=TUNING_SEED)
@@ -170,167 +186,3 @@ def row_key(row: Row) -> tuple[object, ...]:
     """The key of the job that a row came from."""
     rate = None if row["what"] == "run" else row["rate"]
     return row["what"], row["method"], row["task"], row["shape"], rate, row["seed"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """What every worker is told."""
-
-    model: str
-    tasks: tuple[Task, ...]
-    shapes: tuple[Shape, ...]
-    demo: Path
-    folder: Path
-    workers: int
-    gpus: tuple[str, ...] = ()
-
-
-def visible_gpus() -> tuple[str, ...]:
-    """What `CUDA_VISIBLE_DEVICES` says of the GPUs at hand, one word each."""
-    words = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return tuple(words.split(",")) if words else tuple(map(str, range(torch.cuda.device_count())))
-
-
-def work(pipe: Connection, setting: Setting, number: int) -> None:
-    """A worker, on one GPU in turn: says when it is ready, then does jobs until it is told None."""
-    if setting.gpus:  # before anything asks for a GPU
-        os.environ["CUDA_VISIBLE_DEVICES"] = setting.gpus[number % len(setting.gpus)]
-    if not torch.cuda.is_available() and setting.workers > 1:
-        torch.set_num_threads(1)
-    disable_progress_bar()
-    with quiet_transformers():
-        scratch = setting.folder / f"worker-{number}"
-        shop = Workshop(setting.model, setting.tasks, setting.shapes, setting.demo, scratch)
-        if shop.on_gpu:
-            torch.ones(1, device="cuda")
-        pipe.send("ready")
-        while (job := pipe.recv()) is not None:
-            try:
-                pipe.send(shop.do(job))
-            except BaseException:
-                traceback.print_exc()
-                raise
-
-
-class Crew:
-    """Processes, each with one job at a time."""
-
-    def __init__(self, setting: Setting, board: Board, deadline: float) -> None:
-        """Start nothing yet.
-
-        `left` will hold jobs that time was too short for.
-
-        Args:
-            setting: for the workers.
-            board: of jobs; gets the rows.
-            deadline: of `time.monotonic`, when everything ends.
-        """
-        self.setting, self.board, self.deadline = setting, board, deadline
-        self._context = multiprocessing.get_context("spawn")
-        self._started = 0
-        self._crew: dict[Connection, Any] = {}
-        self._jobs: dict[Connection, Job] = {}
-        self._began = time.monotonic()
-        self.left: list[Job] = []
-
-    def __enter__(self) -> "Crew":
-        """Start the workers."""
-        for _ in range(self.setting.workers):
-            self._start()
-        return self
-
-    def __exit__(self, *arguments: object) -> None:
-        """End them, whatever they do."""
-        for process in self._crew.values():
-            process.kill()
-            process.join()
-
-    def _start(self) -> None:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=work, args=(theirs, self.setting, self._started))
-        process.start()
-        theirs.close()
-        self._started += 1
-        self._crew[ours] = process
-
-    def idle(self) -> list[Connection]:
-        """Workers without a job."""
-        return [pipe for pipe in self._crew if pipe not in self._jobs]
-
-    def ready(self) -> None:
-        """Wait until every worker is ready, so that none disturbs the others' timing."""
-        for pipe in list(self._crew):
-            if not pipe.poll(max(0.0, self.deadline - time.monotonic())):
-                raise SystemExit("the workers did not get ready in time")
-            try:
-                pipe.recv()
-            except EOFError:
-                raise SystemExit("a worker failed to start; its message is above") from None
-
-    def run(self, jobs: Sequence[Job], *, alone: bool) -> None:
-        """Do jobs until none is left or time is up; what time was too short for is `left`.
-
-        Args:
-            jobs: in their order; those that are done already are left out.
-            alone: one after the other in one process, for timing.
-        """
-        self.board.pending = list(jobs)
-        self.board.skip_done()
-        try:
-            self._run(self.idle()[:1] if alone else self.idle())
-        finally:
-            self.left += [*self.board.running.values(), *self.board.pending]
-            self.board.running.clear()
-
-    def _run(self, free: list[Connection]) -> None:
-        """Hand out jobs and take rows."""
-        busy: list[Connection] = []
-        while time.monotonic() < self.deadline:
-            while free and (job := self.board.next_job()) is not None:
-                pipe = free.pop()
-                pipe.send(job)
-                self._jobs[pipe] = job
-                busy.append(pipe)
-            if not busy:
-                return
-            for pipe in wait(busy, timeout=max(0.0, self.deadline - time.monotonic())):
-                assert isinstance(pipe, Connection)
-                busy.remove(pipe)
-                free.append(self._take(pipe))
-
-    def _take(self, pipe: Connection) -> Connection:
-        """A worker's row; a worker that died is replaced, its job a row that says so."""
-        job = self._jobs.pop(pipe)
-        try:
-            row = pipe.recv()
-        except EOFError:
-            process = self._crew.pop(pipe)
-            process.join()
-            row = {"what": job.what, "method": job.case, "task": job.task, "shape": job.shape}
-            row |= {"rate": job.rate, "seed": job.seed}
-            row["error"] = f"the process ended with {process.exitcode}"
-            self._start()
-            pipe = next(reversed(self._crew))
-            pipe.recv()  # that it is ready
-        self._write(job, row)
-        return pipe
-
-    def _write(self, job: Job, row: Row) -> None:
-        """Keep a row, here and on disk, and say so."""
-        self.board.finished(job, row)
-        with (self.setting.folder / "rows.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        said = row.get("error") or ", ".join(
-            f"{name} {row[name]}" for name in ("loss", "score", "ms") if row.get(name) is not None
-        )
-        at = f"{time.monotonic() - self._began:5.0f} s"
-        print(f"{at}  {job}: {said} ({row.get('seconds', 0)} s)", flush=True)
-
-
-def read_rows(folder: Path) -> list[Row]:
-    """Rows of an earlier run in the same folder; failed ones are done again."""
-    file = folder / "rows.jsonl"
-    if not file.exists():
-        return []
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if "error" not in row]

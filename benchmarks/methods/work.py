@@ -1,7 +1,7 @@
 """One job: a training of one method with the package's own Trainer, measured on held-out rows.
 
-What `qlora-kit train` does, without its folder: load, attach, train, evaluate. The model is
-loaded anew for every job, so no method sees what another left behind; tokenized rows are kept.
+What `qlora-kit train` does, without its folder: load, attach, train, evaluate. Every job has a
+copy of the base of its own (`stock.py`), so no method sees what another left behind.
 """
 
 import gc
@@ -9,23 +9,25 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 from transformers import (
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
 from benchmarks.methods.cases import BY_NAME, DEMO_SHAPE, Case, Job, Shape, Task, split_rows
+from benchmarks.methods.stock import Stock
 from qlora_kit.adapters.config import make_adapter_config
 from qlora_kit.adapters.inject import AttachedAdapter, attach
 from qlora_kit.adapters.whole_model import computing_dtype
@@ -34,7 +36,6 @@ from qlora_kit.bench.shapes import config_of
 from qlora_kit.checkpoint.source import open_source
 from qlora_kit.core.errors import UserError
 from qlora_kit.export.originals import original_weights
-from qlora_kit.load.model import load
 from qlora_kit.ops.autocast import autocast
 from qlora_kit.quant.config import QuantConfig
 from qlora_kit.train.arguments import check_training, training_arguments
@@ -78,7 +79,7 @@ class Clock(TrainerCallback):
 
 
 class Workshop:
-    """What a worker keeps between jobs: the tokenizer and tokenized rows."""
+    """Does jobs; between them it keeps the bases, the tokenizer and tokenized rows."""
 
     def __init__(
         self,
@@ -86,7 +87,7 @@ class Workshop:
         tasks: Sequence[Task],
         shapes: Sequence[Shape],
         demo: Path,
-        scratch: Path,
+        folder: Path,
     ) -> None:
         """Open the model; nothing is loaded yet.
 
@@ -95,15 +96,28 @@ class Workshop:
             tasks: with their budgets.
             shapes: to time steps at.
             demo: folder of the data.
-            scratch: for the split rows.
+            folder: shared by the workers, for what the first of them makes.
         """
         self.model_path = model
         self.tasks = {task.name: task for task in tasks}
         self.shapes = {shape.name: shape for shape in shapes}
-        self.paths = {task.name: split_rows(task, demo, scratch) for task in tasks}
+        self.paths = {task.name: split_rows(task, demo, folder) for task in tasks}
         self.on_gpu = torch.cuda.is_available()
         self.source = open_source(model)
-        self._sets: dict[tuple[str, str], TokenizedSet] = {}
+        self.stock = Stock(self.source, folder)
+        self._held = 0
+
+    def prepare(self, bits: Collection[int]) -> None:
+        """Make everything that workers share, before there are others.
+
+        Args:
+            bits: of the bases that there are jobs for.
+        """
+        for wanted in bits:
+            self.stock.base(wanted)
+        for task in self.tasks.values():
+            for name in self.paths[task.name]:
+                self._rows(task, name)
 
     def do(self, job: Job) -> Row:
         """Do a job.
@@ -121,10 +135,20 @@ class Workshop:
             row |= self._speed(job) if job.what == "speed" else self._measured(job)
         except (UserError, RuntimeError, ValueError) as error:
             row["error"] = f"{type(error).__name__}: {error}"[:400]
+        self._clear()
+        return row | {"seconds": round(time.perf_counter() - began, 2)}
+
+    def _clear(self) -> None:
+        """Give the GPU's memory back to the other workers."""
         gc.collect()
         if self.on_gpu:
             torch.cuda.empty_cache()
-        return row | {"seconds": round(time.perf_counter() - began, 2)}
+
+    def _base(self, bits: int) -> PreTrainedModel:
+        """A base to train; what the worker keeps beside it is not counted in peaks."""
+        self.stock.base(bits)  # is read, if it was not
+        self._held = torch.cuda.memory_allocated() if self.on_gpu else 0
+        return self.stock.base(bits)
 
     # Training and measuring
 
@@ -133,18 +157,18 @@ class Workshop:
         task = self.tasks[str(job.task)]
         case = BY_NAME[job.case] if job.case else None
         config = self._config(task, case, job)
-        held_out = "validation" if job.what == "tune" else "test"
+        train_on, held_out = ("tuning", "validation") if job.what == "tune" else ("train", "test")
         set_seed(job.seed)
-        model, tokenizer = self._load(4 if case is None else case.bits)
+        model = self._base(4 if case is None else case.bits)
         row: Row = {}
         computing = None
         if case is not None:
             adapter = self._attach(model, case, job.seed, config)
             computing = computing_dtype(adapter.pieces)
-            row = self._train(model, adapter, config, self._rows(task, "train", tokenizer))
-        rows = self._rows(task, held_out, tokenizer)
+            row = self._train(model, adapter, config, self._rows(task, train_on))
+        rows = self._rows(task, held_out)
         evaluator = Evaluator(
-            tokenizer,
+            self.stock.tokenizer,
             config.eval,
             phases=Phases(Console(quiet=True)),
             pad_to_multiple_of=8 if self.on_gpu else 1,
@@ -186,28 +210,25 @@ class Workshop:
         check_training(run, on_gpu=self.on_gpu, has_eval=True)
         return run
 
-    def _rows(self, task: Task, name: str, tokenizer: PreTrainedTokenizerBase) -> TokenizedSet:
+    def _rows(self, task: Task, name: str) -> TokenizedSet:
         """Tokenized rows of one part of a task."""
-        key = task.name, name
-        if key not in self._sets:
-            path = self.paths[task.name][name]
-            config = DataConfig(
-                train=str(path),
-                eval=str(path),
-                max_length=task.longest,
-                system_prompt=task.system_prompt,
-                limit_eval=task.test_rows if name == "test" else None,
-            )
-            part = "train" if name == "train" else "eval"
-            self._sets[key] = build_dataset(config, tokenizer, part)
-        return self._sets[key]
-
-    def _load(self, bits: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        quant = QuantConfig() if bits == 4 else None
-        model, tokenizer = load(self.source.folder, quant=quant)
-        if tokenizer is None:
-            raise UserError(f"{self.model_path} has no tokenizer")
-        return model, tokenizer
+        key = f"{task.name}-{name}"
+        kept = self.stock.rows(key)
+        if kept is not None:
+            assert isinstance(kept, TokenizedSet)
+            return kept
+        path = self.paths[task.name][name]
+        config = DataConfig(
+            train=str(path),
+            eval=str(path),
+            max_length=task.longest,
+            system_prompt=task.system_prompt,
+            limit_eval=task.test_rows if name == "test" else None,
+        )
+        part = "train" if name in ("train", "tuning") else "eval"
+        rows = build_dataset(config, self.stock.tokenizer, part)
+        self.stock.keep(key, rows)
+        return rows
 
     def _attach(
         self, model: PreTrainedModel, case: Case, seed: int, config: RunConfig | None = None
@@ -219,8 +240,13 @@ class Workshop:
             **case.settings,
         )
         settings = make_adapter_config(case.method, *run.settings)
-        originals = original_weights(self.source) if case.needs_originals else None
+        originals = self._originals if case.needs_originals else None
         return attach(model, settings, seed=seed, originals=originals)
+
+    @cached_property
+    def _originals(self) -> Callable[[str], Tensor]:
+        """The weights that NF4 was made from, for LoftQ."""
+        return original_weights(self.source)
 
     def _train(
         self,
@@ -263,7 +289,7 @@ class Workshop:
         fused = trainer.fused is not None
         if trainer.fused is not None:
             trainer.fused.remove()
-        peak = torch.cuda.max_memory_allocated() if self.on_gpu else None
+        peak = torch.cuda.max_memory_allocated() - self._held if self.on_gpu else None
         return {"fused": fused, "peak_bytes": peak}
 
     # Speed
@@ -272,9 +298,9 @@ class Workshop:
         """Time steps of one shape, all tokens counting, by events that nobody waits for."""
         case, shape = BY_NAME[str(job.case)], self.shapes[str(job.shape)]
         set_seed(0)
-        model = (
-            self._load(case.bits)[0] if shape.name == DEMO_SHAPE else self._random(case.bits, shape)
-        )
+        self._held = 0
+        demo = shape.name == DEMO_SHAPE
+        model = self._base(case.bits) if demo else self._random(case.bits, shape)
         adapter = self._attach(model, replace(case, settings=case.settings | case.timed), 0)
         autocast_to = computing_dtype(adapter.pieces)
         generator = torch.Generator().manual_seed(0)
@@ -361,6 +387,7 @@ def reduced(task: Task, factor: float) -> Task:
     return replace(
         task,
         updates=max(2, round(task.updates * factor)),
+        tuning_updates=max(2, round(task.tuning_updates * factor)),
         validation_rows=max(4, round(task.validation_rows * factor)),
         test_rows=max(4, round(task.test_rows * factor)),
         eval_batch=min(task.eval_batch, 32),

@@ -1,13 +1,17 @@
 """`python -m benchmarks.methods`: every method trains, the best rate is taken, cuts are told."""
 
 import json
+import os
+import time
+from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks.methods import report, schedule
+from benchmarks.methods import crew, report, schedule, stock
+from benchmarks.methods import work as worked
 from benchmarks.methods.__main__ import main, shapes_of
-from benchmarks.methods.cases import BY_NAME, CASES, TASKS, Job, split_rows
+from benchmarks.methods.cases import BY_NAME, CASES, TASKS, Job, budget_row, split_rows
 from benchmarks.methods.work import Workshop, reduced
 from qlora_kit.adapters.config import METHODS, OTHERS
 from qlora_kit.bench.random_checkpoint import write_checkpoint
@@ -78,6 +82,8 @@ def test_rows_do_not_meet(space, tmp_path):
     assert len(train) == task.train_rows
     assert len(validation) == task.validation_rows
     assert not train & validation
+    tuning = paths["tuning"].read_text().splitlines()
+    assert tuning == paths["train"].read_text().splitlines()[: task.tuning_updates * task.batch]
     with pytest.raises(SystemExit, match="needs more"):
         split_rows(TASKS[0], space, tmp_path)
 
@@ -141,8 +147,107 @@ def test_seeds_wait_for_the_rate_and_come_whole():
     assert kinds == [("tune", "dora", wider.rate), ("base", None, None)]
 
 
+def test_the_slowest_method_comes_first():
+    cases = [BY_NAME["lora"], BY_NAME["dora"]]
+    speeds = [{"what": "speed", "method": n, "ms": ms} for n, ms in (("lora", 2), ("dora", 3))]
+    costs = schedule.costs_of([*speeds, {"what": "speed", "method": "x", "error": "no"}])
+    jobs = schedule.training_jobs(cases, TASKS[:1], 2, costs)
+    assert [(j.case, j.seed) for j in jobs if j.what == "run"] == [
+        ("dora", 0),
+        ("lora", 0),
+        ("dora", 1),
+        ("lora", 1),
+    ]
+
+
+def test_a_second_worker_finds_what_the_first_made(space, tmp_path, monkeypatch):
+    job = Job(what="run", case="lora", task="commands", rate=1e-2, seed=1)
+    first = shop(space, tmp_path)
+    first.prepare([4, 16])
+    row = first.do(job)
+    for name in ("load", "build_dataset"):  # neither reads the checkpoint nor tokenizes
+        monkeypatch.delattr(stock if name == "load" else worked, name)
+    second = shop(space, tmp_path)
+    again = second.do(job)
+    assert again["loss"] == row["loss"] > 0
+    assert "error" not in second.do(replace(job, case="full"))
+
+
+def test_bases_are_copies(space, tmp_path):
+    bench = shop(space, tmp_path)
+    one, other = bench.stock.base(4), bench.stock.base(4)
+    spaces = [{p.data_ptr() for p in model.parameters()} for model in (one, other)]
+    assert not spaces[0] & spaces[1]
+    held = spaces[0] & {p.data_ptr() for p in bench.stock._bases[4].parameters()}
+    assert not held
+
+
+def test_an_environment_is_put_back(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.delenv("PYTORCH_NVML_BASED_CUDA_CHECK", raising=False)
+    with crew.environment(crew.UNSEEN):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+    assert "PYTORCH_NVML_BASED_CUDA_CHECK" not in os.environ
+
+
+def test_a_record_of_speeds_alone_is_told(tmp_path):
+    cases = [BY_NAME[name] for name in ("lora", "pissa", "bitfit")]
+    budget = budget_row([], shapes_of(["tiny:2x8"]), cases, model="x", not_run=[])
+    speeds = [
+        {
+            "what": "speed",
+            "method": case.name,
+            "shape": "tiny",
+            "trainable": 7,
+            "ms": ms,
+            "tokens_per_s": 1e3 * 16 / ms,
+            "fused": case.name == "lora",
+            "peak_bytes": 2**30,
+        }
+        for case, ms in zip(cases, (2.0, 4.0, 3.0), strict=True)
+    ]
+    record = {"gpu": "G", "cpu": "C", "commit": "c", "rows": [budget, *speeds]}
+    said = report.text(record, "r.json", ["pissa"])
+    assert "Scores are not measured yet" in said
+    assert "Left out: LoRA r 16 from PiSSA" in said
+    assert "| BitFit | 7 | 5,333 | 1.50* | 1.0 |" in said
+    assert "PiSSA |" not in said
+    assert "PiSSA |" in report.text(record, "r.json")
+
+
 def test_spread_is_of_the_seeds():
     assert report.spread([0.5, 0.7]) == "60.0 ± 14.1 (50.0–70.0)"
+
+
+def dies(pipe, setting, number):
+    """A worker that ends at its first job; the one after it works."""
+    if number == 0:
+        pipe.send("ready")
+        pipe.recv()
+        return
+    crew.work(pipe, setting, number)
+
+
+@pytest.mark.slow
+def test_a_worker_that_ends_is_replaced(space, tmp_path, monkeypatch):
+    monkeypatch.setattr(crew, "work", dies)
+    tasks = (reduced(TASKS[0], 0.03),)
+    setting = crew.Setting(
+        model=str(space / "tiny"),
+        tasks=tasks,
+        shapes=(),
+        demo=space,
+        folder=tmp_path,
+        workers=1,
+    )
+    board = schedule.Board([])
+    with crew.Crew(setting, board, time.monotonic() + 100) as found:
+        found.run([Job(what="base", task="reviews", seed=seed) for seed in (0, 1)], alone=True)
+    assert found.left == []
+    assert board.rows[0]["error"] == "the process ended with 0"
+    assert 0 <= board.rows[1]["score"] <= 1
+    assert len(crew.read_rows(tmp_path)) == 1
 
 
 def words(space, tmp_path):
@@ -182,4 +287,4 @@ def test_the_whole_command_and_its_report(space, tmp_path):
 
 def test_workers_take_turns_at_the_gpus_that_are_visible(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
-    assert schedule.visible_gpus() == ("3", "GPU-5")
+    assert crew.visible_gpus() == ("3", "GPU-5")
