@@ -122,7 +122,8 @@ def test_log_lines_have_the_gpus_time(tmp_path: Path) -> None:
     ]
     assert len(seconds) == 9
     assert min(seconds) > 0.013
-    assert sum(seconds) < trainer.state.log_history[-1]["train_runtime"]
+    # The first line also has what comes before the Trainer starts its own clock.
+    assert sum(seconds[1:]) < trainer.state.log_history[-1]["train_runtime"]
 
 
 def test_torch_sees_what_waits(tmp_path: Path) -> None:
