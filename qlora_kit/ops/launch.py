@@ -89,7 +89,7 @@ class Kernels:
         kernel = self._loaded.get((index, name))
         if kernel is None:
             kernel = self._kernel(name, torch.device("cuda", index), shared)
-        stream = _stream(torch._C._cuda_getCurrentRawStream(index))
+        stream = _stream(index, torch._C._cuda_getCurrentRawStream(index))
         config = _config(grid, block, shared, cluster, overlap)
         _launcher()(stream, config, kernel, *map(_argument, arguments))
 
@@ -116,7 +116,7 @@ class Kernels:
                 blocks = occupancy.max_active_blocks_per_multiprocessor(block, shared)
                 return int(blocks * properties.multi_processor_count)
             config = _config(1, block, shared, cluster, False)
-            stream = _stream(torch.cuda.current_stream().cuda_stream)
+            stream = _stream(current.index, torch.cuda.current_stream().cuda_stream)
             return int(occupancy.max_active_clusters(config, stream=stream))
 
 
@@ -219,8 +219,11 @@ def _tensor_map(  # needs a GPU
 
 
 @lru_cache(maxsize=64)
-def _stream(handle: int) -> Any:  # needs a GPU
-    """cuda-core's view of one of torch's streams, which live as long as the process."""
+def _stream(device: int, handle: int) -> Any:  # needs a GPU
+    """cuda-core's view of one of torch's streams, which live as long as the process.
+
+    Each device's default stream has the handle 0, and cuda-core keeps what it finds out about one.
+    """
     from cuda.core import Stream
 
     return Stream.from_handle(handle)

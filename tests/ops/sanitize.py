@@ -15,12 +15,15 @@ import torch
 
 from qlora_kit.ops.backend import force_backend
 from qlora_kit.ops.column_products.op import column_products
+from qlora_kit.ops.cross_entropy.op import cross_entropy, cross_entropy_
 from qlora_kit.ops.gated_activation.op import gated_activation, gated_activation_backward
 from qlora_kit.ops.jit import architecture_of
 from qlora_kit.ops.low_rank_gradients import cuda as low_rank_cuda
 from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize
 from qlora_kit.ops.nf4_linear import cuda, reference
 from qlora_kit.ops.nf4_linear.op import nf4_linear
+from qlora_kit.ops.nf4_quantize.op import quantize_weight
+from qlora_kit.ops.nf4_scales.op import stretched_weight
 from qlora_kit.ops.rms_norm.op import rms_norm, rms_norm_backward
 from qlora_kit.ops.rotary.op import rotary_
 from qlora_kit.quant.weight import NF4Weight
@@ -108,6 +111,38 @@ def elementwise(rows: int, size: int, dtype: torch.dtype) -> None:
         assert (got - wanted).abs().max() <= bound, (rows, size, dtype)
 
 
+def losses(rows: int, classes: int, dtype: torch.dtype) -> None:
+    """Cross-entropy with and without a gradient, a row ignored, held against the reference."""
+    logits = torch.randn(rows, classes, device="cuda", dtype=dtype)
+    targets = torch.randint(classes, (rows,), device="cuda")
+    targets[1::3] = -100
+    options = {"softcap": 5.0, "label_smoothing": 0.1, "ignore_index": -100}
+    found = {}
+    for backend in ("cuda", "reference"):
+        gradient = logits.clone()
+        with force_backend(backend):
+            plain = cross_entropy(logits, targets, **options)
+            found[backend] = plain, cross_entropy_(gradient, targets, **options), gradient
+    for got, wanted in zip(found["cuda"], found["reference"], strict=True):
+        bound = 4 * torch.finfo(got.dtype).eps * wanted.abs().max() + 1e-4
+        assert (got - wanted).abs().max() <= bound, (rows, classes, dtype)
+
+
+def codes(n: int, k: int, block_size: int, dtype: torch.dtype) -> None:
+    """A weight quantized, and its rows stretched where blocks are whole: the reference's bits."""
+    source = torch.randn(n, k, device="cuda", dtype=dtype)
+    factors = torch.rand(n, device="cuda") + 0.5
+    found = {}
+    for backend in ("cuda", "reference"):
+        with force_backend(backend):
+            weight = quantize_weight(source, block_size=block_size)
+            found[backend] = list(weight.tensors().values())
+            if k % block_size == 0:
+                found[backend].append(stretched_weight(weight, factors).absmax)
+    for got, wanted in zip(found["cuda"], found["reference"], strict=True):
+        assert torch.equal(got, wanted), (n, k, block_size, dtype)
+
+
 def low_rank(rows: int, parts: list[tuple[int, int]], dtype: torch.dtype) -> None:
     """Each shape of block on two linears' gradients, one block and many, against float64."""
     columns, ranks = (list(ends) for ends in zip(*parts, strict=True))
@@ -149,6 +184,10 @@ def everything() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for rows, size in ((3, 64), (5, 34), (2, 1032), (3, 4096), (1, 16_384)):
             elementwise(rows, size, dtype)
+        for rows, classes in ((3, 7), (4, 515), (3, 4099), (3, 131_072)):
+            losses(rows, classes, dtype)
+        for n, k, block_size in ((31, 77, 64), (9, 4096, 64), (5, 8192, 4096), (300, 256, 32)):
+            codes(n, k, block_size, dtype)
     for dtype in (torch.bfloat16, torch.float16):
         for rows, rank in ((1, 16), (70, 8), (70, 32), (37, 64)):
             low_rank(rows, [(1032, rank), (1112, 2 * rank)], dtype)

@@ -62,7 +62,7 @@ def play(monkeypatch, context):
     device = lambda index: SimpleNamespace(set_current=lambda: thread.set(index))  # noqa: E731
     monkeypatch.setattr("cuda.core.Device", device)
     monkeypatch.setattr("cuda.core.utils.StridedMemoryView", views)
-    monkeypatch.setattr(launch, "_stream", lambda handle: handle)
+    monkeypatch.setattr(launch, "_stream", lambda device, handle: (device, handle))
     monkeypatch.setattr(launch, "_config", lambda *_: None)
     monkeypatch.setattr(launch, "_launcher", lambda: note)
     return thread, seen
