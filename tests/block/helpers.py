@@ -37,6 +37,7 @@ METHODS: dict[str, LoRA] = {
     "lora_fa": LoRAFA(rank=4, alpha=5.0),
     "adalora": AdaLoRA(rank=4, alpha=5.0, budget=RankBudget(target_rank=2)),
     "dora": DoRA(rank=4, alpha=5.0),
+    "pissa": LoRA(rank=4, alpha=5.0, init="pissa"),
 }
 """Configurations whose scale, 1.25, is no power of two."""
 
