@@ -4,11 +4,11 @@
                                        [--seconds 120] [--out FOLDER]
 
 A few layers of an 8B model, random weights, NF4, rank 16 on all linears; no embedding, no head,
-no optimizer. First the gradients of fused layers and of the model's own code, both in bfloat16, are
-compared with those of a float32 copy of the model on the same batch. `error` and `own_error` are their
-distances in norm, for the kind of parameter where the fused ones compare worst: of the order of 1%,
+no optimizer. First the gradients of fused layers and of the model's own code, both in bfloat16,
+are compared with those of a float32 copy of the model on the same batch. `error` and `own_error`
+are their distances in norm, for the kind of parameter where the fused ones compare worst: about 1%,
 which is rounding. The benchmark stops where a fused error is more than 1.3 of the own code's, and
-where that is more than 5%: then the model drowns everything in rounding, and nothing can be compared.
+where that is more than 5%: then rounding drowns everything, and nothing can be compared.
 
 Then the methods take turns: in every round each runs a few steps of forward and backward, the
 order turned by one from round to round, so that a card that grows warm slows all of them alike.
