@@ -7,9 +7,17 @@ import torch
 
 from qlora_kit.core.errors import BackendError
 from qlora_kit.ops.backend import ENVIRONMENT_VARIABLE, force_backend
+from qlora_kit.ops.column_products.op import column_products
+from qlora_kit.ops.cross_entropy.op import cross_entropy
+from qlora_kit.ops.gated_activation.op import gated_activation
+from qlora_kit.ops.low_rank_gradients.op import low_rank_gradients
 from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize
 from qlora_kit.ops.nf4_linear import cuda
 from qlora_kit.ops.nf4_linear.op import nf4_linear
+from qlora_kit.ops.nf4_quantize.op import quantize_weight
+from qlora_kit.ops.nf4_scales.op import stretched_weight
+from qlora_kit.ops.rms_norm.op import rms_norm
+from qlora_kit.ops.rotary.op import rotary_
 from tests.ops.helpers import SCALE, Options, make_case, truth
 
 REGIMES = [1, 7, 16, 40, 130, 300, 1100, 2049]
@@ -133,12 +141,53 @@ def test_devices_by_index(m):
         for current in (0, 1):
             with torch.cuda.device(current):
                 case = make_case(m, 256, 512, device=f"cuda:{index}")
+                y = forward(case)  # the backward runs in a thread of its device
+                assert (y.device.index, torch.cuda.current_device()) == (index, current)
                 got = results(case)
                 assert {tensor.device.index for tensor in got.values()} == {index}
                 check(case, got)
                 decoded = nf4_dequantize(case.weight, torch.bfloat16)
                 assert torch.equal(decoded, case.weight.dequantize(torch.bfloat16))
                 assert torch.cuda.current_device() == current
+
+
+def other_ops(device):
+    """The ops beside `nf4_linear`, by name, on operands of that device."""
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, device=device).bfloat16()
+
+    generator = torch.Generator(device).manual_seed(0)
+    x, dy, heads, gate_up = normal(64, 256), normal(64, 256), normal(64, 4, 32), normal(64, 512)
+    b, xa = normal(256, 16), normal(64, 16)
+    angle = normal(64, 16).float().repeat(1, 2)
+    weight, factors = quantize_weight(x), normal(64).float()
+    targets = torch.arange(64, device=device)
+    return {
+        "rms_norm": lambda: rms_norm(x, factors.repeat(4), 1e-5),
+        "rotary": lambda: rotary_(heads.clone(), angle.cos(), angle.sin()),
+        "gated_activation": lambda: gated_activation(gate_up, "silu"),
+        "column_products": lambda: column_products(x, dy),
+        "cross_entropy": lambda: cross_entropy(x, targets),
+        "low_rank_gradients": lambda: torch.cat(low_rank_gradients(dy, b, xa)),
+        "nf4_quantize": lambda: quantize_weight(x).packed,
+        "nf4_scales": lambda: stretched_weight(weight, factors).absmax,
+        "nf4_dequantize": lambda: nf4_dequantize(weight, torch.bfloat16),
+    }
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", other_ops("cpu"))
+def test_other_ops_by_index(name):
+    """First uses among them: each compiles and loads while another device is current."""
+    for index in (1, 0):
+        with force_backend("cuda"), torch.cuda.device(1 - index):
+            run = other_ops(f"cuda:{index}")[name]
+            got = run()
+            assert (got.device.index, torch.cuda.current_device()) == (index, 1 - index)
+            with torch.cuda.device(index):
+                assert torch.equal(got, run())
 
 
 @pytest.mark.multi_gpu
