@@ -1,12 +1,14 @@
-"""Draw a plan record: predicted against measured, peak memory and tokens/s, one point a run.
+"""Draw plan records: predicted against measured, peak memory and tokens/s, one point a run.
 
-    python -m benchmarks.plan.plot [RECORD] [--out docs/planner.svg]
+    python -m benchmarks.plan.plot [RECORD ...] [--out docs/planner.svg]
 
-The lines are perfect predictions and the targets' bounds. Without a file, the newest record.
+The lines are perfect predictions and the targets' bounds. Points of the first record are filled,
+those of others are not. Without a file, the newest record of each kind of card.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +19,48 @@ from benchmarks.plan.__main__ import MOST, SPEED, errors
 MARKERS = "osD^vPX*"
 
 
-def newest_record() -> Path:
-    """The newest record.
+def newest_records() -> list[Path]:
+    """The newest record of each kind of card, measured on a GPU.
 
     Returns:
-        The file.
+        The files, by name.
 
     Raises:
         SystemExit: there is none.
     """
     files = (RESULTS / "plan").glob("*.json")
     ordered = sorted(files, key=lambda file: (file.stem.split("-")[-2], file.stat().st_mtime))
-    if not ordered:
+    cards = {json.loads(file.read_text(encoding="utf-8"))["gpu"]: file for file in ordered}
+    cards.pop(None, None)
+    if not cards:
         raise SystemExit(f"no record in {RESULTS / 'plan'}: run python -m benchmarks.plan")
-    return ordered[-1]
+    return sorted(cards.values())
 
 
-def _panel(axes: Any, points: list[tuple[str, float, float]], bound: float, unit: str) -> None:
-    """One panel: points of (model, measured, predicted)."""
-    models = list(dict.fromkeys(model for model, _, _ in points))
+_Points = list[tuple[str, bool, float, float]]
+
+
+def _panel(axes: Any, points: _Points, bound: float, unit: str) -> None:
+    """One panel: points of (model, whether filled, measured, predicted)."""
+    models = list(dict.fromkeys(model for model, *_ in points))
     for index, model in enumerate(models):
-        mine = [(m, p) for name, m, p in points if name == model]
-        axes.plot(
-            *zip(*mine, strict=True),
-            marker=MARKERS[index % len(MARKERS)],
-            color=COLOURS[index % len(COLOURS)],
-            linewidth=0,
-            markersize=4.5,
-            label=model,
-        )
-    low = min(min(m, p) for _, m, p in points) / 1.3
-    high = max(max(m, p) for _, m, p in points) * 1.3
+        named = model
+        for filled in (True, False):
+            mine = [(m, p) for name, first, m, p in points if (name, first) == (model, filled)]
+            if not mine:
+                continue
+            axes.plot(
+                *zip(*mine, strict=True),
+                marker=MARKERS[index % len(MARKERS)],
+                color=COLOURS[index % len(COLOURS)],
+                fillstyle="full" if filled else "none",
+                linewidth=0,
+                markersize=4.5,
+                label=named,
+            )
+            named = "_"  # one name for both
+    values = [value for *_, measured, predicted in points for value in (measured, predicted)]
+    low, high = min(values) / 1.3, max(values) * 1.3
     ends = [low, high]
     axes.plot(ends, ends, color="#333333", linewidth=0.8)
     for factor in (1 - bound, 1 + bound):
@@ -65,11 +78,11 @@ def _panel(axes: Any, points: list[tuple[str, float, float]], bound: float, unit
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw(record: dict[str, Any], out: Path) -> None:
-    """Write the figure of one record.
+def draw(records: Sequence[dict[str, Any]], out: Path) -> None:
+    """Write the figure of some records.
 
     Args:
-        record: as `python -m benchmarks.plan` writes it.
+        records: as `python -m benchmarks.plan` writes them; points of the first are filled.
         out: the SVG file.
 
     Raises:
@@ -82,32 +95,38 @@ def draw(record: dict[str, Any], out: Path) -> None:
     mpl.rcParams["font.size"] = 8
     from matplotlib import pyplot as plt
 
-    known = [row for row, _, _ in errors(record["rows"])]
+    known = [(one is records[0], row) for one in records for row, _, _ in errors(one["rows"])]
     if not known:
-        raise SystemExit("no row of this record has a measurement and a prediction")
+        raise SystemExit("no row of these records has a measurement and a prediction")
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 4.1))
-    sizes = [(r["model"], r["peak_allocated_gib"], r["predicted_gib"]) for r in known]
+    sizes = [(r["model"], f, r["peak_allocated_gib"], r["predicted_gib"]) for f, r in known]
     _panel(left, sizes, MOST, "GiB of peak memory")
-    speeds = [(r["model"], r["tokens_per_s"], r["predicted_tokens_per_s"]) for r in known]
+    speeds = [(r["model"], f, r["tokens_per_s"], r["predicted_tokens_per_s"]) for f, r in known]
     _panel(right, speeds, SPEED, "tokens/s")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=4, frameon=False, fontsize=7)
-    figure.suptitle(f"{record['gpu']}, {record['commit']}", fontsize=8, x=0.02, ha="left")
+    figure.suptitle(_title(records), fontsize=8, x=0.02, ha="left")
     figure.tight_layout(rect=(0, 0.09, 1, 1))
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, metadata={"Date": None})
     plt.close(figure)
 
 
+def _title(records: Sequence[dict[str, Any]]) -> str:
+    """Cards and commits, filled points first."""
+    named = [f"{one['gpu']}, {one['commit']}" for one in records]
+    return f"filled: {named[0]}; open: {'; '.join(named[1:])}" if len(named) > 1 else named[0]
+
+
 def main(words: list[str] | None = None) -> None:
-    """Read a record, write the figure."""
+    """Read records, write the figure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("record", type=Path, nargs="?")
+    parser.add_argument("records", type=Path, nargs="*")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "planner.svg")
     arguments = parser.parse_args(words)
-    file = arguments.record or newest_record()
-    draw(json.loads(file.read_text(encoding="utf-8")), arguments.out)
-    print(f"{arguments.out} from {file.name}")
+    files = arguments.records or newest_records()
+    draw([json.loads(file.read_text(encoding="utf-8")) for file in files], arguments.out)
+    print(f"{arguments.out} from {', '.join(file.name for file in files)}")
 
 
 if __name__ == "__main__":

@@ -104,6 +104,7 @@ def prediction_of(row: Row, gpu: str, memory_bytes: int) -> Any:
         mixed=row["masters"] == "float32",
         graph=row["graphs"],
         tile=row.get("tile"),
+        growing_segments=bool(row.get("growing_segments")),
     )
     return predict(config_of(row["model"]), wanted, recognise(gpu, memory_bytes))
 

@@ -1,9 +1,10 @@
 """GPUs a run can be planned for: their memory, and how fast they do what a step consists of.
 
 Rates are what a step sustains, not what a data sheet promises: under a long load a GPU lowers
-its clock to stay within its power. Those of the H100 were measured (benchmarks/results/plan);
-for the others the data sheet's figure for dense bfloat16 with float32 sums is scaled by the
-same share, and a plan says so.
+its clock to stay within its power. Those of the H100 were fitted to measured steps
+(benchmarks/results/plan). The H200 has the same, but for its faster memory: nothing was fitted to
+its steps, which they are held to. For the others the data sheet's figure for dense bfloat16 with
+float32 sums is scaled by the same share, and a plan says so.
 """
 
 from dataclasses import dataclass, replace
@@ -62,7 +63,7 @@ class Gpu:
     forward: Attention
     backward: Attention
     measured: bool = False
-    """Whether the rates were measured by us."""
+    """Whether steps measured on this card were within 15% of what its rates say."""
 
     @property
     def uses_cudnn_attention(self) -> bool:

@@ -1,14 +1,32 @@
 """What is planned: everything about a run that its memory and speed depend on."""
 
+import os
 from dataclasses import dataclass, field, replace
+
+import torch
 
 from qlora_kit.adapters.config import METHODS, OTHERS, LoRA, make_adapter_config
 from qlora_kit.block.tiles import Tile
+from qlora_kit.core.allocator import NAMES, segments_grow
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.quant.config import QuantConfig
 
 FULL = "full"
 """Method of training every weight, for comparison."""
+
+
+def will_grow() -> bool:
+    """Whether torch's segments grow in a run from here; see `core/allocator.py`.
+
+    Returns:
+        False where the user set the allocator otherwise, or where CUDA has started without.
+
+    Example:
+        >>> will_grow() in (True, False)
+        True
+    """
+    fixed = torch.cuda.is_initialized() or any(name in os.environ for name in NAMES)
+    return segments_grow() or not fixed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +80,8 @@ class Setup:
     """Forward passes per update."""
     target_share: float = 1.0
     """Share of the tokens that are predicted."""
+    growing_segments: bool = field(default_factory=will_grow)
+    """Whether torch's segments grow, so that fragments are few."""
 
     @property
     def tokens(self) -> int:

@@ -76,13 +76,20 @@ def test_a_window_saves_work():
     assert narrow == pytest.approx(whole * 1024 / 8192, rel=0.1)
 
 
-def test_flash_attention_needs_room_for_gradients_of_every_query_head():
+@pytest.mark.parametrize("gpu", ["h100", "h200", "rtx-a6000"])
+def test_attention_needs_room_for_gradients_of_every_query_head(gpu: str):
+    """Measured as 0.56 GiB at 300,000 tokens of four heads on one of keys: dK and dV for each."""
     q, k = half(1, 1024, 8, 128), half(1, 1024, 2, 128)
     rule = (1.0, None, None, False, None, 0)
     op = torch.ops.qlora_kit.attention_backward.default
-    inputs = ((q, q, k, k, q, torch.empty(8192, device="meta"), *rule), {})
-    ampere = cost_of(op, inputs, None, find_gpu("rtx-a6000")).workspace
-    assert ampere == cost_of(op, inputs, None, GPU).workspace + 2 * q.nbytes
+
+    def workspace(keys: torch.Tensor) -> int:
+        sums = torch.empty(8192, device="meta")
+        inputs = ((q, q, keys, keys, q, sums, *rule), {})
+        return cost_of(op, inputs, None, find_gpu(gpu)).workspace
+
+    assert workspace(q) == 4 * q.numel() + 4 * 8192  # dQ in float32, and a sum per query
+    assert workspace(k) == workspace(q) + 2 * q.nbytes
 
 
 def test_known_gpus_are_recognised():

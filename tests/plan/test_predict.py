@@ -11,11 +11,12 @@ from qlora_kit.adapters.inject import attach
 from qlora_kit.bench.random_model import random_model
 from qlora_kit.bench.shapes import MODELS, SHAPES, TINY
 from qlora_kit.block.policy import POLICIES
+from qlora_kit.core.allocator import NAMES
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.optim.create import FLAT_NAMES, make_flat_optimizer
 from qlora_kit.plan.gpus import find_gpu
 from qlora_kit.plan.outline import components, outline
-from qlora_kit.plan.predict import Prediction, predict
+from qlora_kit.plan.predict import FIXED_FRAGMENTS, FRAGMENTS, RECORDING, Prediction, predict
 from qlora_kit.plan.setup import Setup
 from qlora_kit.plan.state import optimizer_bytes
 from qlora_kit.quant.config import QuantConfig
@@ -68,6 +69,29 @@ def test_components_add_up_to_the_peak():
     assert sum(found.components.values()) == found.peak_bytes < found.reserved_bytes
     assert found.tokens_per_s == pytest.approx(4 * 2048 / found.step_s)
     assert sum(found.seconds.values()) == pytest.approx(found.step_s)
+
+
+def test_segments_that_do_not_grow_leave_more_fragments(monkeypatch: pytest.MonkeyPatch):
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    usual = predict(SHAPES["Llama-3.1-8B"], Setup(batch=4), GPU)
+    monkeypatch.setenv(NAMES[0], "expandable_segments:False")
+    fixed = predict(SHAPES["Llama-3.1-8B"], Setup(batch=4), GPU)
+    assert usual.peak_bytes == fixed.peak_bytes
+    few, many = (one.reserved_bytes - one.peak_bytes for one in (usual, fixed))
+    assert many == pytest.approx(few * FIXED_FRAGMENTS / FRAGMENTS, abs=2)
+    monkeypatch.setenv(NAMES[0], "expandable_segments:True")
+    assert Setup().growing_segments
+
+
+def test_the_workspace_of_a_recorded_backward_is_not_there_in_the_forward():
+    """Few tokens and all kept: the peak is the loss, and later where a layer is computed again."""
+    for policy, passes in (("save", 1), ("recompute_all", 2)):
+        model, setup = SHAPES["Llama-3.2-1B"], Setup(seq=512, activations=policy)
+        with_graph = predict(model, setup, GPU)
+        without = predict(model, replace(setup, graph=False), GPU)
+        more = with_graph.components["libraries"] - without.components["libraries"]
+        assert more == passes * RECORDING
 
 
 @pytest.mark.parametrize("name", ["Gemma-3-1B", "Qwen3-8B", "tiny"])
