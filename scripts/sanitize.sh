@@ -30,8 +30,8 @@ export QLORA_KIT_CACHE=$WORK/cache
 trap 'rm -rf "$WORK"' EXIT
 
 # check TOOL [ARGUMENT...]: the driver under one tool. Our kernels only: racecheck does not follow
-# every way in which cuBLAS orders its accesses. Failing API calls are no findings: cuda-core asks
-# the driver for functions it may not have when it is loaded, and Python raises what matters.
+# every way in which cuBLAS orders its accesses. Failing API calls are no findings: some of
+# cuda-core's look-ups in the driver fail while it is loaded, and Python raises what matters.
 check() {
   local tool=$1 name options=(--report-api-errors no)
   shift

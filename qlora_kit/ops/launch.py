@@ -1,5 +1,6 @@
 """Launching compiled kernels on torch's current stream, and describing memory to them."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
@@ -13,6 +14,9 @@ from qlora_kit.core.errors import BackendError
 from qlora_kit.ops.jit import architecture_of, compile_source
 
 _DEFAULT_SHARED_BYTES = 48 * 1024
+
+_THREAD = threading.local()
+"""Whether this thread has a context: `has_context`, once it has launched something."""
 
 DYNAMIC_SHARED_BYTES: dict[tuple[str, str], int] = {}
 """File and kernel to the dynamic shared memory it was launched with, where it has any."""
@@ -86,6 +90,8 @@ class Kernels:
                     overlap=overlap,
                 )
             return
+        if not getattr(_THREAD, "has_context", False):
+            _take_context(index)
         kernel = self._loaded.get((index, name))
         if kernel is None:
             kernel = self._kernel(name, torch.device("cuda", index), shared)
@@ -118,6 +124,17 @@ class Kernels:
             config = _config(1, block, shared, cluster, False)
             stream = _stream(current.index, torch.cuda.current_stream().cuda_stream)
             return int(occupancy.max_active_clusters(config, stream=stream))
+
+
+def _take_context(device: int) -> None:  # needs a GPU
+    """Give this thread the context of its current device.
+
+    The CUDA runtime does so at its first call in a thread; launches go past it, to the driver.
+    """
+    from cuda.core import Device
+
+    Device(device).set_current()
+    _THREAD.has_context = True
 
 
 @lru_cache(maxsize=4096)

@@ -62,6 +62,7 @@ def play(monkeypatch, context):
     device = lambda index: SimpleNamespace(set_current=lambda: thread.set(index))  # noqa: E731
     monkeypatch.setattr("cuda.core.Device", device)
     monkeypatch.setattr("cuda.core.utils.StridedMemoryView", views)
+    monkeypatch.setattr(launch, "_THREAD", SimpleNamespace())
     monkeypatch.setattr(launch, "_stream", lambda device, handle: (device, handle))
     monkeypatch.setattr(launch, "_config", lambda *_: None)
     monkeypatch.setattr(launch, "_launcher", lambda: note)
@@ -92,10 +93,10 @@ def test_either_half_alone_is_wrong(monkeypatch, current):
 
 
 @pytest.mark.parametrize("device", [None, 0, 1])
-@pytest.mark.parametrize("current", [0, 1])
+@pytest.mark.parametrize("current", [FRESH, 0, 1])
 @pytest.mark.parametrize("loaded", [True, False], ids=["loaded", "first use"])
 def test_a_launch_is_on_the_tensors_device(monkeypatch, current, device, loaded):
-    """Without a switch where it is current, loading at first use included."""
+    """A context for a thread without one, loading at first use, and then no switch too many."""
     thread, seen = play(monkeypatch, current)
     code = SimpleNamespace(get_kernel=lambda name: name)
     monkeypatch.setattr(launch, "compile_source", lambda *_: (code, ""))
@@ -104,9 +105,11 @@ def test_a_launch_is_on_the_tensors_device(monkeypatch, current, device, loaded)
     if loaded:
         kernels._loaded.update({(index, "some"): "some" for index in (0, 1)})
     place = torch.device("cuda") if device is None else torch.device("cuda", device)
-    kernels.launch("some", 1, 32, (), device=place)
-    where = current if device is None else device
-    assert seen == [where]
-    assert thread.context == current
-    if loaded:
-        assert thread.switches == (0 if where == current else 2)
+    here = thread.current_device()
+    where = here if device is None else device
+    for _ in range(2):
+        before = thread.switches
+        kernels.launch("some", 1, 32, (), device=place)
+        assert thread.context == here
+    assert seen == [where, where]
+    assert thread.switches - before == (0 if where == here else 2)

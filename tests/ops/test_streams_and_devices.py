@@ -123,6 +123,25 @@ def both_ways(case):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", REGIMES)
+def test_a_thread_that_has_not_used_the_gpu(m):
+    """All is loaded, and memory is cached: nothing but our launch can give it a context."""
+    case = make_case(m, 256, 512, device="cuda")
+    with torch.no_grad():
+        wanted = forward(case)  # and its memory goes back to the allocator
+        kept = wanted.clone()
+        del wanted
+        torch.cuda.synchronize()
+        got = []
+        thread = threading.Thread(target=lambda: got.append(forward(case)))
+        thread.start()
+        thread.join()
+    assert len(got) == 1, "it raised"
+    torch.cuda.synchronize()
+    assert torch.equal(got[0], kept)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", REGIMES)
 def test_a_device_without_an_index(m):
     """`cuda` and `cuda:0` are one device."""
     case = make_case(m, 256, 512, device="cuda")
