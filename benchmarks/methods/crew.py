@@ -102,8 +102,7 @@ def work(pipe: Connection, setting: Setting, number: int) -> None:
         number: 0 makes what the others share.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it ends it
-    os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # the server's
-    if setting.gpus:  # before anything asks for a GPU
+    if setting.gpus:  # before anything asks for a GPU; the server sees none
         os.environ["CUDA_VISIBLE_DEVICES"] = setting.gpus[number % len(setting.gpus)]
     if not torch.cuda.is_available() and setting.workers > 1:
         torch.set_num_threads(1)
@@ -139,7 +138,7 @@ class Crew:
             deadline: of `time.monotonic`, when everything ends.
         """
         self.setting, self.board, self.deadline = setting, board, deadline
-        self._context = _context(START)
+        self._context: Any = None
         self._started = 0
         self._crew: dict[Connection, Any] = {}
         self._starting: list[Connection] = []
@@ -149,14 +148,12 @@ class Crew:
 
     def __enter__(self) -> "Crew":
         """Start the first worker and wait for it."""
-        self._start()
-        if not self._first_is_ready() and START != "spawn":
-            print("workers cannot be forked here: they are spawned", flush=True)
-            self._context, self._started = _context("spawn"), 0
-            self._start()
-            if not self._first_is_ready():
-                raise SystemExit("the first worker failed to start; its message is above")
-        return self
+        for method in dict.fromkeys((START, "spawn")):
+            self._context, self._started = _context(method), 0
+            if self._first_starts():
+                return self
+            print(f"workers cannot be started by {method}", flush=True)
+        raise SystemExit("the first worker failed to start; its message is above")
 
     def __exit__(self, *arguments: object) -> None:
         """End them, whatever they do."""
@@ -173,8 +170,12 @@ class Crew:
         self._crew[ours] = process
         self._starting.append(ours)
 
-    def _first_is_ready(self) -> bool:
-        """Wait for the only worker there is; it is forgotten if it ended."""
+    def _first_starts(self) -> bool:
+        """Start a worker while there is none and wait for it."""
+        try:
+            self._start()
+        except (EOFError, OSError):  # the server of forks is gone
+            return False
         (pipe,) = self._crew
         if not pipe.poll(max(0.0, self.deadline - time.monotonic())):
             raise SystemExit("the first worker did not get ready in time")
@@ -228,6 +229,8 @@ class Crew:
                     self._take(spoke)
                 elif not self._is_ready(spoke):
                     print("a worker failed to start; its message is above", flush=True)
+                elif not self._starting:
+                    print(f"{self._clock()}  {len(self._crew)} workers are ready", flush=True)
 
     def _take(self, pipe: Connection) -> None:
         """A worker's row; a worker that died is replaced, its job a row that says so."""
@@ -251,8 +254,11 @@ class Crew:
         said = row.get("error") or ", ".join(
             f"{name} {row[name]}" for name in ("loss", "score", "ms") if row.get(name) is not None
         )
-        at = f"{time.monotonic() - self._began:5.0f} s"
-        print(f"{at}  {job}: {said} ({row.get('seconds', 0)} s)", flush=True)
+        print(f"{self._clock()}  {job}: {said} ({row.get('seconds', 0)} s)", flush=True)
+
+    def _clock(self) -> str:
+        """Time since the beginning, for people."""
+        return f"{time.monotonic() - self._began:5.0f} s"
 
 
 def read_rows(folder: Path) -> list[Row]:

@@ -1,9 +1,11 @@
 """`python -m benchmarks.methods`: every method trains, the best rate is taken, cuts are told."""
 
 import json
+import multiprocessing
 import os
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -229,18 +231,38 @@ def dies(pipe, setting, number):
     crew.work(pipe, setting, number)
 
 
-@pytest.mark.slow
-def test_a_worker_that_ends_is_replaced(space, tmp_path, monkeypatch):
-    monkeypatch.setattr(crew, "work", dies)
-    tasks = (reduced(TASKS[0], 0.03),)
-    setting = crew.Setting(
+def alone(space, tmp_path):
+    return crew.Setting(
         model=str(space / "tiny"),
-        tasks=tasks,
+        tasks=(reduced(TASKS[0], 0.03),),
         shapes=(),
         demo=space,
         folder=tmp_path,
         workers=1,
     )
+
+
+@pytest.mark.slow
+def test_workers_are_spawned_where_they_cannot_be_forked(space, tmp_path, monkeypatch, capsys):
+    def gone(*arguments, **more):
+        raise EOFError
+
+    context, forked = crew._context, SimpleNamespace(Pipe=multiprocessing.Pipe, Process=gone)
+    monkeypatch.setattr(crew, "START", "forkserver")
+    monkeypatch.setattr(
+        crew, "_context", lambda method: forked if method == "forkserver" else context(method)
+    )
+    board = schedule.Board([])
+    with crew.Crew(alone(space, tmp_path), board, time.monotonic() + 100) as found:
+        found.run([Job(what="base", task="reviews")], alone=True)
+    assert "cannot be started by forkserver" in capsys.readouterr().out
+    assert 0 <= board.rows[0]["score"] <= 1
+
+
+@pytest.mark.slow
+def test_a_worker_that_ends_is_replaced(space, tmp_path, monkeypatch):
+    monkeypatch.setattr(crew, "work", dies)
+    setting = alone(space, tmp_path)
     board = schedule.Board([])
     with crew.Crew(setting, board, time.monotonic() + 100) as found:
         found.run([Job(what="base", task="reviews", seed=seed) for seed in (0, 1)], alone=True)
