@@ -135,7 +135,7 @@ def test_the_limit_is_what_train_sets(tmp_path):
 
 def row(said, **changes):
     (job,) = edge.jobs(edge.TINY)
-    values = {"cases": [said], "tokens_per_s": 1.0, "graph": True}
+    values = {"cases": [said], "tokens_per_s": 1.0, "graph": True, "growing_segments": True}
     return first_fields(job.build, job.points[0]) | values | changes
 
 
