@@ -31,6 +31,7 @@ Source: arXiv:2303.10512 and the authors' code, github.com/QingruZhang/AdaLoRA.
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -244,7 +245,7 @@ def add_orthogonality(
             if form == "paper":
                 factor = torch.full_like(norms, 4.0 * weight)
             else:
-                factor = torch.where(norms == 0.0, 0.0, 2.0 * weight / count / norms)
+                factor = (norms.reciprocal() * (2.0 * weight / count)).nan_to_num_(math.nan, 0.0)
             if loss_scale is not None:
                 factor = factor * loss_scale
             distances.mul_(factor[:, None, None])
@@ -271,7 +272,8 @@ def _float32(device: torch.device) -> AbstractContextManager[object]:
 def _distances(stack: Tensor, tall: object) -> Tensor:
     """PᵀP − I or QQᵀ − I of matrices of one shape, (count, r, r) float32."""
     gram = torch.bmm(stack.mT, stack) if tall else torch.bmm(stack, stack.mT)
-    return gram - torch.eye(gram.shape[1], device=gram.device)
+    torch.diagonal(gram, dim1=1, dim2=2).sub_(1.0)
+    return gram
 
 
 def _lengths(distances: Tensor) -> Tensor:
