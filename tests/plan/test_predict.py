@@ -79,7 +79,7 @@ def test_segments_that_do_not_grow_leave_more_fragments(monkeypatch: pytest.Monk
     fixed = predict(SHAPES["Llama-3.1-8B"], Setup(batch=4), GPU)
     assert usual.peak_bytes == fixed.peak_bytes
     few, many = (one.reserved_bytes - one.peak_bytes for one in (usual, fixed))
-    assert many == pytest.approx(few * FIXED_FRAGMENTS / FRAGMENTS, abs=2)
+    assert many == pytest.approx(few * FIXED_FRAGMENTS / FRAGMENTS, abs=6)  # rounded down
     monkeypatch.setenv(NAMES[0], "expandable_segments:True")
     assert Setup().growing_segments
 
