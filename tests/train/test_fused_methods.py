@@ -69,20 +69,25 @@ REASONS: dict[str, tuple[Any, str]] = {
 """Name to configuration and what `step: fused` says."""
 
 
-def make(folder: Path, family: str, config: Any, *, nf4: bool = True) -> Trainer:
-    """A Trainer of fused layers, on a tiny NF4 model."""
-    model = tiny_models.build(family)
+def make(
+    folder: Path, family: str, config: Any, *, nf4: bool = True, gpu: bool = False, **changes: Any
+) -> Trainer:
+    """A Trainer of fused layers, on a tiny NF4 model; on a GPU in bfloat16, rows of one width."""
+    model = tiny_models.build(family, dtype=torch.bfloat16 if gpu else torch.float32)
     weights = {
         n: m.weight.detach().clone() for n, m in model.named_modules() if hasattr(m, "weight")
     }
     if nf4:
         quantize(model)
+    if gpu:
+        model.to("cuda")
+    row = [*range(3, 27)]
     adapter = attach(model, config, seed=3, originals=weights.__getitem__)
     return Trainer(
         model,
         adapter,
-        arguments(folder, max_steps=3, save_strategy="no"),
-        train_dataset=rows(12),
+        arguments(folder, save_strategy="no", use_cpu=not gpu, **{"max_steps": 3} | changes),
+        train_dataset=[{"input_ids": row, "labels": row}] * 12 if gpu else rows(12),
         data_collator=PadCollator(0),
         step="fused",
     )
@@ -145,3 +150,33 @@ def test_what_is_not_fused_says_why(name: str, tmp_path: Path) -> None:
     config, reason = REASONS[name]
     with pytest.raises(ConfigError, match=reason):
         make(tmp_path, "llama", config, nf4=not isinstance(config, Full))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FUSED)
+def test_replays_give_what_steps_give(name: str, tmp_path: Path) -> None:
+    """Loss and gradients after some updates, from the recording and without it."""
+    trainer = make(tmp_path, *FUSED[name], gpu=True, max_steps=6)
+    trainer.train()
+    assert trainer.graphs is not None
+    assert trainer.graphs._recorded
+    batch = marked(PadCollator(0)([trainer.train_dataset[0], trainer.train_dataset[1]]))
+    items = torch.tensor(46, device="cuda")
+    named = dict(trainer.adapter.named_parameters())
+
+    def step() -> tuple[float, list[torch.Tensor]]:
+        trainer.model.zero_grad()
+        loss = trainer.training_step(trainer.model, dict(batch), items).item()
+        return loss, [p.grad.clone() for p in named.values() if p.grad is not None]
+
+    before = step()
+    for parameter in named.values():
+        parameter.data.mul_(1.2)
+    replayed = step()
+    assert len(trainer.graphs._recorded) == 1
+    trainer.graphs = None
+    loss, wanted = step()
+    assert replayed[0] == pytest.approx(loss, rel=1e-3)
+    assert before[0] != pytest.approx(loss, rel=1e-3)
+    for found, right in zip(replayed[1], wanted, strict=True):
+        assert (found - right).norm() <= 0.02 * right.norm()

@@ -130,6 +130,50 @@ def test_the_regularizer_is_in_the_loss(tmp_path: Path, form: str) -> None:
         torch.testing.assert_close(with_it - without, part, rtol=1e-4, atol=1e-6)
 
 
+class _InTheLoss(Trainer):
+    """As the method is stated: autograd has the term in the loss of each batch."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        term = self.ranks.weight * orthogonality(self.ranks.modules, self.ranks.form)
+        return loss + term / self.current_gradient_accumulation_steps
+
+    def with_penalty(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss
+
+
+@pytest.mark.parametrize("form", ["code", "paper"])
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_trains_as_with_the_term_in_the_loss(
+    tmp_path: Path, accumulated: int, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses, ranks and values, but for rounding; an epoch's last update has fewer batches. Not so
+    without the term."""
+    budget = replace(BUDGET, orthogonality=0.5, orthogonality_form=form)
+    found = []
+    for kind, own in (
+        (_InTheLoss, budget),
+        (Trainer, budget),
+        (Trainer, replace(budget, orthogonality=0.0)),
+    ):
+        monkeypatch.setattr(f"{__name__}.Trainer", kind)
+        settings = {
+            "gradient_accumulation_steps": accumulated,
+            "optim": "sgd",
+            "max_grad_norm": 0.0,
+        }
+        trainer = make(tmp_path / str(len(found)), own, learning_rate=1e-2, **settings)
+        trainer.train()
+        losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
+        found.append((losses, trainer.ranks.allocator.history.ranks, state(trainer)))
+    (losses, ranks, values), (ours, our_ranks, our_values), (_, _, without) = found
+    assert ours == pytest.approx(losses, rel=1e-5)
+    assert our_ranks == ranks
+    off = [torch.linalg.norm(our_values[n] - values[n]) for n in values]
+    gone = [torch.linalg.norm(without[n] - values[n]) for n in values]
+    assert sum(off) < 1e-3 * sum(gone)
+
+
 def test_accumulated_batches_share_it(tmp_path: Path) -> None:
     """Four rows at once or in four batches: the same update, so the term counts once."""
     found = []
