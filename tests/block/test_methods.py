@@ -22,6 +22,7 @@ from qlora_kit.adapters.adalora_config import RankBudget
 from qlora_kit.adapters.config import AdaLoRA
 from qlora_kit.adapters.dora import DoRALinear
 from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.spectral import PiSSALinear
 from qlora_kit.block import operands
 from qlora_kit.block.install import fuse_blocks
 from qlora_kit.block.policy import POLICIES
@@ -116,6 +117,11 @@ def _without_factors(piece: Any, d_a: Tensor, d_b: Tensor, d_lengths: Tensor) ->
     return [d_a * piece.scale, d_b / factors[:, None], d_lengths]
 
 
+def _of_the_start(piece: Any, d_a: Tensor, d_b: Tensor, _: None) -> list[Tensor]:
+    """PiSSA's with the start's in the place of A's."""
+    return [d_a[piece.rank :] * piece.scale, d_b[:, : piece.rank]]
+
+
 def _as_if_lengths_were_one(groups: Sequence[Group]) -> None:
     """`stretch`, with 1/m left out of that of m."""
     stretch(groups)
@@ -128,6 +134,7 @@ WRONG = {
     "no λ": ("adalora", AdaLoRALinear, "pull_back", _without_values, "lora_A"),
     "no s": ("dora", DoRALinear, "pull_back", _without_scale, "lora_A"),
     "no f": ("dora", DoRALinear, "pull_back", _without_factors, "lora_B"),
+    "other half": ("pissa", PiSSALinear, "pull_back", _of_the_start, "lora_A"),
     "no m": ("dora", operands, "stretch", _as_if_lengths_were_one, "lora_magnitude"),
 }
 
