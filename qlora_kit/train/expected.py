@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_kit.adapters.lora import LoRALinear
+from qlora_kit.adapters.lora import FusibleLinear, Term
 from qlora_kit.core.units import GIB
 from qlora_kit.nn.linear import NF4Linear
 from qlora_kit.plan.gpus import this_gpu
@@ -67,10 +67,8 @@ def model_flops(model: PreTrainedModel, tokens: float) -> float:
     """
     total = 0.0
     for module in model.modules():
-        if isinstance(module, LoRALinear):
-            n, k, rank = module.out_features, module.in_features, module.rank
-            total += 4 * rank * (n + k) + 2 * rank * n
-            total += 2 * rank * k if module.lora_A.requires_grad else 0
+        if isinstance(module, FusibleLinear):
+            total += sum(_low_rank_flops(term) for term in module.terms)
         elif isinstance(module, NF4Linear):
             total += 4 * module.out_features * module.in_features
         elif isinstance(module, nn.Linear):
@@ -80,6 +78,13 @@ def model_flops(model: PreTrainedModel, tokens: float) -> float:
     heads = getattr(config, "num_attention_heads", 0)
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
     return total + 3.0 * config.num_hidden_layers * 2 * width * (tokens + 1)
+
+
+def _low_rank_flops(term: Term) -> float:
+    """Of the products of one pair: 6 per value that is trained, 4 per frozen one."""
+    a = term.a if term.rows_of_a is None else term.a[term.rows_of_a]
+    b = term.b if term.rows_of_b is None else term.b[term.rows_of_b]
+    return sum((6.0 if matrix.requires_grad else 4.0) * matrix.numel() for matrix in (a, b))
 
 
 def expected_of(
