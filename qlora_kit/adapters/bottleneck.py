@@ -39,7 +39,7 @@ from torch.nn import functional as F
 
 from qlora_kit.adapters.bottleneck_config import Bottleneck
 from qlora_kit.adapters.lora import LINEARS, linear_shape
-from qlora_kit.adapters.protocol import ModuleWrapper, Piece, TrainedCopy
+from qlora_kit.adapters.protocol import LinearWrapper, Piece, TrainedCopy
 from qlora_kit.adapters.targets import inside, is_norm
 from qlora_kit.core.errors import AdapterError
 from qlora_kit.core.patterns import matches_any
@@ -97,7 +97,7 @@ class Dropping:
         self.now, self._first = (0 if self._first else drawn), False
 
 
-class BottleneckLinear(ModuleWrapper):
+class BottleneckLinear(LinearWrapper):
     """A linear whose output passes through a bottleneck.
 
     Attributes:
@@ -162,20 +162,6 @@ class BottleneckLinear(ModuleWrapper):
                 linear.bias.zero_()
             if config.init == "zero":
                 self.up.weight.zero_()
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's stored weight: model code reads its dtype or device."""
-        weight = self.base.weight
-        assert isinstance(weight, Tensor)
-        return weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's bias, if any."""
-        bias = self.base.bias
-        assert bias is None or isinstance(bias, Tensor)
-        return bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the linear, then the bottleneck unless it is off or dropped.

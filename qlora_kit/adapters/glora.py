@@ -39,7 +39,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.adapters.glora_config import GLoRA, Structure, support_shapes
 from qlora_kit.adapters.lora import linear_shape, seeded
-from qlora_kit.adapters.protocol import ModuleWrapper
+from qlora_kit.adapters.protocol import LinearWrapper
 from qlora_kit.adapters.targets import linear_targets
 from qlora_kit.nn.linear import NF4Linear
 from qlora_kit.ops.autocast import autocast_dtype
@@ -51,7 +51,7 @@ _ROWS = 1024
 Parts = dict[str, Tensor]
 
 
-class GLoRALinear(ModuleWrapper):
+class GLoRALinear(LinearWrapper):
     """A linear whose weight and bias are scaled and shifted; takes the linear's place.
 
     Attributes:
@@ -101,20 +101,6 @@ class GLoRALinear(ModuleWrapper):
                 start.uniform_(-bound, bound, generator=seeded(f"{place}:{name}", seed))
                 value.copy_(start)
             self.supports[name] = nn.Parameter(value)
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's stored weight: model code reads its dtype or device."""
-        weight = self.base.weight
-        assert isinstance(weight, Tensor)
-        return weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's bias, if any."""
-        bias = self.base.bias
-        assert bias is None or isinstance(bias, Tensor)
-        return bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the base and what the supports add.

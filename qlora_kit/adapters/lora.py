@@ -36,7 +36,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.low_rank import LowRank
-from qlora_kit.adapters.protocol import ModuleWrapper
+from qlora_kit.adapters.protocol import LinearWrapper
 from qlora_kit.core.errors import AdapterError
 from qlora_kit.nn.linear import NF4Linear
 
@@ -136,7 +136,7 @@ def initial_a(config: LoRA, name: str, rank: int, in_features: int, seed: int) -
     return a.uniform_(-bound, bound, generator=generator)
 
 
-class LowRankLinear(ModuleWrapper):
+class LowRankLinear(LinearWrapper):
     """A linear with a pair A, B beside it: what LoRA and its variants share, but the forward.
 
     Attributes:
@@ -184,20 +184,6 @@ class LowRankLinear(ModuleWrapper):
             a = initial_a(config, place, self.rank, in_features, seed).to(device, dtype)
         self.lora_A = nn.Parameter(a, requires_grad=not config.freeze_a)
         self.lora_B = nn.Parameter(torch.zeros(out_features, self.rank, dtype=dtype, device=device))
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's stored weight: model code reads its dtype or device."""
-        weight = self.base.weight
-        assert isinstance(weight, Tensor)
-        return weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's bias, if any."""
-        bias = self.base.bias
-        assert bias is None or isinstance(bias, Tensor)
-        return bias
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """A and B, or B alone when A is frozen."""

@@ -116,6 +116,24 @@ class ModuleWrapper(nn.Module):
         )
 
 
+class LinearWrapper(ModuleWrapper):
+    """A wrapper of a linear, which model code asks for what it would ask a linear."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's stored weight: model code reads its dtype or device."""
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias, if any."""
+        bias = self.base.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
+
+
 class TrainedCopy(ModuleWrapper):
     """A module trained whole: a trainable copy answers, the original stays as it is.
 

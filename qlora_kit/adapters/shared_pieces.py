@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qlora_kit.adapters.batch_rows import BatchRows, Mixed
 from qlora_kit.adapters.lora import linear_shape
 from qlora_kit.adapters.low_rank import LowRank
-from qlora_kit.adapters.protocol import ModuleWrapper
+from qlora_kit.adapters.protocol import LinearWrapper, ModuleWrapper
 from qlora_kit.core.errors import AdapterError
 from qlora_kit.nn.linear import NF4Linear
 from qlora_kit.ops.autocast import autocast_dtype
@@ -174,7 +174,7 @@ class SharedLowRank(SharedPiece):
         return None if pair is None else pair.delta()
 
 
-class SharedLinear(SharedLowRank):
+class SharedLinear(SharedLowRank, LinearWrapper):
     """A linear under several adapters; takes the linear's place in the model.
 
     Example:
@@ -197,20 +197,6 @@ class SharedLinear(SharedLowRank):
         """
         super().__init__(base, place)
         self.out_features, self.in_features = linear_shape(base)
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's stored weight: model code reads its dtype or device."""
-        weight = self.base.weight
-        assert isinstance(weight, Tensor)
-        return weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's bias, if any."""
-        bias = self.base.bias
-        assert bias is None or isinstance(bias, Tensor)
-        return bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the base, once for all rows, and what answers besides it.

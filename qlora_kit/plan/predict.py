@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from qlora_kit.adapters.adalora import orthogonality
+from qlora_kit.adapters.adalora import add_orthogonality
 from qlora_kit.block.offload import OutlinedStore
 from qlora_kit.ops.attention.transformers_door import unpadded_inputs
 from qlora_kit.plan.gpus import Gpu
@@ -236,14 +236,14 @@ def run_step(made: Outline, setup: Setup, gpu: Gpu) -> Trace:
             with trace.during("loss"):
                 loss = selected.losses().total / items
                 del selected
-                if made.adalora:
-                    loss = loss + orthogonality(made.adalora)
         with trace.during(BACKWARD):
             with trace.during("libraries"):
                 size = _recording(made, setup, gpu)
                 workspace = torch.empty(size, dtype=torch.uint8, device="meta")
             loss.backward()
             del loss, workspace
+            if made.adalora:
+                add_orthogonality(made.adalora, 1.0)
     return trace
 
 
