@@ -259,7 +259,7 @@ def split_rows(task: Task, demo: Path, folder: Path) -> dict[str, Path]:
     source = demo / task.train
     if not source.exists():
         raise SystemExit(f"{source} is missing: run python scripts/prepare_demo.py all")
-    lines = source.read_text(encoding="utf-8").splitlines()
+    lines = source.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     if len(lines) < task.train_rows + task.validation_rows:
         raise SystemExit(f"{source} has {len(lines)} rows; {task} needs more")
     parts = {

@@ -90,6 +90,16 @@ def test_rows_do_not_meet(space, tmp_path):
         split_rows(TASKS[0], space, tmp_path)
 
 
+def test_rows_are_split_at_line_feeds_alone(tmp_path):
+    # U+0085 ends a line for str.splitlines; a review of rotten_tomatoes has one inside.
+    task = replace(TASKS[0], train="rows.jsonl", updates=2, batch=1, validation_rows=1)
+    rows = [json.dumps({"text": f"{i}\u0085and more"}, ensure_ascii=False) for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    paths = split_rows(task, tmp_path, tmp_path / "parts")
+    assert paths["train"].read_text(encoding="utf-8").split("\n") == [*rows[:2], ""]
+    assert paths["validation"].read_text(encoding="utf-8") == rows[2] + "\n"
+
+
 def tuned(rate, loss, case="lora"):
     return {
         "what": "tune",
