@@ -18,23 +18,23 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from qlora_kit.adapters.adalora_config import RankBudget as RankBudget
-    from qlora_kit.adapters.bank import AdapterBank as AdapterBank
-    from qlora_kit.adapters.bitfit_config import BitFit as BitFit
-    from qlora_kit.adapters.bottleneck_config import Bottleneck as Bottleneck
-    from qlora_kit.adapters.config import AdaLoRA as AdaLoRA
-    from qlora_kit.adapters.config import DoRA as DoRA
-    from qlora_kit.adapters.config import LoRA as LoRA
-    from qlora_kit.adapters.config import LoRAFA as LoRAFA
-    from qlora_kit.adapters.glora_config import GLoRA as GLoRA
-    from qlora_kit.adapters.inject import AttachedAdapter as AttachedAdapter
+    from qlora_kit.adapters.adalora.config import AdaLoRA as AdaLoRA
+    from qlora_kit.adapters.adalora.config import RankBudget as RankBudget
+    from qlora_kit.adapters.attached import AttachedAdapter as AttachedAdapter
+    from qlora_kit.adapters.bottleneck.config import Bottleneck as Bottleneck
+    from qlora_kit.adapters.glora.config import GLoRA as GLoRA
     from qlora_kit.adapters.inject import attach as attach
     from qlora_kit.adapters.inject import load_adapter as load_adapter
-    from qlora_kit.adapters.prompt_config import PrefixTuning as PrefixTuning
-    from qlora_kit.adapters.prompt_config import PromptTuning as PromptTuning
-    from qlora_kit.adapters.several import load_adapters as load_adapters
-    from qlora_kit.adapters.whole_config import Full as Full
-    from qlora_kit.adapters.whole_config import TopK as TopK
+    from qlora_kit.adapters.lora.config import DoRA as DoRA
+    from qlora_kit.adapters.lora.config import LoRA as LoRA
+    from qlora_kit.adapters.lora.config import LoRAFA as LoRAFA
+    from qlora_kit.adapters.multi_adapter.bank import AdapterBank as AdapterBank
+    from qlora_kit.adapters.multi_adapter.load import load_adapters as load_adapters
+    from qlora_kit.adapters.prompt.config import PrefixTuning as PrefixTuning
+    from qlora_kit.adapters.prompt.config import PromptTuning as PromptTuning
+    from qlora_kit.adapters.selective.config import BitFit as BitFit
+    from qlora_kit.adapters.selective.config import Full as Full
+    from qlora_kit.adapters.selective.config import TopK as TopK
     from qlora_kit.core.errors import QloraKitError as QloraKitError
     from qlora_kit.core.errors import UserError as UserError
     from qlora_kit.export.deviation import Deviation as Deviation
@@ -60,31 +60,31 @@ if TYPE_CHECKING:
     from qlora_kit.train.trainer import Trainer as Trainer
 
 _HOMES = {
-    "AdaLoRA": "qlora_kit.adapters.config",
-    "AdapterBank": "qlora_kit.adapters.bank",
-    "AttachedAdapter": "qlora_kit.adapters.inject",
-    "BitFit": "qlora_kit.adapters.bitfit_config",
-    "Bottleneck": "qlora_kit.adapters.bottleneck_config",
+    "AdaLoRA": "qlora_kit.adapters.adalora.config",
+    "AdapterBank": "qlora_kit.adapters.multi_adapter.bank",
+    "AttachedAdapter": "qlora_kit.adapters.attached",
+    "BitFit": "qlora_kit.adapters.selective.config",
+    "Bottleneck": "qlora_kit.adapters.bottleneck.config",
     "DataConfig": "qlora_kit.train.config",
-    "DoRA": "qlora_kit.adapters.config",
+    "DoRA": "qlora_kit.adapters.lora.config",
     "Deviation": "qlora_kit.export.deviation",
     "EvalConfig": "qlora_kit.train.config",
     "ExportConfig": "qlora_kit.train.config",
-    "Full": "qlora_kit.adapters.whole_config",
-    "GLoRA": "qlora_kit.adapters.glora_config",
-    "LoRA": "qlora_kit.adapters.config",
-    "LoRAFA": "qlora_kit.adapters.config",
+    "Full": "qlora_kit.adapters.selective.config",
+    "GLoRA": "qlora_kit.adapters.glora.config",
+    "LoRA": "qlora_kit.adapters.lora.config",
+    "LoRAFA": "qlora_kit.adapters.lora.config",
     "ModelConfig": "qlora_kit.train.config",
     "NF4Config": "qlora_kit.load.hf_quantizer",
     "NF4Linear": "qlora_kit.nn.linear",
     "NF4Weight": "qlora_kit.quant.weight",
-    "PrefixTuning": "qlora_kit.adapters.prompt_config",
-    "PromptTuning": "qlora_kit.adapters.prompt_config",
+    "PrefixTuning": "qlora_kit.adapters.prompt.config",
+    "PromptTuning": "qlora_kit.adapters.prompt.config",
     "QloraKitError": "qlora_kit.core.errors",
     "QuantConfig": "qlora_kit.quant.config",
-    "RankBudget": "qlora_kit.adapters.adalora_config",
+    "RankBudget": "qlora_kit.adapters.adalora.config",
     "RunConfig": "qlora_kit.train.config",
-    "TopK": "qlora_kit.adapters.whole_config",
+    "TopK": "qlora_kit.adapters.selective.config",
     "TrainConfig": "qlora_kit.train.config",
     "Trainer": "qlora_kit.train.trainer",
     "UserError": "qlora_kit.core.errors",
@@ -93,7 +93,7 @@ _HOMES = {
     "force_backend": "qlora_kit.ops.backend",
     "load": "qlora_kit.load.model",
     "load_adapter": "qlora_kit.adapters.inject",
-    "load_adapters": "qlora_kit.adapters.several",
+    "load_adapters": "qlora_kit.adapters.multi_adapter.load",
     "merge": "qlora_kit.export.merge",
     "nf4_linear": "qlora_kit.ops.nf4_linear.op",
     "original_weights": "qlora_kit.export.originals",

@@ -34,9 +34,9 @@ from torch import Tensor, nn
 
 from benchmarks.block.paths import Clock, allocated, distance, make_model
 from benchmarks.harness.record import write_record
-from qlora_kit.adapters.adalora import AdaLoRALinear, add_orthogonality
-from qlora_kit.adapters.adalora_config import RankBudget
-from qlora_kit.adapters.rank_budget import RankAllocator
+from qlora_kit.adapters.adalora.config import RankBudget
+from qlora_kit.adapters.adalora.layer import AdaLoRALinear, add_orthogonality
+from qlora_kit.adapters.adalora.rank_allocator import RankAllocator
 from qlora_kit.bench.timing import device
 from qlora_kit.block.install import FusedBlocks, fuse_blocks
 from qlora_kit.nn.linear import NF4Linear

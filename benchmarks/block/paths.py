@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness.record import write_record
-from qlora_kit.adapters.config import METHODS
 from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.registry import METHODS
 from qlora_kit.bench.random_model import random_model
 from qlora_kit.bench.shapes import SHAPES
 from qlora_kit.bench.timing import device

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
 
-from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.bench.random_model import random_model
 from qlora_kit.bench.shapes import config_of
 from qlora_kit.bench.steps import GIB, gpu_memory, is_out_of_memory, start_counting

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.record import ROOT
-from qlora_kit.adapters.adalora_config import RankBudget
-from qlora_kit.adapters.bottleneck_config import Bottleneck
-from qlora_kit.adapters.config import LoRA
-from qlora_kit.adapters.prompt_config import PrefixTuning, PromptTuning
+from qlora_kit.adapters.adalora.config import RankBudget
+from qlora_kit.adapters.bottleneck.config import Bottleneck
+from qlora_kit.adapters.lora.config import LoRA
+from qlora_kit.adapters.prompt.config import PrefixTuning, PromptTuning
 
 DEMO = ROOT / "demo"
 MODEL = DEMO / "smollm2-135m-instruct.gguf"

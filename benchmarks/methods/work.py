@@ -28,9 +28,10 @@ from transformers import (
 
 from benchmarks.methods.cases import BY_NAME, DEMO_SHAPE, Case, Job, Shape, Task, split_rows
 from benchmarks.methods.stock import Stock
-from qlora_kit.adapters.config import make_adapter_config
-from qlora_kit.adapters.inject import AttachedAdapter, attach
-from qlora_kit.adapters.whole_model import computing_dtype
+from qlora_kit.adapters.attached import AttachedAdapter
+from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.registry import make_adapter_config
+from qlora_kit.adapters.selective.full import computing_dtype
 from qlora_kit.bench.random_model import random_model
 from qlora_kit.bench.shapes import config_of
 from qlora_kit.checkpoint.source import open_source

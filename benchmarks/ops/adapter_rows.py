@@ -4,7 +4,7 @@
         [--seconds 0.5] [--limit 60] [--out FOLDER]
 
 A case is rows, tokens of each, adapters among them. `masked` and `grouped` are the forms of
-qlora_kit/adapters/batch_rows.py, whose limits follow from here; `chosen` is the one it takes.
+adapters/multi_adapter/batch_rows.py, whose limits follow from here; `chosen` is the one it takes.
 On a GPU the base is NF4 in bfloat16 and calls are replayed as a CUDA graph, on a CPU it is
 dense in float32. Both forms are compared with one adapter at a time before they are timed.
 """
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness.record import write_record
-from qlora_kit.adapters.batch_rows import BatchRows, Mixed
-from qlora_kit.adapters.low_rank import LowRank
-from qlora_kit.adapters.shared_pieces import HeldPair, SharedLinear
+from qlora_kit.adapters.lora.low_rank import LowRank
+from qlora_kit.adapters.multi_adapter.batch_rows import BatchRows, Mixed
+from qlora_kit.adapters.multi_adapter.pieces import HeldPair, SharedLinear
 from qlora_kit.bench.timing import Captured, device, peaks, spread
 from qlora_kit.nn.linear import NF4Linear
 from qlora_kit.quant.config import QuantConfig

@@ -27,8 +27,8 @@ import torch
 from torch import nn
 
 from benchmarks.harness.record import write_record
-from qlora_kit.adapters.config import LoRAFA
-from qlora_kit.adapters.lora import LoRALinear
+from qlora_kit.adapters.lora.config import LoRAFA
+from qlora_kit.adapters.lora.layer import LoRALinear
 from qlora_kit.bench.timing import device, peaks, spread
 from qlora_kit.optim.adamw import FlatAdamW
 from qlora_kit.optim.base import FlatOptimizer

@@ -34,8 +34,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.harness.record import write_record  # noqa: E402
-from qlora_kit.adapters.config import LoRA, LoRAFA  # noqa: E402
 from qlora_kit.adapters.inject import attach  # noqa: E402
+from qlora_kit.adapters.lora.config import LoRA, LoRAFA  # noqa: E402
 from qlora_kit.checkpoint.source import open_source  # noqa: E402
 from qlora_kit.load.model import load  # noqa: E402
 

@@ -18,18 +18,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.adapters.config import LoRA
-from qlora_kit.adapters.embedding import LoRAEmbedding
-from qlora_kit.adapters.lora import LowRankLinear, stores_transposed
+from qlora_kit.adapters.formats.peft import AdapterFiles, write_adapter
+from qlora_kit.adapters.formats.peft_config import BaseInfo
+from qlora_kit.adapters.linears import stores_transposed
+from qlora_kit.adapters.lora.config import LoRA
+from qlora_kit.adapters.lora.embedding import LoRAEmbedding
+from qlora_kit.adapters.lora.layer import LowRankLinear
 from qlora_kit.adapters.method import Method
-from qlora_kit.adapters.peft_config import BaseInfo
-from qlora_kit.adapters.peft_format import AdapterFiles, write_adapter
-from qlora_kit.adapters.prefix import PrefixPiece
-from qlora_kit.adapters.prompt import PromptPiece
+from qlora_kit.adapters.prompt.prefix_tuning import PrefixPiece
+from qlora_kit.adapters.prompt.prompt_tuning import PromptPiece
 from qlora_kit.adapters.protocol import Piece, TrainedCopy, load_stored_state, stored_state
+from qlora_kit.adapters.selective.config import Full
+from qlora_kit.adapters.selective.full import save_whole_model
 from qlora_kit.adapters.targets import compact_names, task_type, whole_modules
-from qlora_kit.adapters.whole_config import Full
-from qlora_kit.adapters.whole_model import save_whole_model
 from qlora_kit.core.errors import AdapterError
 from qlora_kit.nn.experts import NF4Experts
 from qlora_kit.nn.linear import NF4Linear
@@ -242,7 +243,7 @@ class AttachedAdapter:
 
     def _other_files(self, base: BaseInfo | None, resumable: bool) -> AdapterFiles:
         """Everything by the names of the state."""
-        heads = whole_modules(self.model, LoRA())
+        heads = whole_modules(self.model)
         state, config, sizes = stored_state(self.pieces), self.config, dict[str, int]()
         for piece in self.pieces:
             if isinstance(piece, PrefixPiece | PromptPiece):
@@ -330,7 +331,7 @@ def own_state(pieces: Sequence[Piece], files: AdapterFiles) -> dict[str, Tensor]
         AdapterError: a piece cannot hold what is saved for it.
 
     Example:
-        >>> from qlora_kit.adapters.low_rank import LowRank
+        >>> from qlora_kit.adapters.lora.low_rank import LowRank
         >>> pairs = {"proj": LowRank(torch.ones(2, 8), torch.ones(4, 2), 1.0)}
         >>> sorted(own_state((), AdapterFiles(config=LoRA(rank=2), deltas=pairs)))
         ['proj.lora_A', 'proj.lora_B']

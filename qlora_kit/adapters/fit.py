@@ -5,8 +5,8 @@ from pathlib import Path
 from torch import nn
 
 from qlora_kit.adapters.attached import base_info
-from qlora_kit.adapters.lora import linear_shape
-from qlora_kit.adapters.peft_format import AdapterFiles
+from qlora_kit.adapters.formats.peft import AdapterFiles
+from qlora_kit.adapters.linears import linear_shape
 from qlora_kit.adapters.protocol import ModuleWrapper
 from qlora_kit.core.errors import AdapterError
 from qlora_kit.core.log import log_once
@@ -56,8 +56,8 @@ def check_fit(model: nn.Module, files: AdapterFiles, folder: Path) -> None:
         AdapterError: a module is not there, or has another shape.
 
     Example:
-        >>> from qlora_kit.adapters.config import LoRA
-        >>> from qlora_kit.adapters.low_rank import LowRank
+        >>> from qlora_kit.adapters.lora.config import LoRA
+        >>> from qlora_kit.adapters.lora.low_rank import LowRank
         >>> import torch
         >>> pair = LowRank(torch.ones(2, 8), torch.ones(4, 2), 1.0)
         >>> files = AdapterFiles(config=LoRA(rank=2), deltas={"proj": pair})
@@ -105,7 +105,7 @@ def whole_places(model: nn.Module, files: AdapterFiles) -> list[str]:
         Dotted names, in the model's order.
 
     Example:
-        >>> from qlora_kit.adapters.config import LoRA
+        >>> from qlora_kit.adapters.lora.config import LoRA
         >>> import torch
         >>> files = AdapterFiles(config=LoRA(), deltas={}, modules={"a.head.bias": torch.ones(2)},
         ...     module_names=("head",))

@@ -7,10 +7,9 @@ keeps the original. `detach_from_model` puts those very objects back, and the or
 `requires_grad` flags too.
 
 One adapter per model is trained at a time: a second `attach` is refused with the place of the
-first. To answer with several, loaded side by side: `several.load_adapters`.
+first. To answer with several, loaded side by side: `multi_adapter.load`.
 
-What a method consists of is made elsewhere: `lora_family.py` for those like LoRA,
-`families.py` for the others; nothing here knows which method it installs.
+What a method consists of is made in `build.py`; nothing here knows which method it installs.
 """
 
 from collections.abc import Sequence
@@ -20,14 +19,13 @@ import torch
 from torch import nn
 
 from qlora_kit.adapters.attached import ATTACHED, AttachedAdapter, own_state
-from qlora_kit.adapters.config import LoRA
-from qlora_kit.adapters.families import build_pieces
+from qlora_kit.adapters.build import build_pieces, lora_pieces, saved_piece
 from qlora_kit.adapters.fit import check_fit, whole_places
-from qlora_kit.adapters.lora_family import lora_pieces, saved_piece
+from qlora_kit.adapters.formats.peft import AdapterFiles, read_adapter
+from qlora_kit.adapters.lora.config import LoRA
+from qlora_kit.adapters.lora.loftq import Originals
 from qlora_kit.adapters.method import Method
-from qlora_kit.adapters.peft_format import AdapterFiles, read_adapter
 from qlora_kit.adapters.protocol import ModuleWrapper, Piece, TrainedCopy, load_stored_state
-from qlora_kit.adapters.spectral import Originals
 from qlora_kit.core.errors import AdapterError
 
 

@@ -1,10 +1,10 @@
 """What methods cannot do: merge into the base, train on packed rows. Free of torch."""
 
-from qlora_kit.adapters.bottleneck_config import Bottleneck
-from qlora_kit.adapters.glora_config import GLoRA
+from qlora_kit.adapters.bottleneck.config import Bottleneck
+from qlora_kit.adapters.glora.config import GLoRA
 from qlora_kit.adapters.method import Method
-from qlora_kit.adapters.prompt_config import PrefixTuning, PromptTuning
-from qlora_kit.adapters.whole_config import Full
+from qlora_kit.adapters.prompt.config import PrefixTuning, PromptTuning
+from qlora_kit.adapters.selective.config import Full
 
 
 def why_not_merged(config: Method) -> str | None:
@@ -17,7 +17,7 @@ def why_not_merged(config: Method) -> str | None:
         A sentence, or None for a method that merges.
 
     Example:
-        >>> from qlora_kit.adapters.config import LoRA
+        >>> from qlora_kit.adapters.lora.config import LoRA
         >>> why_not_merged(LoRA()) is None
         True
         >>> why_not_merged(Bottleneck())

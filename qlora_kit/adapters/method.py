@@ -2,12 +2,15 @@
 
 from typing import Protocol
 
+ALL_LINEAR = "all-linear"
+"""In `targets`: every linear of the model's blocks, not the head."""
+
 
 class Method(Protocol):
     """The configuration of a method: a frozen dataclass of plain values.
 
     Example:
-        >>> from qlora_kit.adapters.config import LoRA
+        >>> from qlora_kit.adapters.lora.config import LoRA
         >>> def width(method: Method) -> str:
         ...     return method.dtype
         >>> width(LoRA())

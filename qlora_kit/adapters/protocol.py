@@ -26,7 +26,7 @@ Three ways to act at a place cover the methods we know, none of them a patch:
   values of a prefix come in by a function in transformers' `AttentionInterface`.
 
 Parameters are named `<place>.<key>` (`model.layers.0.self_attn.q_proj.lora_A`). Only
-`peft_format.py` knows how PEFT spells the same names.
+`formats/peft.py` knows how PEFT spells the same names.
 """
 
 import copy

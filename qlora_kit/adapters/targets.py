@@ -14,12 +14,12 @@ language model): frozen and not saved, it would be another one at the next load.
 are left out of the low-rank targets.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from qlora_kit.adapters.config import ALL_LINEAR, LoRA
-from qlora_kit.adapters.lora import LINEARS
+from qlora_kit.adapters.linears import LINEARS
+from qlora_kit.adapters.method import ALL_LINEAR
 from qlora_kit.core.errors import AdapterError
 from qlora_kit.core.patterns import matches, matches_any
 
@@ -49,31 +49,31 @@ def task_type(model: nn.Module) -> str | None:
     return "CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
-def whole_modules(model: nn.Module, config: LoRA) -> tuple[str, ...]:
+def whole_modules(model: nn.Module, named: Sequence[str] = ()) -> tuple[str, ...]:
     """Find the modules to train whole.
 
     Args:
         model: the model to adapt.
-        config: `train_modules` names more of them.
+        named: patterns of more of them, a run's `train_modules`.
 
     Returns:
         Dotted names; none lies inside another.
 
     Raises:
-        AdapterError: a pattern of `train_modules` matches no module.
+        AdapterError: a pattern matches no module.
 
     Example:
-        >>> whole_modules(nn.ModuleDict({"norm": nn.LayerNorm(4)}), LoRA(train_modules=("norm",)))
+        >>> whole_modules(nn.ModuleDict({"norm": nn.LayerNorm(4)}), ("norm",))
         ('norm',)
     """
     names = [name for name, _ in model.named_modules() if name]
-    for pattern in config.train_modules:
+    for pattern in named:
         if not any(matches(name, pattern) for name in names):
             raise AdapterError(
                 f"train_modules: {pattern!r} matches no module of {type(model).__name__}. "
                 f"Its top-level modules are: {', '.join(n for n, _ in model.named_children())}."
             )
-    chosen = {name for name in names if matches_any(name, config.train_modules)}
+    chosen = {name for name in names if matches_any(name, named)}
     if task_type(model) == "SEQ_CLS":
         chosen |= {name for name, _ in model.named_children() if name in CLASSIFIER_HEADS}
         chosen |= set(getattr(model, NEW_MODULES, ()))

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qlora_kit.adapters.peft_format import AdapterFiles
+from qlora_kit.adapters.formats.peft import AdapterFiles
 from qlora_kit.analysis.directions import Directions, decompose
 from qlora_kit.analysis.similarity import random_directions
 from qlora_kit.checkpoint.source import Source

@@ -29,7 +29,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from qlora_kit.adapters.low_rank import LowRank
+from qlora_kit.adapters.lora.low_rank import LowRank
 
 Side = Literal["A", "B", "input", "output"]
 SIDES: tuple[Side, ...] = get_args(Side)

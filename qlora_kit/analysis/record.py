@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_kit.adapters.config import method_name
-from qlora_kit.adapters.peft_format import AdapterFiles, read_adapter
+from qlora_kit.adapters.formats.peft import AdapterFiles, read_adapter
+from qlora_kit.adapters.registry import method_name
 from qlora_kit.analysis.amplification import Amplification, amplification_table
 from qlora_kit.analysis.directions import Side, decompose, layer_and_kind
 from qlora_kit.analysis.similarity import Similarity, compare_adapters, mean_grids

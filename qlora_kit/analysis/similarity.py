@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora_kit.adapters.peft_format import AdapterFiles
+from qlora_kit.adapters.formats.peft import AdapterFiles
 from qlora_kit.analysis.directions import Side, layer_and_kind, subspace
 from qlora_kit.core.errors import AdapterError, ShapeError
 from qlora_kit.core.patterns import matches_any
@@ -138,8 +138,8 @@ def compare_adapters(
         AdapterError: no module is common, or a common one has other sizes in each.
 
     Example:
-        >>> from qlora_kit.adapters.config import LoRA
-        >>> from qlora_kit.adapters.low_rank import LowRank
+        >>> from qlora_kit.adapters.lora.config import LoRA
+        >>> from qlora_kit.adapters.lora.low_rank import LowRank
         >>> pair = LowRank(torch.eye(2, 8), torch.eye(4, 2), 1.0)
         >>> files = AdapterFiles(config=LoRA(rank=2), deltas={"h.0.q": pair})
         >>> compare_adapters(files, files)[0].grid[1, 1].item()

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.adapters.bottleneck_config import Bottleneck
-from qlora_kit.adapters.config import LoRA
+from qlora_kit.adapters.bottleneck.config import Bottleneck
 from qlora_kit.adapters.inject import attach
-from qlora_kit.adapters.lora import LoRALinear
+from qlora_kit.adapters.lora.config import LoRA
+from qlora_kit.adapters.lora.layer import LoRALinear
 from qlora_kit.bench.random_model import random_model
 from qlora_kit.bench.record import Row
 from qlora_kit.bench.shapes import config_of

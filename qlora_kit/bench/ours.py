@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from qlora_kit.adapters.config import METHODS
-from qlora_kit.adapters.inject import AttachedAdapter, attach, load_adapter
+from qlora_kit.adapters.attached import AttachedAdapter
+from qlora_kit.adapters.inject import attach, load_adapter
+from qlora_kit.adapters.registry import METHODS
 from qlora_kit.bench.layers import KnownPositions, policy_context
 from qlora_kit.bench.random_model import random_model
 from qlora_kit.bench.shapes import config_of

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.bench.shapes import GPT_3, LLAMA_1, SHAPES
 from qlora_kit.core.units import GIB, MIB
 from qlora_kit.nn.swap import quantizable, swap

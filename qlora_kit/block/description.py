@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qlora_kit.adapters.lora import FusibleLinear
+from qlora_kit.adapters.lora.layer import FusibleLinear
 from qlora_kit.block.projection import Group, can_group
 from qlora_kit.block.row_factors import can_stretch
 from qlora_kit.ops.attention.rule import AttentionRule

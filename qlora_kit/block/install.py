@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.adapters.prefix import PromptParameters
+from qlora_kit.adapters.prompt.prefix_tuning import PromptParameters
 from qlora_kit.block.description import Description, why_not
 from qlora_kit.block.final_norm import fuse_norm, restore_norm
 from qlora_kit.block.layer import Call, forward

@@ -25,8 +25,8 @@ class Operands:
 
     Example:
         >>> from torch import nn
-        >>> from qlora_kit.adapters.config import LoRA
-        >>> from qlora_kit.adapters.lora import LoRALinear
+        >>> from qlora_kit.adapters.lora.config import LoRA
+        >>> from qlora_kit.adapters.lora.layer import LoRALinear
         >>> group = Group([LoRALinear(nn.Linear(8, 4), "proj", LoRA(rank=2), seed=0)])
         >>> operands = Operands([group])
         >>> operands.refresh(torch.float32)

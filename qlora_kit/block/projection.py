@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.adapters.lora import FusibleLinear
+from qlora_kit.adapters.lora.layer import FusibleLinear
 from qlora_kit.block.row_factors import RowFactors
 from qlora_kit.block.sums import Sums
 from qlora_kit.nn.linear import NF4Linear

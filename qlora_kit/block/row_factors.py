@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.adapters.dora import row_lengths
+from qlora_kit.adapters.lora.dora import row_lengths
 from qlora_kit.nn.linear import NF4Linear
 from qlora_kit.ops.layout import arithmetic_dtype
 from qlora_kit.ops.nf4_scales.op import has_whole_rows

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.adapters.lora import FusibleLinear
+from qlora_kit.adapters.lora.layer import FusibleLinear
 from qlora_kit.block.description import describe, drops_activations, linears
 from qlora_kit.block.layer import Call, Kept, backward, forward
 from qlora_kit.block.offload import HostStore, Ticket

@@ -25,8 +25,8 @@ from qlora_kit.core.errors import ConfigError, UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from qlora_kit.adapters.bank import AdapterBank
-    from qlora_kit.adapters.inject import AttachedAdapter
+    from qlora_kit.adapters.attached import AttachedAdapter
+    from qlora_kit.adapters.multi_adapter.bank import AdapterBank
 
 _ABOUT = """\
 Talk to a model, an adapter or the result of a run. Answers stream; the
@@ -134,7 +134,7 @@ class Conversation:
         Raises:
             ConfigError: there are not several adapters, or a weight is not a number.
         """
-        from qlora_kit.adapters.bank import AdapterBank
+        from qlora_kit.adapters.multi_adapter.bank import AdapterBank
 
         bank = self.adapter
         if not isinstance(bank, AdapterBank):
@@ -149,7 +149,7 @@ class Conversation:
 
     def _answering(self) -> str:
         """Who answers besides the base."""
-        from qlora_kit.adapters.bank import AdapterBank
+        from qlora_kit.adapters.multi_adapter.bank import AdapterBank
 
         if isinstance(self.adapter, AdapterBank):
             return self.adapter.active or "the base"

@@ -128,8 +128,8 @@ def _meta_model(config: RunConfig, folder: str, num_labels: int) -> "PreTrainedM
 def _model_rows(config: RunConfig, folder: str, dtype: "torch.dtype", num_labels: int) -> Rows:
     import torch
 
-    from qlora_kit.adapters.config import make_adapter_config
     from qlora_kit.adapters.inject import attach
+    from qlora_kit.adapters.registry import make_adapter_config
     from qlora_kit.nn.swap import quantizable, swap
 
     model = _meta_model(config, folder, num_labels)

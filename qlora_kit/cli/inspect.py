@@ -105,7 +105,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _options(options: argparse.Namespace, folders: Sequence[Path]) -> "Options":
-    from qlora_kit.adapters.peft_format import read_adapter
+    from qlora_kit.adapters.formats.peft import read_adapter
     from qlora_kit.analysis.directions import SIDES
     from qlora_kit.analysis.record import Options
     from qlora_kit.checkpoint.source import open_source

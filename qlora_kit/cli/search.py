@@ -21,8 +21,8 @@ from qlora_kit.core.atomic import atomic_directory, atomic_write_text
 from qlora_kit.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from qlora_kit.adapters.glora_config import GLoRA
-    from qlora_kit.adapters.glora_search import SearchResult, SearchSettings
+    from qlora_kit.adapters.glora.config import GLoRA
+    from qlora_kit.adapters.super_net.search import SearchResult, SearchSettings
     from qlora_kit.cli.search_work import Work
     from qlora_kit.train.config import RunConfig
 
@@ -157,8 +157,8 @@ def _super_net(options: argparse.Namespace) -> "tuple[Target, RunConfig, GLoRA]"
             f"{options.run} is not the folder of a finished run: a search needs its adapter and "
             "its config.json, which says what was held out."
         )
-    from qlora_kit.adapters.glora_config import GLoRA
-    from qlora_kit.adapters.peft_format import read_adapter
+    from qlora_kit.adapters.formats.peft import read_adapter
+    from qlora_kit.adapters.glora.config import GLoRA
 
     config = read_adapter(target.adapter).config
     if not isinstance(config, GLoRA):
@@ -175,7 +175,7 @@ def _super_net(options: argparse.Namespace) -> "tuple[Target, RunConfig, GLoRA]"
 
 
 def _settings(options: argparse.Namespace, run_config: "RunConfig") -> "SearchSettings":
-    from qlora_kit.adapters.glora_search import SearchSettings
+    from qlora_kit.adapters.super_net.search import SearchSettings
 
     for name in ("controls", "batch_size"):
         value = getattr(options, name)

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from qlora_kit.adapters.attached import AttachedAdapter
-from qlora_kit.adapters.glora_config import FORMS, Structure
-from qlora_kit.adapters.glora_search import (
+from qlora_kit.adapters.glora.config import FORMS, Structure
+from qlora_kit.adapters.super_net.search import (
     Found,
     SearchResult,
     SearchSettings,
     random_structures,
 )
-from qlora_kit.adapters.glora_structures import Candidate, count_values, super_net_pieces
+from qlora_kit.adapters.super_net.structures import Candidate, count_values, super_net_pieces
 from qlora_kit.analysis.tables import Table
 from qlora_kit.cli.target import Target, class_names, load_target
 from qlora_kit.core.errors import ConfigError

@@ -20,8 +20,8 @@ from qlora_kit.train.config import RunConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from qlora_kit.adapters.bank import AdapterBank
-    from qlora_kit.adapters.inject import AttachedAdapter
+    from qlora_kit.adapters.attached import AttachedAdapter
+    from qlora_kit.adapters.multi_adapter.bank import AdapterBank
 
 Task = Literal["causal_lm", "sequence_classification"]
 ADAPTER_FILE = "adapter_config.json"
@@ -173,7 +173,7 @@ def resolve_target(path: str, options: argparse.Namespace) -> Target:
             task=_task(path),
             num_labels=None,
         )
-    from qlora_kit.adapters.peft_format import read_adapter
+    from qlora_kit.adapters.formats.peft import read_adapter
 
     files = read_adapter(folder)
     base = options.base_model or files.base.path
@@ -232,7 +232,7 @@ def load_target(
         DataError: there is no tokenizer.
     """
     from qlora_kit.adapters.inject import load_adapter
-    from qlora_kit.adapters.several import load_adapters
+    from qlora_kit.adapters.multi_adapter.load import load_adapters
     from qlora_kit.load.model import load
     from qlora_kit.load.tokenizer import load_tokenizer
 

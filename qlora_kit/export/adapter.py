@@ -10,8 +10,8 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from qlora_kit.adapters.config import LoRA
-from qlora_kit.adapters.peft_format import read_adapter, write_adapter
+from qlora_kit.adapters.formats.peft import read_adapter, write_adapter
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.checkpoint.source import Source
 from qlora_kit.core.atomic import atomic_directory
 

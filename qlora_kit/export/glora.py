@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora_kit.adapters.peft_format import AdapterFiles
+from qlora_kit.adapters.formats.peft import AdapterFiles
 from qlora_kit.checkpoint.source import Source
 from qlora_kit.core.errors import AdapterError
 from qlora_kit.export.items import Item, MergePlan
@@ -41,7 +41,7 @@ def split_supports(files: AdapterFiles) -> tuple[dict[str, dict[str, Tensor]], A
         rest: the adapter with what is trained whole alone.
 
     Example:
-        >>> from qlora_kit.adapters.glora_config import GLoRA
+        >>> from qlora_kit.adapters.glora.config import GLoRA
         >>> tensors = {"proj.E": torch.ones(2), "score.weight": torch.ones(2, 2)}
         >>> supports, rest = split_supports(
         ...     AdapterFiles(config=GLoRA(), deltas={}, modules=tensors, module_names=("score",)))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qlora_kit.adapters.low_rank import LowRank
+from qlora_kit.adapters.lora.low_rank import LowRank
 from qlora_kit.checkpoint.source import Source
 from qlora_kit.export.rows import InMemory, Merged, Rows, Stored
 from qlora_kit.quant.config import QuantConfig

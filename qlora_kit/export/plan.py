@@ -12,10 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qlora_kit.adapters.bitfit_config import BitFit
-from qlora_kit.adapters.glora_config import GLoRA
+from qlora_kit.adapters.formats.peft import AdapterFiles
+from qlora_kit.adapters.glora.config import GLoRA
 from qlora_kit.adapters.mergeable import why_not_merged
-from qlora_kit.adapters.peft_format import AdapterFiles
+from qlora_kit.adapters.selective.config import BitFit
 from qlora_kit.checkpoint.source import Source
 from qlora_kit.core.errors import AdapterError, FormatError
 from qlora_kit.export.glora import add_supports, open_biases, split_supports

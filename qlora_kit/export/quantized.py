@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qlora_kit.adapters.peft_format import read_adapter
+from qlora_kit.adapters.formats.peft import read_adapter
 from qlora_kit.checkpoint.source import open_source
 from qlora_kit.checkpoint.tensor_file import TensorInfo
 from qlora_kit.checkpoint.writer import ShardWriter

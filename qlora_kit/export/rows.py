@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qlora_kit.adapters.low_rank import LowRank
+from qlora_kit.adapters.lora.low_rank import LowRank
 from qlora_kit.checkpoint.source import Source
 from qlora_kit.checkpoint.tensor_file import read_tensor
 from qlora_kit.core.errors import NonFiniteError

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.adapters.attached import AttachedAdapter
-from qlora_kit.adapters.lora import LoRALinear
+from qlora_kit.adapters.lora.layer import LoRALinear
 from qlora_kit.core.errors import AdapterError
 
 
@@ -51,7 +51,7 @@ class CorrectedGradient:
 
     Example:
         >>> from torch import nn
-        >>> from qlora_kit.adapters.config import LoRAFA
+        >>> from qlora_kit.adapters.lora.config import LoRAFA
         >>> layer = LoRALinear(nn.Linear(4, 3), "proj", LoRAFA(rank=2), seed=0)
         >>> layer(torch.ones(1, 4)).sum().backward()
         >>> before = layer.lora_B.grad.clone()
@@ -100,7 +100,7 @@ class CorrectedGradient:
 
         Example:
             >>> from torch import nn
-            >>> from qlora_kit.adapters.config import LoRAFA
+            >>> from qlora_kit.adapters.lora.config import LoRAFA
             >>> from qlora_kit.adapters.inject import attach
             >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 4)])})
             >>> adapter = attach(model, LoRAFA(rank=2, corrected_gradient=True))

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedConfig
 
-from qlora_kit.adapters.config import LoRA
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.plan.predict import Prediction
 from qlora_kit.plan.setup import FULL, Setup

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from qlora_kit.adapters.adalora import AdaLoRALinear
+from qlora_kit.adapters.adalora.layer import AdaLoRALinear
 from qlora_kit.adapters.attached import AttachedAdapter
 from qlora_kit.adapters.inject import attach
 from qlora_kit.block.install import FusedBlocks, fuse_blocks, why_not_fused

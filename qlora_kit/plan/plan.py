@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from qlora_kit.adapters.config import LoRA, method_name
+from qlora_kit.adapters.lora.config import LoRA
+from qlora_kit.adapters.registry import method_name
 from qlora_kit.plan.budget import Budget, graph_bytes, margin_bytes, needed_bytes
 from qlora_kit.plan.changes import FIELDS, changes, speed_change
 from qlora_kit.plan.gpus import DEFAULT, Gpu, find_gpu, this_gpu

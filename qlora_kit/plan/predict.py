@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from qlora_kit.adapters.adalora import add_orthogonality
+from qlora_kit.adapters.adalora.layer import add_orthogonality
 from qlora_kit.block.offload import OutlinedStore
 from qlora_kit.ops.attention.transformers_door import unpadded_inputs
 from qlora_kit.plan.gpus import Gpu

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from qlora_kit.adapters.config import METHODS, OTHERS, LoRA, make_adapter_config
+from qlora_kit.adapters.lora.config import LoRA
+from qlora_kit.adapters.registry import METHODS, OTHERS, make_adapter_config
 from qlora_kit.block.tiles import Tile
 from qlora_kit.core.allocator import NAMES, segments_grow
 from qlora_kit.core.errors import ConfigError
@@ -39,7 +40,7 @@ class Setup:
     """
 
     method: str = "lora"
-    """Of `adapters.config.METHODS`, or `full`: every weight, for comparison."""
+    """Of `adapters.registry.METHODS`, or `full`: every weight, for comparison."""
     bits: int = 4
     """4: the base in NF4; 16: as it is."""
     rank: int = 16

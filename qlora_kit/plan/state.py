@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from qlora_kit.adapters.adalora import AdaLoRALinear
+from qlora_kit.adapters.adalora.layer import AdaLoRALinear
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.optim.bnb_adamw import SMALLEST_8BIT
 from qlora_kit.optim.create import FLAT_NAMES
@@ -91,7 +91,7 @@ def importance(modules: Sequence[AdaLoRALinear], gpu: Gpu) -> tuple[int, float]:
         seconds: of an update, six passes of 64 bytes per value together.
 
     Example:
-        >>> from qlora_kit.adapters.config import AdaLoRA
+        >>> from qlora_kit.adapters.adalora.config import AdaLoRA
         >>> from qlora_kit.plan.gpus import find_gpu
         >>> piece = AdaLoRALinear(nn.Linear(256, 256), "proj", AdaLoRA(rank=4), seed=0)
         >>> importance([piece], find_gpu("h100"))[0]  # of P and Q 4 KiB each, of λ 512 bytes

@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from qlora_kit.adapters.answer_start import announced
+from qlora_kit.adapters.prompt.answer_start import announced
 from qlora_kit.core.log import log_once
 from qlora_kit.nn.loss_head import IGNORE, HeadLoss, LogitRule, head_loss, is_plain_linear
 from qlora_kit.ops.autocast import autocast, autocast_dtype

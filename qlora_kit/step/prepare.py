@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
-from qlora_kit.adapters.prefix import PromptParameters
+from qlora_kit.adapters.prompt.prefix_tuning import PromptParameters
 from qlora_kit.block.compiled import CompiledLayers, compile_layers
 from qlora_kit.block.install import (
     FusedBlocks,

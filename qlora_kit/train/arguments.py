@@ -17,8 +17,8 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from qlora_kit.adapters.config import make_adapter_config
 from qlora_kit.adapters.mergeable import sees_packed_rows, why_not_merged
+from qlora_kit.adapters.registry import make_adapter_config
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.train.config import RunConfig, TrainConfig
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from qlora_kit.adapters.inject import AttachedAdapter
-from qlora_kit.adapters.peft_format import read_adapter
+from qlora_kit.adapters.attached import AttachedAdapter
+from qlora_kit.adapters.formats.peft import read_adapter
 from qlora_kit.core.errors import SourceError
 from qlora_kit.core.log import logger
 
@@ -160,7 +160,7 @@ def restore_adapter(adapter: AttachedAdapter, folder: Path) -> None:
 
     Example:
         >>> import tempfile, torch
-        >>> from qlora_kit.adapters.config import LoRA
+        >>> from qlora_kit.adapters.lora.config import LoRA
         >>> from qlora_kit.adapters.inject import attach
         >>> model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(8, 4)])})
         >>> adapter = attach(model, LoRA(rank=2))

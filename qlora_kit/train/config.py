@@ -8,13 +8,12 @@ imports no torch, so that `--help` stays fast.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qlora_kit.adapters.adalora_config import RankBudget
-from qlora_kit.adapters.bitfit_config import BitFit
-from qlora_kit.adapters.bottleneck_config import Bottleneck
-from qlora_kit.adapters.config import LoRA
-from qlora_kit.adapters.glora_config import GLoRA
-from qlora_kit.adapters.prompt_config import PrefixTuning, PromptTuning
-from qlora_kit.adapters.whole_config import Full, TopK
+from qlora_kit.adapters.adalora.config import RankBudget
+from qlora_kit.adapters.bottleneck.config import Bottleneck
+from qlora_kit.adapters.glora.config import GLoRA
+from qlora_kit.adapters.lora.config import LoRA
+from qlora_kit.adapters.prompt.config import PrefixTuning, PromptTuning
+from qlora_kit.adapters.selective.config import BitFit, Full, TopK
 from qlora_kit.quant.config import QuantConfig
 
 Task = Literal["causal_lm", "sequence_classification"]

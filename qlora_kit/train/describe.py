@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from qlora_kit.adapters.inject import AttachedAdapter
+from qlora_kit.adapters.attached import AttachedAdapter
 from qlora_kit.train.record import Stages
 from qlora_kit.train.trainer import Trainer
 
@@ -58,7 +58,7 @@ def describe_model(model: PreTrainedModel, adapter: AttachedAdapter) -> dict[str
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> from qlora_kit.adapters.config import LoRA
+        >>> from qlora_kit.adapters.lora.config import LoRA
         >>> from qlora_kit.adapters.inject import attach
         >>> tiny = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16))
         >>> describe_model(tiny, attach(tiny, LoRA(rank=2)))["adapted"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_kit.adapters.lora import FusibleLinear, Term
+from qlora_kit.adapters.lora.layer import FusibleLinear, Term
 from qlora_kit.core.units import GIB
 from qlora_kit.nn.linear import NF4Linear
 from qlora_kit.plan.gpus import this_gpu

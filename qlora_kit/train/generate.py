@@ -28,8 +28,8 @@ from qlora_kit.train.sampling import divide
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qlora_kit.adapters.bank import AdapterBank
-    from qlora_kit.adapters.inject import AttachedAdapter
+    from qlora_kit.adapters.attached import AttachedAdapter
+    from qlora_kit.adapters.multi_adapter.bank import AdapterBank
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]
 

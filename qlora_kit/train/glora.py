@@ -22,17 +22,17 @@ import torch
 from transformers import PreTrainedModel
 
 from qlora_kit.adapters.attached import AttachedAdapter
-from qlora_kit.adapters.glora import GLoRALinear
-from qlora_kit.adapters.glora_config import GLoRA
-from qlora_kit.adapters.glora_search import Found, SearchResult, SearchSettings, search
-from qlora_kit.adapters.glora_structures import (
+from qlora_kit.adapters.glora.config import GLoRA
+from qlora_kit.adapters.glora.layer import GLoRALinear
+from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.protocol import TrainedCopy, stored_state
+from qlora_kit.adapters.super_net.search import Found, SearchResult, SearchSettings, search
+from qlora_kit.adapters.super_net.structures import (
     Candidate,
     draw_structures,
     super_net_pieces,
     use,
 )
-from qlora_kit.adapters.inject import attach
-from qlora_kit.adapters.protocol import TrainedCopy, stored_state
 from qlora_kit.train.held_out import loss_totals
 
 

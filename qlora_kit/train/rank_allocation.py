@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qlora_kit.adapters.adalora import AdaLoRALinear, add_orthogonality, orthogonality
+from qlora_kit.adapters.adalora.config import AdaLoRA
+from qlora_kit.adapters.adalora.layer import AdaLoRALinear, add_orthogonality, orthogonality
+from qlora_kit.adapters.adalora.rank_allocator import RankAllocator
 from qlora_kit.adapters.attached import AttachedAdapter
-from qlora_kit.adapters.config import AdaLoRA
-from qlora_kit.adapters.rank_budget import RankAllocator
 
 
 class RankAllocation(TrainerCallback):

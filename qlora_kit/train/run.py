@@ -15,9 +15,11 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from qlora_kit.adapters.config import LoRA, make_adapter_config
-from qlora_kit.adapters.inject import AttachedAdapter, attach
-from qlora_kit.adapters.whole_model import computing_dtype
+from qlora_kit.adapters.attached import AttachedAdapter
+from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.lora.config import LoRA
+from qlora_kit.adapters.registry import make_adapter_config
+from qlora_kit.adapters.selective.full import computing_dtype
 from qlora_kit.checkpoint.source import Source, open_source
 from qlora_kit.core.allocator import use_growing_segments
 from qlora_kit.core.atomic import atomic_write_text
@@ -29,18 +31,8 @@ from qlora_kit.load.model import load
 from qlora_kit.load.tokenizer import load_tokenizer
 from qlora_kit.ops.autocast import autocast
 from qlora_kit.plan.read import read_config
-from qlora_kit.train.arguments import (
-    check_training,
-    is_on_gpu,
-    training_arguments,
-    update_count,
-)
-from qlora_kit.train.callbacks import (
-    ConsoleProgress,
-    Phases,
-    extra_callbacks,
-    quiet_transformers,
-)
+from qlora_kit.train.arguments import check_training, is_on_gpu, training_arguments, update_count
+from qlora_kit.train.callbacks import ConsoleProgress, Phases, extra_callbacks, quiet_transformers
 from qlora_kit.train.checkpoints import whole_checkpoints
 from qlora_kit.train.classify import name_classes
 from qlora_kit.train.config import RunConfig

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
 
-from qlora_kit.adapters.inject import AttachedAdapter
+from qlora_kit.adapters.attached import AttachedAdapter
 from qlora_kit.block.tiles import Tile
 from qlora_kit.core.atomic import atomic_directory
 from qlora_kit.core.errors import AdapterError
@@ -59,7 +59,7 @@ class Trainer(LoggingTrainer):
     Example:
         >>> import tempfile
         >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> from qlora_kit.adapters.config import LoRA
+        >>> from qlora_kit.adapters.lora.config import LoRA
         >>> from qlora_kit.adapters.inject import attach
         >>> tiny = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16))
         >>> adapter = attach(tiny, LoRA(rank=2))

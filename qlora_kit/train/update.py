@@ -19,8 +19,8 @@ import transformers
 from torch import Tensor, nn
 
 from qlora_kit.adapters.attached import AttachedAdapter
-from qlora_kit.adapters.config import LoRA
-from qlora_kit.adapters.whole_config import Full
+from qlora_kit.adapters.lora.config import LoRA
+from qlora_kit.adapters.selective.config import Full
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.optim.corrected import CorrectedGradient
 from qlora_kit.optim.create import FLAT_NAMES, flat_optimizer, make_flat_optimizer

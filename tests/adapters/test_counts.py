@@ -11,12 +11,11 @@ from transformers import (
     RobertaConfig,
 )
 
-from qlora_kit.adapters.bitfit_config import BitFit
-from qlora_kit.adapters.bottleneck_config import Bottleneck
-from qlora_kit.adapters.config import LoRA, LoRAFA
+from qlora_kit.adapters.bottleneck.config import Bottleneck
 from qlora_kit.adapters.inject import attach
-from qlora_kit.adapters.prompt_config import PrefixTuning, PromptTuning
-from qlora_kit.adapters.whole_config import Full, TopK
+from qlora_kit.adapters.lora.config import LoRA, LoRAFA
+from qlora_kit.adapters.prompt.config import PrefixTuning, PromptTuning
+from qlora_kit.adapters.selective.config import BitFit, Full, TopK
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 

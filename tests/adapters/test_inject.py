@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.adapters.config import LoRA, LoRAFA
 from qlora_kit.adapters.inject import attach, load_adapter
-from qlora_kit.adapters.lora import LoRALinear
+from qlora_kit.adapters.lora.config import LoRA, LoRAFA
+from qlora_kit.adapters.lora.layer import LoRALinear
 from qlora_kit.adapters.targets import compact_names, linear_targets, whole_modules
 from qlora_kit.core.errors import AdapterError
 from qlora_kit.nn.linear import NF4Linear
@@ -231,10 +231,8 @@ def test_modules_named_to_be_trained_whole():
     with pytest.raises(AdapterError, match="train_modules: 'nrm'"):
         attach(tiny_models.build("llama"), LoRA(train_modules=("nrm",)))
     # one inside another is trained once
-    nested = whole_modules(
-        tiny_models.build("bert", num_labels=2),
-        LoRA(train_modules=("bert.pooler", "pooler.dense")),
-    )
+    bert = tiny_models.build("bert", num_labels=2)
+    nested = whole_modules(bert, ("bert.pooler", "pooler.dense"))
     assert nested == ("bert.pooler", "classifier")
 
 

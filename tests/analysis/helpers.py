@@ -7,9 +7,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qlora_kit.adapters.config import LoRA
-from qlora_kit.adapters.low_rank import LowRank
-from qlora_kit.adapters.peft_format import AdapterFiles
+from qlora_kit.adapters.formats.peft import AdapterFiles
+from qlora_kit.adapters.lora.config import LoRA
+from qlora_kit.adapters.lora.low_rank import LowRank
 
 FLOAT64_EPS = torch.finfo(torch.float64).eps
 FLOAT32_EPS = torch.finfo(torch.float32).eps

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_kit.adapters.config import LoRA
-from qlora_kit.adapters.peft_format import AdapterFiles, read_adapter
+from qlora_kit.adapters.formats.peft import AdapterFiles, read_adapter
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.analysis.amplification import Amplification, amplification, amplification_table
 from qlora_kit.analysis.directions import Directions, decompose
 from qlora_kit.checkpoint.source import open_source

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qlora_kit.adapters.low_rank import LowRank
+from qlora_kit.adapters.lora.low_rank import LowRank
 from qlora_kit.analysis.directions import SIDES, decompose, layer_and_kind, subspace
 from tests.analysis.helpers import FLOAT64_EPS, random_pair, rotation, with_right
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qlora_kit.adapters.config import LoRA
-from qlora_kit.adapters.peft_format import AdapterFiles
+from qlora_kit.adapters.formats.peft import AdapterFiles
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.analysis.amplification import amplification_table
 from qlora_kit.checkpoint.source import open_source
 from qlora_kit.core.memory import PeakMemory

@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.analysis.page import figures, render_page
 from qlora_kit.analysis.record import Options, inspect_adapters, powers
 from qlora_kit.analysis.tables import tables_of

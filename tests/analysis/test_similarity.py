@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from qlora_kit.adapters.low_rank import LowRank
-from qlora_kit.adapters.peft_format import read_adapter
+from qlora_kit.adapters.formats.peft import read_adapter
+from qlora_kit.adapters.lora.low_rank import LowRank
 from qlora_kit.analysis.similarity import (
     compare_adapters,
     mean_grids,

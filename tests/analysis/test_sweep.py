@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.analysis import sweep
 from qlora_kit.analysis.sweep import (
     Cell,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qlora_kit.adapters.config import LoRA
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.bench import full, ours
 from qlora_kit.bench.components import RESIDENT, components, resident_bytes
 from qlora_kit.bench.shapes import TINY

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qlora_kit.adapters.bottleneck import BottleneckLinear
+from qlora_kit.adapters.bottleneck.layer import BottleneckLinear
 from qlora_kit.bench.latency import (
     VARIANTS,
     LatencyOptions,

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 from benchmarks.analysis.__main__ import main
-from qlora_kit.adapters.config import LoRA
-from qlora_kit.adapters.low_rank import LowRank
-from qlora_kit.adapters.peft_format import AdapterFiles, write_adapter
+from qlora_kit.adapters.formats.peft import AdapterFiles, write_adapter
+from qlora_kit.adapters.lora.config import LoRA
+from qlora_kit.adapters.lora.low_rank import LowRank
 from qlora_kit.analysis.record import Options, inspect_adapters
 from tests.analysis.helpers import random_pair
 

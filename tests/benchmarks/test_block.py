@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks.block import methods, paths
-from qlora_kit.adapters.adalora import AdaLoRALinear
-from qlora_kit.adapters.lora import FusibleLinear
+from qlora_kit.adapters.adalora.layer import AdaLoRALinear
+from qlora_kit.adapters.lora.layer import FusibleLinear
 from qlora_kit.bench.random_model import random_model
 from qlora_kit.bench.shapes import TINY
 from qlora_kit.nn.linear import NF4Linear

@@ -15,7 +15,7 @@ from benchmarks.methods import work as worked
 from benchmarks.methods.__main__ import main, shapes_of
 from benchmarks.methods.cases import BY_NAME, CASES, TASKS, Job, budget_row, split_rows
 from benchmarks.methods.work import Workshop, reduced
-from qlora_kit.adapters.config import METHODS, OTHERS
+from qlora_kit.adapters.registry import METHODS, OTHERS
 from qlora_kit.bench.random_checkpoint import write_checkpoint
 
 ROWS = 100

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from qlora_kit.adapters.adalora_config import RankBudget
+from qlora_kit.adapters.adalora.config import AdaLoRA, RankBudget
 from qlora_kit.adapters.attached import AttachedAdapter
-from qlora_kit.adapters.config import AdaLoRA, DoRA, LoRA, LoRAFA
 from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.lora.config import DoRA, LoRA, LoRAFA
 from qlora_kit.block.install import FusedBlocks
 from qlora_kit.nn.linear import NF4Linear
 from qlora_kit.ops.attention.transformers_door import unpadded_inputs

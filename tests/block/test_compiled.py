@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
-from qlora_kit.adapters.config import LoRA
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.block.compiled import (
     GRAPHS,
     POLICIES,

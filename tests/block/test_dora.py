@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_kit.adapters.config import DoRA
 from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.lora.config import DoRA
 from qlora_kit.block import attention_half, mlp_half
 from qlora_kit.block.description import Norm
 from qlora_kit.block.install import fuse_blocks, why_not_fused

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.adapters.config import LoRA, LoRAFA
+from qlora_kit.adapters.lora.config import LoRA, LoRAFA
 from qlora_kit.block.install import FusedLayer, fuse_blocks
 from tests import tiny_models
 from tests.block.helpers import (

@@ -29,9 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.inject import attach
-from qlora_kit.adapters.lora import LoRALinear
+from qlora_kit.adapters.lora.config import LoRA
+from qlora_kit.adapters.lora.layer import LoRALinear
 from qlora_kit.block.install import FusedBlocks, fuse_blocks
 from qlora_kit.nn.swap import quantizable, swap
 from qlora_kit.ops.attention.transformers_door import register, unpadded_inputs

@@ -17,12 +17,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qlora_kit.adapters.adalora import AdaLoRALinear
-from qlora_kit.adapters.adalora_config import RankBudget
-from qlora_kit.adapters.config import AdaLoRA
-from qlora_kit.adapters.dora import DoRALinear
+from qlora_kit.adapters.adalora.config import AdaLoRA, RankBudget
+from qlora_kit.adapters.adalora.layer import AdaLoRALinear
 from qlora_kit.adapters.inject import attach
-from qlora_kit.adapters.spectral import PiSSALinear
+from qlora_kit.adapters.lora.dora import DoRALinear
+from qlora_kit.adapters.lora.pissa import PiSSALinear
 from qlora_kit.block import operands
 from qlora_kit.block.install import fuse_blocks
 from qlora_kit.block.policy import POLICIES

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.adapters.config import LoRA, LoRAFA
+from qlora_kit.adapters.lora.config import LoRA, LoRAFA
 from qlora_kit.block.install import fuse_blocks
 from qlora_kit.block.policy import POLICIES
 from qlora_kit.core.errors import ConfigError

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qlora_kit.adapters.config import LoRA, LoRAFA
-from qlora_kit.adapters.lora import LoRALinear
+from qlora_kit.adapters.lora.config import LoRA, LoRAFA
+from qlora_kit.adapters.lora.layer import LoRALinear
 from qlora_kit.block.operands import Operands
 from qlora_kit.block.projection import Group, can_group
 from qlora_kit.nn.linear import NF4Linear

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_kit.adapters.config import LoRA
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.block import tiles
 from qlora_kit.block.install import fuse_blocks
 from qlora_kit.block.policy import POLICIES

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.cli import selftest
 from qlora_kit.cli.main import main
 from qlora_kit.load import model as load_model

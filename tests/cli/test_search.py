@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_kit.adapters.glora import GLoRALinear
-from qlora_kit.adapters.glora_config import GLoRA
+from qlora_kit.adapters.formats.peft import read_adapter
+from qlora_kit.adapters.glora.config import GLoRA
+from qlora_kit.adapters.glora.layer import GLoRALinear
 from qlora_kit.adapters.inject import load_adapter
-from qlora_kit.adapters.peft_format import read_adapter
 from qlora_kit.cli.main import main
 from qlora_kit.cli.search_work import split_rows
 from qlora_kit.load.model import load

@@ -11,8 +11,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.inject import attach, load_adapter
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.load.model import load
 from qlora_kit.quant.config import QuantConfig
 from tests import tiny_models

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from qlora_kit.adapters.config import LoRA
-from qlora_kit.adapters.peft_format import read_adapter
+from qlora_kit.adapters.formats.peft import read_adapter
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.core.errors import FormatError, SourceError
 from qlora_kit.export.adapter import export_adapter
 from tests import tiny_models

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from qlora_kit.adapters.glora_config import GLoRA
+from qlora_kit.adapters.glora.config import GLoRA
 from qlora_kit.adapters.inject import attach
 from qlora_kit.core.errors import AdapterError
 from qlora_kit.export.merge import merge

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
-from qlora_kit.adapters.config import LoRA
-from qlora_kit.adapters.peft_format import read_adapter
+from qlora_kit.adapters.formats.peft import read_adapter
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.checkpoint.source import open_source
 from qlora_kit.core.errors import (
     AdapterError,

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_kit.adapters.config import LoRA
-from qlora_kit.adapters.peft_config import BaseInfo
-from qlora_kit.adapters.peft_format import AdapterFiles, LowRank, write_adapter
+from qlora_kit.adapters.formats.peft import AdapterFiles, LowRank, write_adapter
+from qlora_kit.adapters.formats.peft_config import BaseInfo
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.checkpoint.tensor_file import TensorInfo
 from qlora_kit.checkpoint.writer import ShardWriter
 from qlora_kit.quant.config import QuantConfig

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.checkpoint.source import open_source
 from qlora_kit.core.errors import AdapterError, ConfigError
 from qlora_kit.export.merge import merge

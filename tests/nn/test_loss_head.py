@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qlora_kit.adapters.config import LoRA
-from qlora_kit.adapters.lora import LoRALinear
+from qlora_kit.adapters.lora.config import LoRA
+from qlora_kit.adapters.lora.layer import LoRALinear
 from qlora_kit.core.errors import ShapeError
 from qlora_kit.nn import loss_head
 from qlora_kit.nn.linear import NF4Linear

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.adapters.config import LoRA, LoRAFA, make_adapter_config
 from qlora_kit.adapters.inject import attach
-from qlora_kit.adapters.lora import LoRALinear
+from qlora_kit.adapters.lora.config import LoRA, LoRAFA
+from qlora_kit.adapters.lora.layer import LoRALinear
+from qlora_kit.adapters.registry import make_adapter_config
 from qlora_kit.core.errors import AdapterError, ConfigError
 from qlora_kit.optim.adamw import FlatAdamW
 from qlora_kit.optim.bnb_adamw import FlatBnbAdamW

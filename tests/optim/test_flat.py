@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.inject import attach, load_adapter
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.core.errors import AdapterError
 from qlora_kit.optim.flat import ALIGNMENT, FlatParameters, why_not_flat
 from tests import tiny_models

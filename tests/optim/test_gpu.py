@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.adapters.config import LoRA, LoRAFA
 from qlora_kit.adapters.inject import attach
-from qlora_kit.adapters.lora import LoRALinear
+from qlora_kit.adapters.lora.config import LoRA, LoRAFA
+from qlora_kit.adapters.lora.layer import LoRALinear
 from qlora_kit.optim.adamw import FlatAdamW
 from qlora_kit.optim.base import FlatOptimizer
 from qlora_kit.optim.bnb_adamw import FlatBnbAdamW

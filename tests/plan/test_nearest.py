@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from qlora_kit.adapters.config import LoRA
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.plan.budget import Budget, needed_bytes
 from qlora_kit.plan.changes import changes, leaner, speed_change, with_rank

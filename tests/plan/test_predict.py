@@ -6,8 +6,8 @@ from functools import cache
 import pytest
 import torch
 
-from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.bench.random_model import random_model
 from qlora_kit.bench.shapes import MODELS, SHAPES, TINY
 from qlora_kit.block.policy import POLICIES

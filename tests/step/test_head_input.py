@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.block.install import fuse_blocks
 from qlora_kit.nn.loss_head import IGNORE
 from qlora_kit.step import head_input as heads

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.block.compiled import why_not_compiled
 from qlora_kit.block.install import FusedBlocks, FusedLayer
 from qlora_kit.core.errors import ConfigError

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
-from qlora_kit.adapters.config import LoRA
-from qlora_kit.adapters.inject import AttachedAdapter, attach
+from qlora_kit.adapters.attached import AttachedAdapter
+from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.train.data.collate import PadCollator
 from qlora_kit.train.trainer import Trainer
 from tests import tiny_models

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.export.merge import merge
 from qlora_kit.load.model import load

@@ -11,8 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.block.install import FusedBlocks, FusedLayer, fuse_blocks
 from qlora_kit.core.errors import ConfigError, DataError
 from qlora_kit.train.callbacks import Phases

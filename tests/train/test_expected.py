@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from qlora_kit.adapters.config import AdaLoRA, DoRA, LoRA, make_adapter_config
+from qlora_kit.adapters.adalora.config import AdaLoRA
 from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.lora.config import DoRA, LoRA
+from qlora_kit.adapters.registry import make_adapter_config
 from qlora_kit.bench.flops import step_flops
 from qlora_kit.train.expected import model_flops
 from tests import tiny_models

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_kit.adapters.adalora_config import RankBudget
-from qlora_kit.adapters.bitfit_config import BitFit
-from qlora_kit.adapters.bottleneck_config import Bottleneck
-from qlora_kit.adapters.config import METHODS, OTHERS, AdaLoRA, LoRA, method_name
-from qlora_kit.adapters.glora_config import GLoRA
+from qlora_kit.adapters.adalora.config import AdaLoRA, RankBudget
+from qlora_kit.adapters.bottleneck.config import Bottleneck
+from qlora_kit.adapters.glora.config import GLoRA
 from qlora_kit.adapters.inject import attach
-from qlora_kit.adapters.prompt_config import PrefixTuning, PromptTuning
-from qlora_kit.adapters.whole_config import Full, TopK
+from qlora_kit.adapters.lora.config import LoRA
+from qlora_kit.adapters.prompt.config import PrefixTuning, PromptTuning
+from qlora_kit.adapters.registry import METHODS, OTHERS, method_name
+from qlora_kit.adapters.selective.config import BitFit, Full, TopK
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.step.prepare import marked
 from qlora_kit.train.data.collate import PadCollator

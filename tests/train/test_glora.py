@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from qlora_kit.adapters.glora_config import GLoRA
-from qlora_kit.adapters.glora_search import SearchSettings
-from qlora_kit.adapters.glora_structures import use
+from qlora_kit.adapters.glora.config import GLoRA
 from qlora_kit.adapters.inject import attach, load_adapter
-from qlora_kit.adapters.lora import LoRALinear
+from qlora_kit.adapters.lora.layer import LoRALinear
+from qlora_kit.adapters.super_net.search import SearchSettings
+from qlora_kit.adapters.super_net.structures import use
 from qlora_kit.core.errors import AdapterError, ConfigError
 from qlora_kit.step.prepare import prepare_model
 from qlora_kit.train.data.collate import PadCollator
@@ -136,7 +136,7 @@ def test_the_search_finds_what_is_best() -> None:
     def loss() -> float:
         return float(sum(piece.choice.a != "vector" for piece in adapter.pieces))
 
-    from qlora_kit.adapters.glora_search import search
+    from qlora_kit.adapters.super_net.search import search
 
     sizes = SearchSettings(population=50, generations=12, mutations=20, crossovers=20)
     found = search(adapter, loss, limit=10**9, settings=sizes)
@@ -150,7 +150,7 @@ def test_the_limit_holds_down_to_nothing() -> None:
     model = tiny_models.build("gpt2")
     adapter = attach(model, GLoRA(rank=2, super_net=True))
     seen = []
-    from qlora_kit.adapters.glora_search import search
+    from qlora_kit.adapters.super_net.search import search
 
     def loss() -> float:
         total = sum(
@@ -170,7 +170,7 @@ def test_the_limit_holds_down_to_nothing() -> None:
 
 
 def test_nan_is_the_worst_loss_and_structures_come_back_after_an_error() -> None:
-    from qlora_kit.adapters.glora_search import search
+    from qlora_kit.adapters.super_net.search import search
 
     model = tiny_models.build("gpt2")
     adapter = attach(model, GLoRA(rank=2, super_net=True))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.core.errors import UserError
 from qlora_kit.train.config import DataConfig, ModelConfig, RunConfig
 from qlora_kit.train.data.collate import PadCollator

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_kit.adapters.config import DoRA, LoRA
-from qlora_kit.adapters.dora import DoRALinear
-from qlora_kit.adapters.inject import AttachedAdapter, attach
+from qlora_kit.adapters.attached import AttachedAdapter
+from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.lora.config import DoRA, LoRA
+from qlora_kit.adapters.lora.dora import DoRALinear
 from qlora_kit.block.compiled import compile_layers
 from qlora_kit.export.originals import original_weights
 from qlora_kit.load.model import load

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_kit.adapters.config import LoRA, make_adapter_config
+from qlora_kit.adapters.lora.config import LoRA
+from qlora_kit.adapters.registry import make_adapter_config
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.optim.create import flat_optimizer
 from qlora_kit.train.data.collate import PadCollator

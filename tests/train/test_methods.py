@@ -10,11 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_kit.adapters.bitfit_config import BitFit
-from qlora_kit.adapters.bottleneck_config import Bottleneck
+from qlora_kit.adapters.bottleneck.config import Bottleneck
 from qlora_kit.adapters.inject import attach, load_adapter
-from qlora_kit.adapters.prompt_config import PrefixTuning, PromptTuning
-from qlora_kit.adapters.whole_config import Full, TopK
+from qlora_kit.adapters.prompt.config import PrefixTuning, PromptTuning
+from qlora_kit.adapters.selective.config import BitFit, Full, TopK
 from qlora_kit.cli.target import resolve_target, run_settings
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.load.model import load

@@ -11,11 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from qlora_kit.adapters.adalora import orthogonality
-from qlora_kit.adapters.adalora_config import RankBudget
-from qlora_kit.adapters.config import AdaLoRA
+from qlora_kit.adapters.adalora.config import AdaLoRA, RankBudget
+from qlora_kit.adapters.adalora.layer import orthogonality
+from qlora_kit.adapters.formats.peft import read_adapter
 from qlora_kit.adapters.inject import attach
-from qlora_kit.adapters.peft_format import read_adapter
 from qlora_kit.core.errors import ConfigError, SourceError
 from qlora_kit.train.checkpoints import last_checkpoint
 from qlora_kit.train.config import ExportConfig

@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from qlora_kit.adapters.config import LoRA
 from qlora_kit.adapters.inject import load_adapter
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.core.errors import ConfigError, DataError, UserError
 from qlora_kit.load.model import load
 from qlora_kit.quant.config import QuantConfig

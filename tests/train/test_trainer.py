@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from qlora_kit.adapters.peft_format import read_adapter
+from qlora_kit.adapters.formats.peft import read_adapter
 from qlora_kit.core.errors import AdapterError, NonFiniteError, SourceError
 from qlora_kit.step.loss import causal_lm_loss
 from qlora_kit.train.checkpoints import last_checkpoint, whole_checkpoints

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_kit.adapters.config import LoRAFA
 from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.lora.config import LoRAFA
 from qlora_kit.core import log
 from qlora_kit.core.errors import AdapterError
 from qlora_kit.optim.adamw import FlatAdamW

@@ -1,0 +1,1 @@
+"""AdaLoRA: a trained singular value decomposition whose ranks fall to a budget."""

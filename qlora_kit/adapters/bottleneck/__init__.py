@@ -1,0 +1,1 @@
+"""Bottleneck adapters behind sublayers: Houlsby's, Pfeiffer's, Lin's, AdapterDrop."""

@@ -1,0 +1,1 @@
+"""Adapter folders: PEFT's files, our own, and what is translated between them."""

@@ -1,0 +1,1 @@
+"""GLoRA: five supports beside a linear's weight and bias."""

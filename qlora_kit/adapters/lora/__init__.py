@@ -1,0 +1,1 @@
+"""LoRA and its variants: LoRA-FA, DoRA, PiSSA, LoftQ, slices of fused linears, embeddings."""

@@ -1,0 +1,1 @@
+"""Several adapters on one base: switched, combined, and side by side in one batch."""

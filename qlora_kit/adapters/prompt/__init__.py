@@ -1,0 +1,1 @@
+"""Prefix-tuning and prompt-tuning: trained positions that have no token."""

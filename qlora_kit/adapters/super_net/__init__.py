@@ -1,0 +1,1 @@
+"""GLoRA's super-net: structures drawn for training, and the search for the best."""
