@@ -17,9 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 from qlora_kit.ops.attention import op as _attention  # noqa: F401  registers the op, as below
 from qlora_kit.ops.low_rank_gradients.cuda import FEWEST_VALUES, SHAPES, kernel_rank
+from qlora_kit.ops.low_rank_product import op as _low_rank_product_op  # noqa: F401
 from qlora_kit.ops.nf4_dequantize import op as _nf4_dequantize  # noqa: F401
 from qlora_kit.ops.nf4_linear import op as _nf4_linear  # noqa: F401
 from qlora_kit.plan.gpus import Gpu
+from qlora_kit.plan.host import ASSUMED_US
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,28 +64,31 @@ _TORCH_LAUNCH_S, _OUR_LAUNCH_S, _DECODE_LAUNCH_S = 42e-6, 115e-6, 200e-6
 """Python's time per op, what leads to it included: torch's, ours, decoding a weight. Fitted to the
 steps without a graph in benchmarks/results/memory and rounded with an eye on those in
 benchmarks/results/plan, eight that are off by 16% in the median: a slow host, on which the same
-step took a quarter more or less from one process to the next."""
+step took a quarter more or less from one process to the next. They are for a host of `ASSUMED_US`
+per small op; others' are in proportion."""
 
 
-def launch_seconds(op: OpOverload, cost: Cost) -> float:
+def launch_seconds(op: OpOverload, cost: Cost, gpu: Gpu) -> float:
     """What one call takes of the host's time.
 
     Args:
         op: that was called.
         cost: of the call.
+        gpu: it would run on, with its host's figure.
 
     Returns:
         Seconds.
 
     Example:
-        >>> launch_seconds(torch.ops.aten.mm.default, Cost("product"))
+        >>> from qlora_kit.plan.gpus import find_gpu
+        >>> launch_seconds(torch.ops.aten.mm.default, Cost("product"), find_gpu("h100"))
         4.2e-05
     """
     if cost.kind == "nothing":
         return 0.0
-    if cost.kind == "decode":
-        return _DECODE_LAUNCH_S
-    return _OUR_LAUNCH_S if op.namespace == "qlora_kit" else _TORCH_LAUNCH_S
+    seconds = _OUR_LAUNCH_S if op.namespace == "qlora_kit" else _TORCH_LAUNCH_S
+    seconds = _DECODE_LAUNCH_S if cost.kind == "decode" else seconds
+    return seconds * gpu.host_us / ASSUMED_US
 
 
 def cost_of(op: OpOverload, inputs: Any, result: Any, gpu: Gpu) -> Cost:
@@ -225,6 +230,13 @@ def _low_rank_gradients(inputs: Any, gpu: Gpu) -> Cost:
     return Cost("elementwise", seconds, 4 * rank * (strips * m + (strips + _BLOCKS) * wide))
 
 
+def _low_rank_product(inputs: Any, gpu: Gpu) -> Cost:
+    """One pass over X, on Hopper without a workspace."""
+    x, factor, _scale, out = _arguments(inputs)
+    moved = _bytes(x) + _bytes(factor) + _bytes(out)
+    return Cost("product", moved / gpu.bandwidth + _LAUNCH_S)
+
+
 _BLOCKS = 132
 """Blocks that one pass over dY is divided among: a large GPU's processors."""
 
@@ -235,5 +247,6 @@ _SPECIAL: dict[str, Callable[[Any, Gpu], Cost]] = {
     "qlora_kit::nf4_dequantize": _whole_decode,
     "qlora_kit::nf4_linear": _linear,
     "qlora_kit::low_rank_gradients": _low_rank_gradients,
+    "qlora_kit::low_rank_product": _low_rank_product,
     "qlora_kit::nf4_linear_backward": _linear_backward,
 }

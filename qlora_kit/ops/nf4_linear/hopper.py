@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qlora_kit.ops.jit import architecture_of
 from qlora_kit.ops.launch import Kernels, tensor_map
+from qlora_kit.ops.low_rank_product import cuda as low_rank_product
 from qlora_kit.quant.weight import NF4Weight
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -214,8 +215,26 @@ def _in_eights(matrix: Tensor) -> Tensor:
 
 
 def _small_product(kind: str, x: Tensor, factor: Tensor, rank: int, scale: float) -> Tensor:
-    m, contraction = x.shape
-    small = x.new_empty((m, rank))
+    small = x.new_empty((x.shape[0], rank))
+    narrow = factor if kind else factor.T
+    if low_rank_product.is_faster(x, narrow, small):
+        low_rank_product.run(x, narrow, scale, small)
+    else:
+        product_of_few_rows(kind, x, factor, scale, small)
+    return small
+
+
+def product_of_few_rows(kind: str, x: Tensor, factor: Tensor, scale: float, small: Tensor) -> None:
+    """Compute scale·x·factorᵀ, or scale·x·factor, by a kernel that lets the next one begin.
+
+    Args:
+        kind: empty, or `_transposed`.
+        x: (M, K), contiguous.
+        factor: (r, K), or (K, r) if transposed, contiguous.
+        scale: the factor on the result.
+        small: (M, r), written; r a multiple of 8.
+    """
+    (m, contraction), rank = x.shape, small.shape[1]
     tokens, ranks = _LOW_RANK_TILE
     tiles = -(-m // tokens)
     _LOW_RANK.launch(
@@ -226,7 +245,6 @@ def _small_product(kind: str, x: Tensor, factor: Tensor, rank: int, scale: float
         device=x.device,
         cluster=max(1, min(8, 256 // tiles)),
     )
-    return small
 
 
 def _launch(
