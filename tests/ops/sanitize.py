@@ -19,6 +19,7 @@ from qlora_kit.ops.cross_entropy.op import cross_entropy, cross_entropy_
 from qlora_kit.ops.gated_activation.op import gated_activation, gated_activation_backward
 from qlora_kit.ops.jit import architecture_of
 from qlora_kit.ops.low_rank_gradients import cuda as low_rank_cuda
+from qlora_kit.ops.low_rank_product import cuda as product_cuda
 from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize
 from qlora_kit.ops.nf4_linear import cuda, reference
 from qlora_kit.ops.nf4_linear.op import nf4_linear
@@ -164,6 +165,20 @@ def low_rank(rows: int, parts: list[tuple[int, int]], dtype: torch.dtype) -> Non
                 assert (got - exact).abs().max() <= 1e-4, (rows, parts, shape, blocks)
 
 
+def small_products(rows: int, k: int, rank: int, dtype: torch.dtype) -> None:
+    """Each shape of block, alone and in teams of both kinds, both ways, against float64."""
+    x, a = (torch.randn(*s, device="cuda").to(dtype) for s in ((rows, k), (rank, k)))
+    wanted = SCALE * x.double() @ a.double().T
+    bound = torch.finfo(dtype).eps * wanted.abs().max()
+    for shape in product_cuda.SHAPES[product_cuda.kernel_rank(rank)]:
+        for team, clustered in ((1, True), (2, True), (3, False)):
+            for factor in (a.T, a.T.contiguous()):
+                out = x.new_full((rows, rank), torch.nan)
+                chosen = product_cuda.Plan(shape, min(team, -(-k // shape.columns)))
+                product_cuda.run(x, factor, SCALE, out, chosen=chosen, clustered=clustered)
+                assert (out - wanted).abs().max() <= bound, (rows, k, rank, shape, team)
+
+
 def everything() -> None:
     """All strategies, then the public ops at sizes that are no multiple of anything."""
     ran = 0
@@ -191,6 +206,8 @@ def everything() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         for rows, rank in ((1, 16), (70, 8), (70, 32), (37, 64)):
             low_rank(rows, [(1032, rank), (1112, 2 * rank)], dtype)
+        for rows, k, rank in ((1, 72, 8), (130, 392, 48), (37, 264, 128)):
+            small_products(rows, k, rank, dtype)
     torch.cuda.synchronize()
     print(f"{ran} products right")
 
