@@ -50,7 +50,7 @@ struct Block {
     static constexpr int F_LINE = RANK_PIECES & (RANK_PIECES - 1) ? RANK_PIECES | 1 : RANK_PIECES;
     static constexpr int STAGE_BYTES = X_BYTES + COLUMNS * (TURNED ? F_LINE : RANK_PIECES) * 16;
     static_assert(TOKENS % AT_ONCE == 0 && COLUMNS / 16 % SHARERS == 0, "whole turns");
-    static_assert(SHARERS * TOKENS * RANK * 4 <= STAGES * STAGE_BYTES, "sums take the stages' place");
+    static_assert(SHARERS * TOKENS * RANK * 4 <= STAGES * STAGE_BYTES, "sums fit where stages were");
 
     const Operands& of;
     u8* shared;
@@ -178,9 +178,9 @@ struct Block {
     __device__ __forceinline__ void run() {
         const int member = blockIdx.x % of.team;
         token = blockIdx.x / of.team * TOKENS;
-        const long long stages = (of.k + COLUMNS - 1) / COLUMNS;
-        begin = static_cast<int>(stages * member / of.team) * COLUMNS;
-        end = static_cast<int>(stages * (member + 1) / of.team) * COLUMNS;
+        const int stages = (of.k + COLUMNS - 1) / COLUMNS;
+        begin = stages * member / of.team * COLUMNS;
+        end = stages * (member + 1) / of.team * COLUMNS;
         const int count = (end - begin) / COLUMNS;
         if (end > of.k) end = of.k;
         from = of.x + (token + t / PIECES) * of.x_stride + begin + t % PIECES * 8;
