@@ -22,11 +22,12 @@ from qlora_kit.core.log import log_once
 from qlora_kit.ops.jit import architecture_of
 from qlora_kit.ops.low_rank_product import cuda as low_rank_product
 from qlora_kit.ops.nf4_dequantize import cuda as nf4_dequantize
-from qlora_kit.ops.nf4_linear import dense, hopper, portable, reference, small_m
+from qlora_kit.ops.nf4_linear import dense, gemv, hopper, portable, reference, small_m
 from qlora_kit.quant.weight import NF4Weight
 
 STRATEGIES: dict[str, ModuleType] = {
     "small_m": small_m,
+    "gemv": gemv,
     "portable": portable,
     "hopper": hopper,
     "dense": dense,

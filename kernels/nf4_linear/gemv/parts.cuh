@@ -1,0 +1,144 @@
+// What both directions of the product for few rows share: the table of pairs, loads of W, and how
+// they meet other kernels and other blocks. See forward.cuh.
+#pragma once
+#include "common/convert.cuh"
+#include "common/hopper.cuh"
+#include "common/mma.cuh"
+#include "common/nf4.cuh"
+
+constexpr int TABLE_BYTES = 256 * 32 * 8;
+constexpr int MAP_BYTES = 256 * 4;
+
+struct Problem {
+    const u16* x;  // activations: (m,k), or dY (m,n) in the transposed product
+    const u8* packed;
+    NF4Scales scales;
+    const u16* bias;    // null: none
+    const u16* small;   // (m,rank) of the low-rank product; null: none
+    const u16* factor;  // (n,rank), or (rank,k) in the transposed product
+    u16* out;
+    int m, n, k, rank;
+    bool late;  // the kernel before this one writes `small` and nothing else
+};
+
+// Entry b, 256 bytes: the values of byte b's high and low nibble, once for each lane. Threads begin
+// at different pieces of their entries, so that a warp's stores meet no bank twice.
+template <int THREADS>
+__device__ __forceinline__ void fill_table(u8* table, int t) {
+    static_assert(THREADS % 256 == 0, "a share of one entry each");
+    constexpr int PIECES = 16 * 256 / THREADS;
+    const int entry = t % 256, part = t / 256;
+    const float high = NF4_VALUES[entry >> 4], low = NF4_VALUES[entry & 15];
+    float4* to = reinterpret_cast<float4*>(table + entry * 256) + part * PIECES;
+#pragma unroll
+    for (int i = 0; i < PIECES; ++i) to[(i + t) % PIECES] = {high, low, high, low};
+}
+
+// And the map of the 8-bit scales.
+template <int THREADS>
+__device__ __forceinline__ void fill_tables(u8* table, u8* map, int t) {
+    fill_table<THREADS>(table, t);
+    if (t < 256) reinterpret_cast<float*>(map)[t] = DYNAMIC_MAP_VALUES[t];
+}
+
+__device__ __forceinline__ float2 look_up(const u8* table, u32 word, int byte, u32 lane_offset) {
+    const u32 at = __byte_perm(word, lane_offset, 0x5504u + 0x10u * byte);
+    return *reinterpret_cast<const float2*>(table + at);
+}
+
+// Bytes of W are read once: they pass by L1.
+__device__ __forceinline__ uint4 stream16(const u8* from) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from));
+    return v;
+}
+__device__ __forceinline__ uint2 stream8(const u8* from) {
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(v.x), "=r"(v.y)
+                 : "l"(from));
+    return v;
+}
+
+__device__ __forceinline__ void prefetch_l2(const void* from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
+// What another kernel may just have written, past the caches that assume it is constant.
+__device__ __forceinline__ u16 read_fresh(const u16* from) {
+    u16 v;
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(v) : "l"(from) : "memory");
+    return v;
+}
+__device__ __forceinline__ uint4 read_fresh16(const u16* from) {
+    uint4 v;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    wait_for_previous_kernel();
+#endif
+}
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    launch_next_kernel();
+#endif
+}
+
+// Blocks that share a contraction are a cluster; before Hopper each is alone.
+__device__ __forceinline__ int peers() {
+#if __CUDA_ARCH__ >= 900
+    return static_cast<int>(cluster_size());
+#else
+    return 1;
+#endif
+}
+__device__ __forceinline__ int own_rank() {
+#if __CUDA_ARCH__ >= 900
+    return static_cast<int>(cluster_rank());
+#else
+    return 0;
+#endif
+}
+__device__ __forceinline__ void meet_peers() {
+#if __CUDA_ARCH__ >= 900
+    sync_cluster();
+#endif
+}
+__device__ __forceinline__ float peer_value(const float* own, int rank) {
+#if __CUDA_ARCH__ >= 900
+    return read_peer_one(shared_address(own), static_cast<u32>(rank));
+#else
+    return *own;
+#endif
+}
+
+// low . factor over the ranks, of one row each.
+template <typename T>
+__device__ __forceinline__ float low_rank_dot(const u16* low, const u16* factor, int rank) {
+    float sum = 0.f;
+    const bool wide = rank % 8 == 0 && ((reinterpret_cast<u64>(low) |
+                                         reinterpret_cast<u64>(factor)) & 15) == 0;
+    if (!wide) {
+        for (int r = 0; r < rank; ++r) sum += T::read(read_fresh(low + r)) * T::read(factor[r]);
+        return sum;
+    }
+#pragma unroll 2
+    for (int r = 0; r < rank; r += 8) {
+        const uint4 a = *reinterpret_cast<const uint4*>(factor + r), b = read_fresh16(low + r);
+        const u32 v[4] = {a.x, a.y, a.z, a.w}, w[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            sum += T::read(static_cast<u16>(v[i])) * T::read(static_cast<u16>(w[i]));
+            sum += T::read(static_cast<u16>(v[i] >> 16)) * T::read(static_cast<u16>(w[i] >> 16));
+        }
+    }
+    return sum;
+}
