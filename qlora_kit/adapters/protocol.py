@@ -134,6 +134,22 @@ class LinearWrapper(ModuleWrapper):
         return bias
 
 
+class EmbeddingWrapper(ModuleWrapper):
+    """A wrapper of an embedding, which model code asks for what it would ask an embedding."""
+
+    base: nn.Embedding
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's table: model code reads its dtype or device."""
+        return self.base.weight
+
+    @property
+    def padding_idx(self) -> int | None:
+        """The base's padding token, if it has one."""
+        return self.base.padding_idx
+
+
 class TrainedCopy(ModuleWrapper):
     """A module trained whole: a trainable copy answers, the original stays as it is.
 

@@ -36,13 +36,11 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.adapters.lora.layer import FusibleLinear
 from qlora_kit.adapters.lora.low_rank import LowRank
-from qlora_kit.nn.linear import NF4Linear
 
 _START_STD = 0.02
 
@@ -110,15 +108,7 @@ class AdaLoRALinear(FusibleLinear):
         """
         if not self.enabled or self.rank == 0:
             return self.base(x)
-        a = self.lora_E * self.lora_A
-        dropping = self.training and self.dropout > 0.0
-        if isinstance(self.base, NF4Linear) and not dropping:
-            return self.base(x, a, self.lora_B, self.scale)
-        y = self.base(x)
-        branch_input = F.dropout(x, self.dropout) if dropping else x
-        z = F.linear(branch_input, a.to(x.dtype)).reshape(-1, self.rank)
-        b = self.lora_B.to(z.dtype)
-        return torch.addmm(y.reshape(-1, self.out_features), z, b.T, alpha=self.scale).view(y.shape)
+        return self.with_pair(x, self.lora_E * self.lora_A, self.lora_B)
 
     @property
     def masters(self) -> list[nn.Parameter]:

@@ -212,9 +212,7 @@ class DoRALinear(FusibleLinear):
             return nf4_linear(x, weight, lora_a=pair[0], lora_b=pair[1], scale=s)
         else:
             y, branch = self._base_product(x), x
-        z = F.linear(branch, self.lora_A.to(x.dtype)).reshape(-1, self.rank)
-        b = self.lora_B.to(z.dtype)
-        return torch.addmm(y.reshape(-1, self.out_features), z, b.T, alpha=self.scale).view(y.shape)
+        return self.add_product(y, F.linear(branch, self.lora_A.to(x.dtype)), self.lora_B)
 
     def _base_product(self, x: Tensor) -> Tensor:
         """Compute x Ŵᵀ, without the bias."""

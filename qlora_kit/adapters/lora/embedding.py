@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from qlora_kit.adapters.linears import seeded
 from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.adapters.lora.low_rank import LowRank
-from qlora_kit.adapters.protocol import ModuleWrapper
+from qlora_kit.adapters.protocol import EmbeddingWrapper
 from qlora_kit.core.errors import AdapterError
 
 
-class LoRAEmbedding(ModuleWrapper):
+class LoRAEmbedding(EmbeddingWrapper):
     """An embedding with a low-rank table beside it; takes the embedding's place in the model.
 
     Attributes:
@@ -45,8 +45,6 @@ class LoRAEmbedding(ModuleWrapper):
         >>> torch.equal(adapted(ids), table(ids)), adapted.lora_embedding_A.shape
         (True, torch.Size([2, 10]))
     """
-
-    base: nn.Embedding
 
     def __init__(
         self,
@@ -83,16 +81,6 @@ class LoRAEmbedding(ModuleWrapper):
             b = torch.empty_like(b, device="cpu").normal_(generator=seeded(place, seed))
         self.lora_embedding_A = nn.Parameter(a)
         self.lora_embedding_B = nn.Parameter(b.to(device, dtype))
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's table: model code reads its dtype or device."""
-        return self.base.weight
-
-    @property
-    def padding_idx(self) -> int | None:
-        """The base's padding token, if it has one."""
-        return self.base.padding_idx
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look rows up.

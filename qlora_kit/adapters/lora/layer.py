@@ -119,6 +119,40 @@ class LowRankLinear(LinearWrapper):
         self.lora_A = nn.Parameter(a, requires_grad=not config.freeze_a)
         self.lora_B = nn.Parameter(torch.zeros(out_features, self.rank, dtype=dtype, device=device))
 
+    def with_pair(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Apply the base and s·(x aᵀ) bᵀ, with dropout on the input of `a`.
+
+        One call where the base is NF4 and nothing is dropped, else plain torch.
+
+        Args:
+            x: (..., K).
+            a: (r, K).
+            b: (N, r).
+
+        Returns:
+            (..., N) in the dtype the base answers with.
+        """
+        dropping = self.training and self.dropout > 0.0
+        if isinstance(self.base, NF4Linear) and not dropping:
+            return self.base(x, a, b, self.scale)
+        y = self.base(x)
+        branch = F.dropout(x, self.dropout) if dropping else x
+        return self.add_product(y, F.linear(branch, a.to(x.dtype)), b)
+
+    def add_product(self, y: Tensor, z: Tensor, b: Tensor) -> Tensor:
+        """Compute y + s·z bᵀ with one rounding.
+
+        Args:
+            y: (..., N). Not modified.
+            z: (..., r).
+            b: (N, r), brought to the dtype of z.
+
+        Returns:
+            (..., N).
+        """
+        rows, flat = z.reshape(-1, b.shape[1]), y.reshape(-1, self.out_features)
+        return torch.addmm(flat, rows, b.to(z.dtype).T, alpha=self.scale).view(y.shape)
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """A and B, or B alone when A is frozen."""
         both = {"lora_A": self.lora_A, "lora_B": self.lora_B}
@@ -263,13 +297,4 @@ class LoRALinear(FusibleLinear):
         Returns:
             (..., N) in the dtype the base answers with.
         """
-        if not self.enabled:
-            return self.base(x)
-        dropping = self.training and self.dropout > 0.0
-        if isinstance(self.base, NF4Linear) and not dropping:
-            return self.base(x, self.lora_A, self.lora_B, self.scale)
-        y = self.base(x)
-        branch_input = F.dropout(x, self.dropout) if dropping else x
-        z = F.linear(branch_input, self.lora_A.to(x.dtype)).reshape(-1, self.rank)
-        b = self.lora_B.to(z.dtype)
-        return torch.addmm(y.reshape(-1, self.out_features), z, b.T, alpha=self.scale).view(y.shape)
+        return self.with_pair(x, self.lora_A, self.lora_B) if self.enabled else self.base(x)

@@ -34,7 +34,6 @@ from qlora_kit.adapters.lora.dora import dense_weight
 from qlora_kit.adapters.lora.layer import FusibleLinear, LowRankLinear, Term
 from qlora_kit.adapters.lora.low_rank import LowRank
 from qlora_kit.core.errors import AdapterError
-from qlora_kit.nn.linear import NF4Linear
 
 EXACT = 512
 """Matrices whose smaller side is no larger are decomposed exactly."""
@@ -143,20 +142,13 @@ class PiSSALinear(FusibleLinear):
         if not self.enabled:
             return self.base(x)
         a, b = torch.cat([self.lora_A, self.start_a]), torch.cat([self.lora_B, -self.start_b], 1)
-        dropping = self.training and self.dropout > 0.0
-        if isinstance(self.base, NF4Linear) and not dropping:
-            return self.base(x, a, b, self.scale)
+        if not self.training or self.dropout == 0.0:
+            return self.with_pair(x, a, b)
         y = self.base(x)
-        if dropping:  # of what is trained; the start belongs to the base
-            dropped, (moving, start) = F.dropout(x, self.dropout), a.to(x.dtype).chunk(2)
-            z = torch.cat([F.linear(dropped, moving), F.linear(x, start)], -1)
-        else:
-            z = F.linear(x, a.to(x.dtype))
-        flat = z.reshape(-1, 2 * self.rank)
-        b = b.to(flat.dtype)
-        return torch.addmm(y.reshape(-1, self.out_features), flat, b.T, alpha=self.scale).view(
-            y.shape
-        )
+        # only of what is trained; the start belongs to the base
+        dropped, (moving, start) = F.dropout(x, self.dropout), a.to(x.dtype).chunk(2)
+        z = torch.cat([F.linear(dropped, moving), F.linear(x, start)], -1)
+        return self.add_product(y, z, b)
 
     @property
     def terms(self) -> list[Term]:

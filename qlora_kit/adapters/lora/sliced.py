@@ -23,7 +23,6 @@ Source: arXiv:2106.09685, its reference code (`loralib.MergedLinear`).
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_kit.adapters.linears import linear_shape
@@ -31,7 +30,6 @@ from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.adapters.lora.layer import FusibleLinear, Term, initial_a
 from qlora_kit.adapters.lora.low_rank import LowRank
 from qlora_kit.core.errors import AdapterError
-from qlora_kit.nn.linear import NF4Linear
 
 Span = tuple[int, int]
 """First output and the one after the last."""
@@ -198,17 +196,7 @@ class SlicedLoRALinear(FusibleLinear):
         Returns:
             (..., N) in the dtype the base answers with.
         """
-        if not self.enabled:
-            return self.base(x)
-        dropping = self.training and self.dropout > 0.0
-        wide = self.wide_b()
-        if isinstance(self.base, NF4Linear) and not dropping:
-            return self.base(x, self.lora_A, wide, self.scale)
-        y = self.base(x)
-        branch = F.dropout(x, self.dropout) if dropping else x
-        z = F.linear(branch, self.lora_A.to(x.dtype)).reshape(-1, wide.shape[1])
-        flat = y.reshape(-1, self.out_features)
-        return torch.addmm(flat, z, wide.to(z.dtype).T, alpha=self.scale).view(y.shape)
+        return self.with_pair(x, self.lora_A, self.wide_b()) if self.enabled else self.base(x)
 
     def low_rank(self) -> LowRank:
         """Describe the change as one of the summed rank."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qlora_kit.adapters.linears import linear_shape
 from qlora_kit.adapters.lora.low_rank import LowRank
 from qlora_kit.adapters.multi_adapter.batch_rows import BatchRows, Mixed
-from qlora_kit.adapters.protocol import LinearWrapper, ModuleWrapper
+from qlora_kit.adapters.protocol import EmbeddingWrapper, LinearWrapper, ModuleWrapper
 from qlora_kit.core.errors import AdapterError
 from qlora_kit.nn.linear import NF4Linear
 from qlora_kit.ops.autocast import autocast_dtype
@@ -220,7 +220,7 @@ class SharedLinear(SharedLowRank, LinearWrapper):
         return torch.addmm(rows, z, change.b.T, alpha=change.scale).view(y.shape)
 
 
-class SharedEmbedding(SharedLowRank):
+class SharedEmbedding(SharedLowRank, EmbeddingWrapper):
     """An embedding under several adapters; takes the embedding's place in the model.
 
     Example:
@@ -228,18 +228,6 @@ class SharedEmbedding(SharedLowRank):
         >>> shared(torch.tensor([[1, 7]])).shape
         torch.Size([1, 2, 4])
     """
-
-    base: nn.Embedding
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's table: model code reads its dtype or device."""
-        return self.base.weight
-
-    @property
-    def padding_idx(self) -> int | None:
-        """The base's padding token, if it has one."""
-        return self.base.padding_idx
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look rows up.
