@@ -50,7 +50,7 @@ struct Block {
     static constexpr int F_LINE = RANK_PIECES & (RANK_PIECES - 1) ? RANK_PIECES | 1 : RANK_PIECES;
     static constexpr int STAGE_BYTES = X_BYTES + COLUMNS * (TURNED ? F_LINE : RANK_PIECES) * 16;
     static_assert(TOKENS % AT_ONCE == 0 && COLUMNS / 16 % SHARERS == 0, "whole turns");
-    static_assert(SHARERS * TOKENS * RANK * 4 <= STAGES * STAGE_BYTES, "sums fit where stages were");
+    static_assert(SHARERS * TOKENS * RANK * 4 <= STAGES * STAGE_BYTES, "sums fit where X was");
 
     const Operands& of;
     u8* shared;
@@ -126,7 +126,8 @@ struct Block {
                 *reinterpret_cast<float2*>(row + 8 * n + 2 * q) = {c[n][2 * h], c[n][2 * h + 1]};
         }
         __syncthreads();
-        if (SHARERS == 1) return;
+        if constexpr (SHARERS == 1) return;
+#pragma unroll 1
         for (int i = t * 4; i < TOKENS * RANK; i += THREADS * 4) {
             float4 sum = *reinterpret_cast<float4*>(sum_of(0, 0) + i);
 #pragma unroll
@@ -151,17 +152,20 @@ struct Block {
         if (of.sums != nullptr) {
             float* to = of.sums + (static_cast<long long>(member) * of.m + token) * RANK;
             const int most = of.m - token < TOKENS ? (of.m - token) * RANK : TOKENS * RANK;
+#pragma unroll 1
             for (int i = t * 4; i < most; i += THREADS * 4)
                 *reinterpret_cast<float4*>(to + i) = *reinterpret_cast<float4*>(sum_of(0, 0) + i);
             return;
         }
         if (of.team == 1) {
+#pragma unroll 1
             for (int i = t * 4; i < TOKENS * RANK; i += THREADS * 4)
                 write(i / RANK, i % RANK, *reinterpret_cast<float4*>(sum_of(0, 0) + i));
             return;
         }
 #if __CUDA_ARCH__ >= 900
         sync_cluster();
+#pragma unroll 1
         for (int i = (member * THREADS + t) * 4; i < TOKENS * RANK; i += of.team * THREADS * 4) {
             const u32 at = shared_address(sum_of(0, 0) + i);
             float4 sum = read_peer(at, 0);
@@ -237,6 +241,10 @@ __device__ __forceinline__ void add_sums(const Operands& of, int rank) {
         T::pack(sum.x * of.scale, sum.y * of.scale), T::pack(sum.z * of.scale, sum.w * of.scale)};
 }
 
+// Blocks that a processor's registers are to hold.
+template <int RANK>
+constexpr int TOGETHER = RANK <= 16 ? 4 : RANK <= 48 ? 3 : RANK <= 96 ? 2 : 1;
+
 // Arguments in the order of qlora_kit/ops/low_rank_product/cuda.py.
 #define PRODUCT_ARGUMENTS                                                                        \
     const u16 *x, const u16 *f, u16 *out, float *sums, long long m, long long k, long long r,    \
@@ -247,7 +255,8 @@ __device__ __forceinline__ void add_sums(const Operands& of, int rank) {
      x_stride, f_stride, out_stride, static_cast<int>(team), scale}
 
 #define LOW_RANK_PRODUCT_ONE(NAME, T, TURNED, RANK, TOKENS, COLUMNS, STAGES)                       \
-    extern "C" __global__ void __launch_bounds__(THREADS, RANK > 96 ? 1 : 2) NAME(PRODUCT_ARGUMENTS) { \
+    extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER<RANK>)                          \
+        NAME(PRODUCT_ARGUMENTS) {                                                                  \
         extern __shared__ __align__(128) u8 low_rank_product_shared[];                             \
         const Operands of = PRODUCT_OPERANDS;                                                      \
         const int t = threadIdx.x;                                                                 \
