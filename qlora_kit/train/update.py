@@ -9,6 +9,10 @@ logged. Optimizers that have no flat counterpart take the parent's way.
 LoRA+ (arXiv:2402.12354, `adapter.lr_ratio_b`) is two more parameter groups: B with a multiple
 of the learning rate that A and everything else have. Schedules scale both alike; what is
 logged is A's rate. Nothing else changes: a ratio of one makes the groups the parent makes.
+
+DeepSpeed and FSDP, which the Trainer's arguments or `accelerate launch` can turn on, divide
+gradients among processes; DeepSpeed takes them out of `.grad` altogether. What works on the whole
+gradient of a matrix, AdaLoRA and the corrected gradient, is refused there.
 """
 
 from pathlib import Path
@@ -36,6 +40,28 @@ class UpdatingTrainer(transformers.Trainer):
     _correction: CorrectedGradient | None = None
     ranks: RankAllocation | None = None
     _draws: StructureDraws | None = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Set up accelerate as the parent does.
+
+        Raises:
+            ConfigError: the method needs whole gradients, and they would be divided.
+        """
+        super().create_accelerator_and_postprocess()
+        divider = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            return
+        if self.ranks is not None:
+            what = "method adalora adds its term to whole gradients and follows importance by them"
+            instead = "use method lora"
+        elif getattr(self.adapter.config, "corrected_gradient", False):
+            what, instead = "adapter.corrected_gradient changes whole gradients", "turn it off"
+        else:
+            return
+        raise ConfigError(
+            f"{what}, and {divider} divides them among processes, where it would miss them without "
+            f"a word. Train without {divider} (on several GPUs data parallel), or {instead}."
+        )
 
     def training_step(
         self,

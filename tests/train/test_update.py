@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
+from qlora_kit.adapters.adalora.config import AdaLoRA
 from qlora_kit.adapters.inject import attach
-from qlora_kit.adapters.lora.config import LoRAFA
+from qlora_kit.adapters.lora.config import LoRA, LoRAFA
 from qlora_kit.core import log
-from qlora_kit.core.errors import AdapterError
+from qlora_kit.core.errors import AdapterError, ConfigError
 from qlora_kit.optim.adamw import FlatAdamW
 from qlora_kit.optim.bnb_adamw import FlatBnbAdamW
 from qlora_kit.optim.create import flat_optimizer
@@ -236,6 +238,31 @@ def test_corrected_gradient_needs_a_frozen_a(tmp_path: Path) -> None:
     made = Trainer(model, adapter, arguments(tmp_path), train_dataset=rows(2))
     with pytest.raises(AdapterError, match="trains its A"):
         made.train()
+
+
+@pytest.mark.parametrize("divider", ["DeepSpeed", "FSDP"])
+def test_whole_gradients_are_needed(
+    divider: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where gradients are divided, methods that change them are refused, and no others."""
+    parents = transformers.Trainer.create_accelerator_and_postprocess
+
+    def enabled(self: transformers.Trainer) -> None:
+        parents(self)
+        setattr(self, f"is_{divider.lower()}_enabled", True)
+
+    def make(config: LoRA) -> Trainer:
+        model = tiny_models.build("llama")
+        return Trainer(model, attach(model, config), arguments(tmp_path), train_dataset=rows(4))
+
+    corrected = LoRAFA(rank=4, corrected_gradient=True)
+    make(AdaLoRA(rank=4)), make(corrected)
+    monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", enabled)
+    with pytest.raises(ConfigError, match=f"adalora .* {divider} divides them"):
+        make(AdaLoRA(rank=4))
+    with pytest.raises(ConfigError, match=f"corrected_gradient .* {divider} divides them"):
+        make(corrected)
+    assert make(LoRAFA(rank=4)).ranks is None
 
 
 def test_training_twice_continues_on_the_same_buffers(tmp_path: Path) -> None:
