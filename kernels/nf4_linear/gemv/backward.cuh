@@ -229,7 +229,7 @@ struct Backward {
 };
 
 #define GEMV_BACKWARD(NAME, T, TOKEN_TILES, WARPS)                                                \
-    extern "C" __global__ void __maxnreg__(WARPS == 16 ? 112 : 224)                               \
+    extern "C" __global__ void __maxnreg__(REGISTERS<WARPS>)                                      \
         NAME(const u16* x, const u8* packed, const void* absmax, const float* nested,             \
              const float* offset, const u16* small, const u16* factor, u16* out, long long m,     \
              long long n, long long k, long long rank, long long late, long long groups) {        \

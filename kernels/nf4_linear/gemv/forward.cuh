@@ -1,7 +1,8 @@
 // Y = X W^T + XA B^T + bias for few rows of X: W goes from global memory straight into fragments.
 // Shapes    x (m,K) | packed (N*K/2) u8 | small (m,r) | factor (N,r) | out (m,N); m <= 8 or 16
 // Format    qlora_kit/quant/nf4.py and double_quant.py, block size 64
-// Requires  sm_80+, K % 64 == 0, 16-byte alignment; checked in qlora_kit/ops/nf4_linear/gemv.py
+// Requires  sm_80+, K % 64 == 0, N % 8 == 0, 16-byte alignment; checked in
+//           qlora_kit/ops/nf4_linear/gemv.py
 // Tile      16 rows of W x 128 of the contraction per warp and step; up to four such tiles with the
 //           same columns share the fragments of X. Warps of a block, and blocks of a cluster, share
 //           the contraction; a block goes over its rows of W in passes of up to four tiles.
@@ -52,19 +53,27 @@ struct Forward {
           g(lane / 4),
           q(lane % 4) {}
 
-    __device__ __forceinline__ void load(Tile& to, int tile, int chunk) const {
-        const int last = p.n - 1, row = 16 * tile + g;
-        const int rows[2] = {min(row, last), min(row + 8, last)};
-        const int column = 128 * chunk + 32 * q, block = 2 * chunk + q / 2;
-        const bool inside = column < p.k;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const u8* from = p.packed + static_cast<long long>(rows[h]) * (p.k / 2) + column / 2;
-            to.w[h] = inside ? stream16(from) : uint4{0, 0, 0, 0};
-        }
-        const long long at = static_cast<long long>(q & 1 ? rows[1] : rows[0]) * (p.k / 64) + block;
+    // `octet` counts eights of rows; those past the end read the last one again. `at` is this lane's
+    // place in a chunk: of its 16 bytes in row g, and of its scale's block.
+    struct Place {
+        const u8* bytes;
+        u32 block;
+        bool inside;
+    };
+    __device__ __forceinline__ Place place(int chunk) const {
+        const int column = 128 * chunk + 32 * q;
+        return {p.packed + static_cast<long long>(g) * (p.k / 2) + column / 2,
+                static_cast<u32>(g * (p.k / 64) + 2 * chunk + q / 2), column < p.k};
+    }
+    __device__ __forceinline__ void load(Tile& to, int tile, const Place& at) const {
+        const u32 last = p.n / 8 - 1, first = 2 * tile, second = min(first + 1, last);
+        const u32 octet_bytes = 4 * p.k;
+        to.w[0] = to.w[1] = uint4{0, 0, 0, 0};
         to.scale = NF4Scales::Stored{0.f, 0};
-        if (inside) to.scale = p.scales.load_block(at);
+        if (!at.inside) return;
+        to.w[0] = stream16(at.bytes + static_cast<u64>(first) * octet_bytes);
+        to.w[1] = stream16(at.bytes + static_cast<u64>(second) * octet_bytes);
+        to.scale = p.scales.load_block(at.block + (q & 1 ? second : first) * (p.k / 8));
     }
 
     __device__ __forceinline__ void load_x(int chunk) {
@@ -177,7 +186,7 @@ struct Forward {
         }
 #pragma unroll
         for (int t = 0; t < TILES; ++t)
-            if (t < count && begin < end) load(tiles[t], first + t, begin);
+            if (t < count && begin < end) load(tiles[t], first + t, place(begin));
         if (p.late) fill_tables<THREADS>(memory, memory + SHARED - MAP_BYTES, threadIdx.x);
         mean = p.scales.mean();
         prefetch_factor(first, last);
@@ -194,7 +203,7 @@ struct Forward {
             for (int chunk = begin; chunk < end; chunk += WARPS) {
                 load_x(chunk);
                 const bool more = chunk + WARPS < end;
-                const int after = more ? chunk + WARPS : begin;
+                const Place after = place(more ? chunk + WARPS : begin);
                 const int after_first = more ? first : first + count;
                 const int after_count = more ? count : next_count;
 #pragma unroll
@@ -217,7 +226,7 @@ struct Forward {
 };
 
 #define GEMV_FORWARD(NAME, T, TOKEN_TILES, WARPS)                                                 \
-    extern "C" __global__ void __maxnreg__(WARPS == 16 ? 112 : 224)                               \
+    extern "C" __global__ void __maxnreg__(REGISTERS<WARPS>)                                      \
         NAME(const u16* x, const u8* packed, const void* absmax, const float* nested,             \
              const float* offset, const u16* bias, const u16* small, const u16* factor, u16* out, \
              long long m, long long n, long long k, long long rank, long long late) {             \

@@ -25,14 +25,18 @@ struct Problem {
 // at different pieces of their entries, so that a warp's stores meet no bank twice.
 template <int THREADS>
 __device__ __forceinline__ void fill_table(u8* table, int t) {
-    static_assert(THREADS % 256 == 0, "a share of one entry each");
-    constexpr int PIECES = 16 * 256 / THREADS;
-    const int entry = t % 256, part = t / 256;
-    const float high = NF4_VALUES[entry >> 4], low = NF4_VALUES[entry & 15];
-    float4* to = reinterpret_cast<float4*>(table + entry * 256) + part * PIECES;
+    for (int half = t; half < 512; half += THREADS) {
+        const int entry = half % 256;
+        const float high = NF4_VALUES[entry >> 4], low = NF4_VALUES[entry & 15];
+        float4* to = reinterpret_cast<float4*>(table + entry * 256 + half / 256 * 128);
 #pragma unroll
-    for (int i = 0; i < PIECES; ++i) to[(i + t) % PIECES] = {high, low, high, low};
+        for (int i = 0; i < 8; ++i) to[(i + t) % 8] = {high, low, high, low};
+    }
 }
+
+// Registers of a thread, such that one warp a scheduler of low_rank.cu finds room beside.
+template <int WARPS>
+constexpr int REGISTERS = WARPS == 16 ? 112 : WARPS == 12 ? 144 : 224;
 
 // And the map of the 8-bit scales.
 template <int THREADS>

@@ -25,7 +25,7 @@ _BACKWARD = {d: Kernels(f"nf4_linear/gemv/{name}_backward.cu") for d, name in _N
 _LOW_RANK = Kernels("nf4_linear/gemv/low_rank.cu")
 
 # As in the sources.
-_WARPS = {8: 16, 16: 8}
+_WARPS = {8: 12, 16: 8}
 """By the tokens a block takes."""
 _TABLE_BYTES, _MAP_BYTES = 256 * 32 * 8, 256 * 4
 _PASS = 4
