@@ -24,11 +24,16 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.context.child import Case
+from benchmarks.context.child import Case, model_config
 from benchmarks.harness.record import ROOT, write_record
 from qlora_kit.bench.process import run_process
 from qlora_kit.block.tiles import Tile
 from qlora_kit.core.allocator import FIXED, growing_segments, segments_grow
+from qlora_kit.core.units import GIB
+from qlora_kit.plan.gpus import Gpu, this_gpu
+from qlora_kit.plan.predict import predict
+from qlora_kit.plan.setup import Setup
+from qlora_kit.quant.config import QuantConfig
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -94,11 +99,44 @@ def measure(case: Case, scratch: Path, arguments: argparse.Namespace) -> dict[st
     return {**found, "expandable_segments": segments_grow({**os.environ, **environment})}
 
 
+def predicted(case: Case, gpu: Gpu | None) -> dict[str, object]:
+    """What the planner says of a length: peak, seconds of an update, and what the first one
+    takes besides.
+
+    Args:
+        case: what is trained.
+        gpu: the card; None where there is none.
+
+    Returns:
+        Fields of a row; empty without a GPU.
+    """
+    if gpu is None:
+        return {}
+    quant = QuantConfig()
+    setup = Setup(
+        rank=case.rank,
+        seq=case.length,
+        activations=case.policy,
+        tile=case.tile,
+        optimizer=case.optimizer,
+        quant=quant.with_head() if case.quantize_head else quant,
+        embeddings_on_host=case.embeddings_on_host,
+    )
+    made = predict(model_config(case), setup, gpu)
+    return {
+        "predicted_gib": made.peak_bytes / GIB,
+        "predicted_seconds": made.step_s,
+        "predicted_pinning_seconds": made.pinning_s,
+    }
+
+
 def table(rows: Sequence[dict[str, object]]) -> str:
     """One line per length."""
-    names = ["seconds", "tokens_per_s", "weights_gib", "peak_allocated_gib", "peak_reserved_gib"]
+    names = ["first_seconds", "seconds", "predicted_seconds", "predicted_pinning_seconds"]
+    names += ["tokens_per_s", "peak_allocated_gib", "predicted_gib", "peak_reserved_gib"]
     names += ["pinned_gib", "host_gib"]
-    heads = ("s", "tokens/s", "weights", "peak", "reserved", "pinned", "host")
+    heads = ["first s", "s", "said", "pinning", "tokens/s", "peak", "said", "reserved"]
+    heads += ["pinned", "host"]
     lines = [f"{'tokens':>9} " + " ".join(f"{head:>8}" for head in heads) + "  (GiB)"]
     for row in rows:
         cells = [f"{row[n]:.2f}" if isinstance(row.get(n), float) else "-" for n in names]
@@ -118,8 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     longest = max(
         (case.length for case, r in zip(cases, rows, strict=True) if r["trained"]), default=0
     )
-    for row in rows:
-        row["longest_trained"] = longest
+    gpu = this_gpu()
+    for case, row in zip(cases, rows, strict=True):
+        row |= predicted(case, gpu) | {"longest_trained": longest}
     print("\n" + table(rows), flush=True)
     print(write_record("context", rows, folder=arguments.out))
     return 1 if any("error" in row for row in rows) else 0

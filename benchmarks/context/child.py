@@ -150,6 +150,7 @@ def run(case: Case, stage: Stage) -> dict[str, object]:
             batch = batch_of(case.length, vocab, device)
             for _ in range(case.steps):
                 seconds, loss = update(model, optimizer, batch)
+                row.setdefault("first_seconds", seconds)
                 stage("update", f"{seconds:.1f} s, loss {loss:.3f}")
             row |= {"seconds": seconds, "tokens_per_s": case.length / seconds, "loss": loss}
             row |= {"trained": True, "checkpoints_gib": blocks.host.host_bytes / GIB}

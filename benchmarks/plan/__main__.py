@@ -31,13 +31,13 @@ from qlora_kit.bench.predicted import add_predictions, prediction_of
 from qlora_kit.bench.record import Row, machine
 from qlora_kit.bench.session import Session
 from qlora_kit.bench.subject import Job, first_fields
-from qlora_kit.core.units import GIB
 from qlora_kit.plan.gpus import find_gpu
-from qlora_kit.step.graph import MOST_TOKENS
 from qlora_kit.train.record import source_commit
 
 MOST, MEDIAN, SPEED = 0.03, 0.01, 0.15
 """Targets: each peak, their median, each speed; relative."""
+SMALL_TOKENS = 4096
+"""Of a batch that any host may keep waiting."""
 
 
 def errors(rows: list[Row]) -> list[tuple[Row, float, float]]:
@@ -68,16 +68,19 @@ def waits(row: Row) -> bool:
     """Whether Python's launches set the pace of a row: a small batch without a CUDA graph.
 
     Args:
-        row: of a record.
+        row: of a record, with predictions.
 
     Returns:
-        True also for full fine-tuning, which has no graph.
+        True where that was predicted, or the batch is so small that hosts decide.
 
     Example:
         >>> waits({"batch": 1, "seq": 512}), waits({"batch": 1, "seq": 512, "graph": True})
         (True, False)
+        >>> waits({"batch": 4, "seq": 2048, "predicted_limit": "host"})
+        True
     """
-    return row["batch"] * row["seq"] <= MOST_TOKENS and not row.get("graph")
+    small = row["batch"] * row["seq"] <= SMALL_TOKENS
+    return not row.get("graph") and (small or row.get("predicted_limit") == "host")
 
 
 _SPEEDS = {False: "Tokens/s", True: "Tokens/s of small batches without a CUDA graph"}
@@ -148,8 +151,6 @@ def _again(file: Path, others: Sequence[Path]) -> None:
 
 _IMPORTS_S, _BUILD_S, _POINT_S = 20.0, 3.0, 1.5
 """Seconds that a process, a model and a point take besides their steps, on an H100's host."""
-_PINNED_S = 0.5
-"""Seconds that a GiB of pinned memory takes when it is asked for."""
 
 
 def estimate(planned: Sequence[Job]) -> str:
@@ -169,7 +170,7 @@ def estimate(planned: Sequence[Job]) -> str:
             made = prediction_of(row, "h100", find_gpu("h100").memory_bytes)
             warmup = job.warmup if point.warmup is None else point.warmup
             took = _POINT_S + made.step_s * (1 + warmup + (point.steps or job.steps))
-            took += _PINNED_S * sum(made.host.values()) / GIB
+            took += made.pinning_s
             total += took
             what = f"{job.build.model:14} {job.build.method:8} {job.build.optimizer:18}"
             size = f"{point.batch} x {point.seq}"

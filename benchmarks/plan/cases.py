@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qlora_kit.bench.record import Row
+from qlora_kit.bench.recorded import most_recorded
 from qlora_kit.bench.steps import RECORDED_AFTER
 from qlora_kit.bench.subject import Build, Job, Point, first_fields
-from qlora_kit.step.graph import MOST_TOKENS
 
 Sizes = tuple[int, int, str]
 """Rows of a batch, tokens of a row, activation policy."""
@@ -168,7 +168,7 @@ def jobs(cases: tuple[Case, ...], *, device: str, warmup: int, steps: int) -> li
 def _point(case: Case, size: Sizes, device: str) -> Point:
     batch, seq, policy = size
     # full fine-tuning trains without graphs: see `step/graph.py`
-    graph = case.method != "full" and device == "cuda" and batch * seq <= MOST_TOKENS
+    graph = case.method != "full" and device == "cuda" and batch * seq <= most_recorded(case.model)
     long = batch * seq >= _LONG or (case.model in _HEAVY and not graph)
     return Point(
         batch=batch,

@@ -32,6 +32,7 @@ from typing import Any
 from benchmarks.harness.record import write_record
 from qlora_kit.bench.predicted import prediction_of
 from qlora_kit.bench.record import Row
+from qlora_kit.bench.recorded import most_recorded
 from qlora_kit.bench.session import Session
 from qlora_kit.bench.shapes import config_of
 from qlora_kit.bench.subject import Build, Job, Point, read_jobs, write_jobs
@@ -42,7 +43,6 @@ from qlora_kit.plan.gpus import find_gpu
 from qlora_kit.plan.predict import CONTEXT, Prediction
 from qlora_kit.plan.search import UNIT, Planner
 from qlora_kit.plan.setup import FULL, Setup
-from qlora_kit.step.graph import MOST_TOKENS
 from qlora_kit.train.record import source_commit
 
 CLASSES = ("fits", "tight", "refused")
@@ -208,7 +208,7 @@ def jobs(edges: Sequence[Edge], *, device: str = "cuda") -> list[Job]:
                 graph=setup.graph,
                 keep_decoded=edge.keep_decoded,
                 cap_gib=cap,
-                warmup=_GRAPH_WARMUP if setup.graph and setup.tokens <= MOST_TOKENS else warmup,
+                warmup=_GRAPH_WARMUP if _recorded(edge.model, setup) else warmup,
                 steps=steps,
                 cases=(name,),
             )
@@ -219,6 +219,10 @@ def jobs(edges: Sequence[Edge], *, device: str = "cuda") -> list[Job]:
         build = replace(build, longest=max(point.seq for _, point in points))
         made.append(Job(build=build, points=tuple(point for _, point in ordered)))
     return made
+
+
+def _recorded(model: str, setup: Setup) -> bool:
+    return setup.graph and setup.tokens <= most_recorded(model)
 
 
 def judge(rows: Sequence[Row], gpu: str, memory_bytes: int) -> None:
@@ -249,7 +253,7 @@ def outcome(row: Row) -> str:
 
 def _unrecorded(row: Row) -> str:
     """A word where a step would have become a CUDA graph, had there been room."""
-    small = row["batch"] * row["seq"] <= MOST_TOKENS
+    small = row["batch"] * row["seq"] <= most_recorded(row["model"])
     wanted = row["graphs"] and small and outcome(row) == "ran"
     return ", no graph" if wanted and not row.get("graph") else ""
 

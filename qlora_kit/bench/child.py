@@ -47,6 +47,7 @@ from qlora_kit.bench.subject import (
 )
 from qlora_kit.core.allocator import segments_grow
 from qlora_kit.core.memory import PeakMemory
+from qlora_kit.plan.host import host_us_per_op
 
 BUILDERS = {
     "qlora_kit": "qlora_kit.bench.ours",
@@ -240,6 +241,7 @@ def run_job(job: Job, stage: Stage) -> None:
             "weights_gib": (torch.cuda.memory_allocated() - left) / GIB if gpu else None,
             "left_before_gib": left / GIB if gpu else None,
             "growing_segments": segments_grow() if gpu else None,
+            "host_us_per_op": host_us_per_op(job.build.device),
         }
         vocab = vocab_size(job.build)
         for point in job.points:

@@ -29,6 +29,7 @@ from qlora_kit.bench.shapes import config_of
 from qlora_kit.bench.subject import Batch, Build, NotPossible, Point, Stage, Subject, make_optimizer
 from qlora_kit.core.allocator import growing_segments
 from qlora_kit.ops.attention.transformers_door import register, unpadded_inputs
+from qlora_kit.plan.gpus import recorded_here
 from qlora_kit.step.graph import StepGraphs
 from qlora_kit.step.loss import causal_lm_loss, count_targets
 
@@ -64,7 +65,8 @@ class _Run:
         attention = self.model.config._attn_implementation
         if point.graph:
             self.model.set_attn_implementation(register())
-            self.graphs = StepGraphs(self._graph_loss, list(self.model.parameters()))
+            parameters, most = list(self.model.parameters()), recorded_here(self.model)
+            self.graphs = StepGraphs(self._graph_loss, parameters, most_tokens=most)
         try:
             with own_layers(self.model, point.policy):
                 yield "eager"

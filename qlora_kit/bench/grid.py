@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from qlora_kit.bench.full import HEADS
 from qlora_kit.bench.methods import ALL, METHODS, PEERS, Method
 from qlora_kit.bench.record import Row
+from qlora_kit.bench.recorded import most_recorded
 from qlora_kit.bench.rows import identity, measured
 from qlora_kit.bench.subject import Build, Job, Point, first_fields
 from qlora_kit.core.errors import ConfigError
-from qlora_kit.step.graph import MOST_TOKENS
 
 OWN_POLICIES = ("recompute_all", "save")
 """Those of a model's own code."""
@@ -81,13 +81,13 @@ def _build(model: str, method: Method, options: Options) -> Build:
     )
 
 
-def _points(method: Method, options: Options) -> Iterator[tuple[bool, Point]]:
+def _points(model: str, method: Method, options: Options) -> Iterator[tuple[bool, Point]]:
     """Points of a method, and whether the model is built for recomputing (peers only)."""
     ours = method.impl == "qlora_kit"
     for batch in options.batches:
         for seq in options.seqs:
             point = Point(batch=batch, seq=seq, policy="", cap_gib=options.cap_gib, graph=False)
-            small = options.device == "cuda" and batch * seq <= MOST_TOKENS
+            small = options.device == "cuda" and batch * seq <= most_recorded(model)
             ways = {"off": (False,), "on": (small,), "both": (False, True)[: 1 + small]}
             if ours:
                 for policy in options.policies:
@@ -122,7 +122,7 @@ def jobs_of(options: Options) -> list[Job]:
         for name in options.methods:
             method = ALL[name]
             groups: dict[tuple[object, ...], tuple[Build, list[Point]]] = {}
-            for recompute, point in _points(method, options):
+            for recompute, point in _points(model, method, options):
                 build = _build(model, method, options)
                 apart: tuple[object, ...] = ()
                 if name in PEERS:  # they are built for a policy, Unsloth for a shape as well

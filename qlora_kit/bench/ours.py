@@ -35,6 +35,7 @@ from qlora_kit.bench.subject import (
 from qlora_kit.core.allocator import growing_segments
 from qlora_kit.load.model import load
 from qlora_kit.optim.create import flat_optimizer
+from qlora_kit.plan.gpus import recorded_here
 from qlora_kit.quant.config import QuantConfig
 from qlora_kit.step.graph import StepGraphs
 from qlora_kit.step.loss import causal_lm_loss, count_targets
@@ -84,9 +85,11 @@ class _Run:
             point.tile,
             keep_decoded=point.keep_decoded,
         ) as step:
-            recording = step == "fused" and point.graph
             self.fused = step == "fused"
-            self.graphs = StepGraphs(self._graph_loss, self.parameters) if recording else None
+            self.graphs = None
+            if self.fused and point.graph:
+                most = recorded_here(self.model)
+                self.graphs = StepGraphs(self._graph_loss, self.parameters, most_tokens=most)
             self.replayed = 0
             try:
                 yield step

@@ -4,6 +4,7 @@ Predictions are made from a record, after everything was measured, so that they 
 again by a later planner, on a machine without a GPU.
 """
 
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -106,7 +107,10 @@ def prediction_of(row: Row, gpu: str, memory_bytes: int) -> Any:
         tile=row.get("tile"),
         growing_segments=bool(row.get("growing_segments")),
     )
-    return predict(config_of(row["model"]), wanted, recognise(gpu, memory_bytes))
+    machine = recognise(gpu, memory_bytes)
+    if row.get("host_us_per_op"):
+        machine = replace(machine, host_us=row["host_us_per_op"], host_measured=True)
+    return predict(config_of(row["model"]), wanted, machine)
 
 
 def _predict(row: Row, gpu: str, memory_bytes: int) -> None:
@@ -121,3 +125,4 @@ def _predict(row: Row, gpu: str, memory_bytes: int) -> None:
     row["predicted_gib"] = made.peak_bytes / GIB
     row["predicted_components_gib"] = in_our_words(made.components, trains_all=full)
     row["predicted_tokens_per_s"] = made.tokens_per_s
+    row["predicted_limit"] = made.limited_by

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qlora_kit.bench.profile import Breakdown, profile_steps
 from qlora_kit.bench.subject import Batch, Stage, Subject
+from qlora_kit.core.pinned import registered_peak_bytes
 
 GIB = 2**30
 CHECK_POSITIONS = 64
@@ -234,6 +235,7 @@ def start_counting(cap_gib: float | None) -> None:
     torch.cuda.set_per_process_memory_fraction(share)
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.reset_peak_host_memory_stats()
+    registered_peak_bytes(reset=True)
 
 
 def gpu_memory() -> dict[str, object]:
@@ -241,6 +243,7 @@ def gpu_memory() -> dict[str, object]:
     if not torch.cuda.is_available():
         return dict.fromkeys(("peak_allocated_gib", "peak_reserved_gib", "pinned_gib"))
     pinned = torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0)
+    pinned += registered_peak_bytes()
     return {
         "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
         "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,

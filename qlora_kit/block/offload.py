@@ -9,14 +9,13 @@ square: on 300,000 an input, 2.3 GiB, takes 45 ms each way and the layer's atten
 large inputs wait for each other, and come back late, to lie on the GPU for a shorter time; and
 twice, so that they need not lie there between their two uses.
 
-Host memory is taken in blocks and divided into pages, which are kept for the next step: pinning
-is slow. A layer's tensors lie one behind the other in pages from anywhere, so batches of other
-lengths use the same ones, and no more than one page per layer is filled in part. (torch rounds
-a pinned tensor up to a power of two, 2.3 GiB to 4; a block is one.) All copies share one
-stream, so a page that is handed out again is written only after its last copy has left. A
-tensor on its way out stays referenced until the computing stream has waited for the copy: so
-memory is given back in the order of that stream, and no more of it is in use than with a host
-that never runs ahead.
+Host memory is taken in blocks (`core/pinned.py`) and divided into pages, which are kept for the
+next step: pinning is slow. A layer's tensors lie one behind the other in pages from anywhere, so
+batches of other lengths use the same ones, and no more than one page per layer is filled in part.
+All copies share one stream, so a page that is handed out again is written only after its last
+copy has left. A tensor on its way out stays referenced until the computing stream has waited for
+the copy: so memory is given back in the order of that stream, and no more of it is in use than
+with a host that never runs ahead.
 """
 
 from collections import deque
@@ -27,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_kit.core.pinned import pinned_block
+
 SMALLEST_BYTES = 2 << 20
 """Tensors below this stay where they are: they are many and weigh nothing."""
 
@@ -34,7 +35,7 @@ PAGE_BYTES = 32 << 20
 """What is handed out at a time."""
 
 BLOCK_BYTES = 256 << 20
-"""What is pinned at a time: a power of two."""
+"""What is pinned at a time."""
 
 LARGE_BYTES = 512 << 20
 """A layer's tensors are large from here on: one layer's may be on their way out, else two."""
@@ -224,7 +225,7 @@ class HostStore:
 
     def _block(self) -> Sequence[Tensor]:  # needs a GPU
         """More pages."""
-        return torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=True).split(PAGE_BYTES)
+        return pinned_block(BLOCK_BYTES).split(PAGE_BYTES)
 
     def _memory(self, item: _Away) -> Tensor:  # needs a GPU
         device = torch.device("cuda", torch.cuda.current_device())

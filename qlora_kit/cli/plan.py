@@ -128,8 +128,8 @@ def _planner(config: RunConfig, options: dict[str, str]) -> "Planner":
 
 
 def _gpu(options: dict[str, str]) -> "Gpu":
-    from qlora_kit.plan.gpus import DEFAULT, find_gpu, this_gpu
+    from qlora_kit.plan.gpus import DEFAULT, find_gpu, this_machine
 
     if "gpu" in options:
         return find_gpu(options["gpu"])
-    return this_gpu() or find_gpu(DEFAULT)
+    return this_machine() or find_gpu(DEFAULT)

@@ -6,7 +6,8 @@ said to fit only if all that torch will have reserved fits beside the CUDA conte
 what comes and goes in a step and 128 MiB to spare. A step that becomes a CUDA graph has memory
 of its own; where batches differ in shape, those that are not recorded need theirs beside it. (A
 recorded step holds 0.4 to 1.1 GiB more than it would otherwise, in the records of `bench memory`.
-That is not counted: one that has no room for it runs as it is, see `step/graph.py`.)
+That is not counted: one that has no room for it, or leaves too little beside it, runs as it is,
+see `step/graph.py`.)
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.core.units import parse_bytes
 from qlora_kit.plan.gpus import Gpu
-from qlora_kit.plan.predict import CONTEXT, Prediction, is_recorded
+from qlora_kit.plan.predict import CONTEXT, Prediction
 
 MARGIN = 0.04
 """Of what a step takes for itself, the share that has to stay free besides."""
@@ -101,8 +102,7 @@ def graph_bytes(prediction: Prediction) -> int:
     Returns:
         Bytes; 0 where no step is recorded, or all are alike.
     """
-    setup = prediction.setup
-    beside = setup.varied and is_recorded(setup, fused=prediction.fused)
+    beside = prediction.setup.varied and prediction.recorded
     return step_bytes(prediction) if beside else 0
 
 

@@ -8,11 +8,15 @@ float32 sums is scaled by the same share, and a plan says so.
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
+from torch import nn
 
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.core.units import GIB
+from qlora_kit.plan.host import ASSUMED_US, host_us_per_op
+from qlora_kit.step.graph import recorded_tokens
 
 SUSTAINED = 0.703
 """Share of the data sheet's matrix rate that the largest products of a step reach, on an H100."""
@@ -62,6 +66,10 @@ class Gpu:
     """Bytes/s from pinned host memory."""
     forward: Attention
     backward: Attention
+    host_us: float = ASSUMED_US
+    """Of the machine it is in: microseconds per small op, as `host.py` measures them."""
+    host_measured: bool = False
+    """Whether that was measured."""
     measured: bool = False
     """Whether steps measured on this card were within 15% of what its rates say."""
 
@@ -164,6 +172,37 @@ def this_gpu() -> Gpu | None:
         without a GPU.
     """
     return _ask_device() if torch.cuda.is_available() else None
+
+
+def this_machine() -> Gpu | None:
+    """This machine's first GPU, and how fast its host is, measured once in a process.
+
+    Returns:
+        As `this_gpu`; None without a GPU.
+    """
+    gpu = this_gpu()
+    return None if gpu is None else replace(gpu, host_us=_host_us(), host_measured=True)
+
+
+@cache
+def _host_us() -> float:  # needs a GPU
+    return host_us_per_op("cuda")
+
+
+def recorded_here(model: nn.Module) -> int:
+    """Up to how many tokens a batch of a model is recorded on this machine's GPU.
+
+    Args:
+        model: with decoder layers, on any device.
+
+    Returns:
+        Tokens; without a GPU those of an H100.
+
+    Example:
+        >>> recorded_here(nn.Linear(1, 1))
+        16384
+    """
+    return recorded_tokens(model, (this_gpu() or find_gpu("h100")).matrix_flops)
 
 
 def _ask_device() -> Gpu:  # needs a GPU

@@ -14,7 +14,7 @@ from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.adapters.registry import method_name
 from qlora_kit.plan.budget import Budget, graph_bytes, margin_bytes, needed_bytes
 from qlora_kit.plan.changes import FIELDS, changes, speed_change
-from qlora_kit.plan.gpus import DEFAULT, Gpu, find_gpu, this_gpu
+from qlora_kit.plan.gpus import DEFAULT, Gpu, find_gpu, this_machine
 from qlora_kit.plan.nearest import nearest
 from qlora_kit.plan.predict import Prediction
 from qlora_kit.plan.read import read_config
@@ -105,6 +105,8 @@ class Plan:
             "model": self.model,
             "gpu": {"name": self.gpu.name, "memory_bytes": self.gpu.memory_bytes},
             "gpu_measured": self.gpu.measured,
+            "host_us_per_op": self.gpu.host_us,
+            "host_measured": self.gpu.host_measured,
             "budget_bytes": self.budget.gpu_bytes,
             "host_budget_bytes": self.budget.host_bytes,
             "fits": self.fits,
@@ -149,9 +151,12 @@ def describe(made: Prediction) -> dict[str, Any]:
         "needed_bytes": needed_bytes(made),
         "host_bytes": dict(made.host),
         "step_s": made.step_s,
+        "first_step_besides_s": made.pinning_s,
         "tokens_per_s": made.tokens_per_s,
         "limited_by": made.limited_by,
+        "host_us_per_op": made.host_us,
         "fused": made.fused,
+        "recorded": made.recorded,
         "trained": made.trained,
         "notes": list(made.notes),
     }
@@ -321,7 +326,7 @@ def plan(
         config, name = model, model.model_type
     else:
         config = read_config(model, revision=revision)
-    kind = this_gpu() if gpu is None else find_gpu(gpu)
+    kind = this_machine() if gpu is None else find_gpu(gpu)
     kind = kind or find_gpu(DEFAULT)
     shape = adapter or LoRA()
     setup = Setup(

@@ -17,13 +17,14 @@ from transformers import PreTrainedConfig
 
 from qlora_kit.adapters.adalora.layer import add_orthogonality
 from qlora_kit.block.offload import OutlinedStore
+from qlora_kit.core.units import GIB
 from qlora_kit.ops.attention.transformers_door import unpadded_inputs
 from qlora_kit.plan.gpus import Gpu
 from qlora_kit.plan.outline import Outline, components, outline
 from qlora_kit.plan.setup import FULL, Setup
 from qlora_kit.plan.state import importance, optimizer_bytes, update_seconds
 from qlora_kit.plan.trace import BACKWARD, Block, Trace, counted_bytes
-from qlora_kit.step.graph import MOST_TOKENS
+from qlora_kit.step.graph import recorded_tokens
 from qlora_kit.step.head_input import TARGET_POSITIONS, head_input
 
 LIBRARIES = 72 << 20
@@ -35,6 +36,9 @@ LIBRARIES_BEFORE = 8 << 20
 """On GPUs before Hopper."""
 CONTEXT = 520 << 20
 """Bytes of the CUDA context and kernels' code, outside of what torch counts."""
+PINNING_S = 0.5
+"""Seconds for a GiB of host memory that is pinned, which no copy and no kernel hides."""
+_PINNED = "checkpoints"
 _OPERANDS = "adapters"
 
 
@@ -54,8 +58,12 @@ class Prediction:
     """A whole update."""
     limited_by: str
     """`compute`, `host` (launching kernels) or `link` (copies to host memory)."""
+    host_us: float
+    """Of the host: microseconds per small op; see `host.py`."""
     fused: bool
     """Whether layers run as one step each."""
+    recorded: bool
+    """Whether the step becomes a CUDA graph."""
     trained: int
     """Parameters."""
     moved_bytes: int = 0
@@ -75,6 +83,11 @@ class Prediction:
         moving = sum(self.components.get(name, 0) for name in _MOVING)
         share = FRAGMENTS if self.setup.growing_segments else FIXED_FRAGMENTS
         return self.peak_bytes + int(share * moving)
+
+    @property
+    def pinning_s(self) -> float:
+        """What the first step takes besides: host memory is pinned once."""
+        return PINNING_S * self.host.get(_PINNED, 0) / GIB
 
     @property
     def tokens_per_s(self) -> float:
@@ -139,7 +152,7 @@ def predict(config: PreTrainedConfig, setup: Setup, gpu: Gpu) -> Prediction:
         if workspace:
             found["kernel workspace"] = workspace
     store = made.blocks.host if made.blocks is not None else None
-    host = {"checkpoints": store.host_bytes} if isinstance(store, OutlinedStore) else {}
+    host = {_PINNED: store.host_bytes} if isinstance(store, OutlinedStore) else {}
     if on_host:
         host["optimizer"] = on_host
     if setup.embeddings_on_host:
@@ -161,7 +174,7 @@ def _timed(
     seconds["optimizer"] = update_seconds(made.trained, setup.optimizer, gpu)
     seconds["optimizer"] += importance(made.adalora, gpu)[1]
     compute = sum(seconds.values())
-    graph = is_recorded(setup, fused=made.blocks is not None)
+    graph = is_recorded(made, setup, gpu)
     launching = 0.0 if graph else trace.launching * setup.accumulation
     store = made.blocks.host if made.blocks is not None else None
     moved = store.moved_bytes if isinstance(store, OutlinedStore) else 0
@@ -176,32 +189,41 @@ def _timed(
         seconds=seconds,
         step_s=limits[limit],
         limited_by=limit,
+        host_us=gpu.host_us,
         fused=made.blocks is not None,
+        recorded=graph,
         moved_bytes=moved,
         trained=sum(p.numel() for p in made.trained),
     )
 
 
-def is_recorded(setup: Setup, *, fused: bool) -> bool:
-    """Whether a step becomes a CUDA graph.
+def is_recorded(made: Outline, setup: Setup, gpu: Gpu) -> bool:
+    """Whether a step becomes a CUDA graph, by the rule that training follows.
 
     Args:
+        made: an outline.
         setup: of the run.
-        fused: whether its layers are.
+        gpu: it would run on.
 
     Returns:
-        False for large batches, which need none.
+        False for batches that keep the GPU busy by themselves, which need none.
 
     Example:
-        >>> is_recorded(Setup(seq=4096), fused=True), is_recorded(Setup(seq=4160), fused=True)
-        (True, False)
+        >>> from transformers import LlamaConfig
+        >>> from qlora_kit.plan.gpus import find_gpu
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1}
+        >>> made = outline(LlamaConfig(vocab_size=32, num_hidden_layers=1, **sizes), Setup())
+        >>> [is_recorded(made, Setup(seq=n), find_gpu("h100")) for n in (1 << 14, 1 << 15)]
+        [True, False]
     """
-    return setup.graph and fused and setup.tokens <= MOST_TOKENS
+    if not setup.graph or made.blocks is None:
+        return False
+    return setup.tokens <= recorded_tokens(made.model, gpu.matrix_flops)
 
 
 def _recording(made: Outline, setup: Setup, gpu: Gpu) -> int:
     """Bytes that each pass of a recorded step has for cuBLAS; 0 where none is recorded."""
-    if not is_recorded(setup, fused=made.blocks is not None):
+    if not is_recorded(made, setup, gpu):
         return 0
     return RECORDING if gpu.capability[0] == 9 else LIBRARIES_BEFORE // 2
 

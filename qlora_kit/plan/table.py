@@ -59,6 +59,8 @@ def render(made: Plan) -> str:
     notes = list(made.run.notes)
     if not made.gpu.measured:
         notes.append(f"speeds of the {made.gpu.name} are estimates from its data sheet")
+    if not made.gpu.host_measured:
+        notes.append(f"host: assumed, {made.gpu.host_us:g} µs for a small op; `train` measures it")
     if not made.run.fused and made.run.setup.step != "eager":
         notes.append("this model's layers are not fused: its own code was planned")
     parts += [f"note: {note}" for note in notes]
@@ -113,7 +115,22 @@ def memory_table(made: Prediction, budget: Budget | None = None) -> str:
     lines.append(total)
     for name, size in made.host.items():
         lines.append(_size(f"  host memory: {name}", size))
+    if made.pinning_s:
+        lines.append(f"  {pinning_text(made)}")
     return "\n".join(lines)
+
+
+def pinning_text(made: Prediction) -> str:
+    """What the first step takes besides.
+
+    Args:
+        made: a prediction whose layers' tensors wait on the host.
+
+    Returns:
+        A few words.
+    """
+    pinned = format_bytes(made.host["checkpoints"])
+    return f"first step +{made.pinning_s:.2g} s: pinning {pinned} of host memory"
 
 
 def _verdict(made: Prediction, budget: Budget) -> str:

@@ -133,7 +133,7 @@ class Trace(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
         if cost.kind != "nothing":
-            self.launching += launch_seconds(func, cost)
+            self.launching += launch_seconds(func, cost, self.gpu)
             self.seconds[cost.kind] += cost.seconds
         if cost.workspace:
             self._spikes.append((len(self._changes), counted_bytes(cost.workspace), self.phase))

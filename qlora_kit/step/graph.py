@@ -1,15 +1,18 @@
 """Forward and backward of small batches as one CUDA graph per shape.
 
-Up to a few thousand tokens a step waits for Python: about 170 ms of launches for an 8B model
-on a slow host, however short the GPU's work. A shape that has come twice is recorded the
-third time, and replayed from then on: one launch. What is recorded is the loss and the
-gradients of one batch; accumulation, clipping and the optimizer stay outside, since learning
-rate and step number change.
+A step waits for Python where the GPU is done with a layer before the next one is launched.
+Launching takes about as long for every layer, however large: 4 to 10 ms forward and backward.
+The GPU's time is in proportion to the layer's matrices and the batch's tokens, so the smaller
+the model, the more tokens a batch that is recorded may have (`recorded_tokens`; plans ask the
+same function). A shape that has come twice is recorded the third time, and replayed from then
+on: one launch. What is recorded is the loss and the gradients of one batch; accumulation,
+clipping and the optimizer stay outside, since learning rate and step number change.
 
 The memory of a recorded step stays reserved for it. All graphs share it, so it costs what the
-largest needs. Nothing in the step may wait for the GPU; if something does, or if there is no room
-for the recording and for an update beside it, it fails, that is logged, and training goes on
-without.
+largest needs. Nothing in the step may wait for the GPU; if something does, or if the recording
+leaves no room for an update and for what runs beside it (half of what it holds, for evaluations;
+what the largest batch takes, where other shapes have come), it is dropped, that is logged, and
+training goes on without.
 """
 
 from collections import Counter
@@ -20,18 +23,52 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_kit.block.install import decoder_layers
 from qlora_kit.core.log import logger
+from qlora_kit.core.units import format_bytes
+from qlora_kit.nn.linear import NF4Linear
 
 Inputs = dict[str, Any]
 
-MOST_TOKENS = 4096
-"""Batches above this keep the GPU busy by themselves."""
+MOST_TOKENS = 1 << 14
+"""Larger batches run without, whatever the model: long rows are in tiles, and their memory is not
+to be held."""
+
+LAUNCH_S = 7e-3
+"""A layer's products in a frozen base have to take the GPU as long as this for it not to wait.
+Steps without a graph took the host 4 to 10 ms a layer in benchmarks/results/memory and plan; norms,
+attention and the adapter give the GPU four tenths more than products alone."""
 
 MOST_GRAPHS = 8
 """Shapes beyond this many run without."""
 
 _SEEN_BEFORE = 2
 """A shape is recorded when it has run so many times: everything is compiled and allocated."""
+
+
+def recorded_tokens(model: nn.Module, flops: float) -> int:
+    """Up to how many tokens a batch is recorded: where the host cannot keep up.
+
+    Args:
+        model: with decoder layers, on any device.
+        flops: FLOP/s of the GPU's large products.
+
+    Returns:
+        Tokens; at most `MOST_TOKENS`.
+
+    Example:
+        >>> layers = nn.ModuleList([nn.Linear(4096, 13 * 4096, device="meta")])
+        >>> recorded_tokens(layers, 695e12)  # an 8B model's layers on an H100
+        5576
+        >>> recorded_tokens(nn.ModuleList([nn.Linear(64, 64)]), 695e12) == MOST_TOKENS
+        True
+    """
+    layers = decoder_layers(model)
+    modules = [module for layer in layers for module in layer.modules()]
+    linears = [m for m in modules if isinstance(m, (nn.Linear, NF4Linear))]
+    elements = sum(m.in_features * m.out_features for m in linears) / max(1, len(layers))
+    per_token = 4.0 * max(1.0, elements)  # y = x·Wᵀ and dx = dy·W, two FLOPs a multiply-add
+    return min(MOST_TOKENS, int(LAUNCH_S * flops / per_token))
 
 
 @dataclass(slots=True)
@@ -75,6 +112,7 @@ class StepGraphs:
         self._seen: Counter[tuple[object, ...]] = Counter()
         self._recorded: dict[tuple[object, ...], _Recorded] = {}
         self._pool: Any = None
+        self._held = 0
         self._working = True
 
     def run(self, inputs: Inputs, items: Tensor) -> Tensor | None:
@@ -117,18 +155,35 @@ class StepGraphs:
             self._pool = torch.cuda.graph_pool_handle()
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                reserved = torch.cuda.memory_reserved()
                 loss = self._loss(own, count)
                 loss.backward()
             gradients = [parameter.grad for parameter in self._parameters]
             _ask_for_as_much(gradients)
+            self._held += torch.cuda.memory_reserved() - reserved  # on top of earlier graphs'
+            self._ask_for_room()
             return _Recorded(graph, own, count, loss.detach(), gradients)
         except RuntimeError as error:
-            self._working = False
+            self._working, self._pool = False, None
+            self._recorded.clear()  # gives their memory back
             logger.warning("training without CUDA graphs: %s", str(error).split("\n", 1)[0])
             return None
         finally:
             for parameter, gradient in zip(self._parameters, before, strict=True):
                 parameter.grad = gradient
+
+    def _ask_for_room(self) -> None:  # needs a GPU
+        """Fail here, and not in what runs beside it, if a recording has left too little."""
+        free, total = torch.cuda.mem_get_info()
+        share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)()
+        free = min(free, int(share * total) - torch.cuda.memory_reserved())
+        most = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+        needed = room_beside(self._held, most, shapes=len(self._seen))
+        if free < needed:
+            raise RuntimeError(
+                f"recorded steps hold {format_bytes(self._held)} and leave "
+                f"{format_bytes(max(0, free))}, {format_bytes(needed)} are needed beside them."
+            )
 
     def _replay(self, recorded: _Recorded, inputs: Inputs, items: Tensor) -> Tensor:  # needs a GPU
         """Replay on a batch, and leave its gradients where autograd would."""
@@ -162,6 +217,25 @@ class StepGraphs:
         for parameter in self._parameters:
             if parameter.grad is not None and parameter.grad.data_ptr() in theirs:
                 parameter.grad = parameter.grad.clone()
+
+
+def room_beside(held: int, most: int, *, shapes: int) -> int:
+    """What has to be free beside recorded steps.
+
+    Args:
+        held: bytes that they hold.
+        most: bytes that steps without a graph have taken so far.
+        shapes: of batches that have come so far.
+
+    Returns:
+        Bytes: half of what is held, for evaluations, which keep nothing; where other shapes come,
+        what the largest of them takes.
+
+    Example:
+        >>> room_beside(1000, 1500, shapes=1), room_beside(1000, 1500, shapes=2)
+        (500, 1500)
+    """
+    return max(held, most) if shapes > 1 else held // 2
 
 
 def _ask_for_as_much(gradients: list[Tensor | None]) -> None:  # needs a GPU

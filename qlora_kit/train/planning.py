@@ -18,13 +18,13 @@ from qlora_kit.core.errors import ConfigError
 from qlora_kit.core.log import logger
 from qlora_kit.core.units import GIB, format_bytes, parse_bytes
 from qlora_kit.plan.budget import Budget, needed_bytes, step_bytes
-from qlora_kit.plan.gpus import DEFAULT, Gpu, find_gpu, this_gpu
+from qlora_kit.plan.gpus import DEFAULT, Gpu, find_gpu, this_gpu, this_machine
 from qlora_kit.plan.nearest import nearest
 from qlora_kit.plan.plan import AUTO, describe
 from qlora_kit.plan.predict import CONTEXT, Prediction
 from qlora_kit.plan.search import Planner
 from qlora_kit.plan.setup import FULL, Setup
-from qlora_kit.plan.table import memory_table, nearest_table, run_text
+from qlora_kit.plan.table import memory_table, nearest_table, pinning_text, run_text
 from qlora_kit.train.arguments import is_on_gpu
 from qlora_kit.train.config import RunConfig
 from qlora_kit.train.data.tokenized import TokenizedSet
@@ -33,6 +33,8 @@ PLANNED = ("lora", "rslora", "lora_fa", FULL)
 """Methods whose plans were held to measurements: others train without one."""
 HOST_SHARE = 0.8
 """Of the free host memory, what may be pinned."""
+_WORTH_SAYING_S = 1.0
+"""Seconds that a first step takes besides."""
 _LESS = 0.1
 """Of a step's own memory, what settings have to do without after it has run out."""
 
@@ -161,11 +163,12 @@ def gpu_of(config: RunConfig) -> Gpu | None:
         config: the run.
 
     Returns:
-        The kind; None where a run is not planned: without a GPU, a classifier, `plan: off`.
+        The kind, with its host's speed measured; None where a run is not planned: without a GPU,
+        a classifier, `plan: off`.
     """
     if config.plan == "off" or config.model.task != "causal_lm" or config.model.device == "cpu":
         return None
-    return this_gpu()
+    return this_machine()
 
 
 def budget_of(config: RunConfig, gpu: Gpu) -> Budget:
@@ -235,7 +238,8 @@ class RunPlan:
         words = [made.setup.activations if made.fused else "the model's own layers"]
         if made.setup.keep_decoded:
             words.append(f"{made.setup.keep_decoded} layers decoded")
-        return f"{', '.join(words)}: {size}, {needed}; about {made.tokens_per_s:,.0f} tokens/s"
+        line = f"{', '.join(words)}: {size}, {needed}; about {made.tokens_per_s:,.0f} tokens/s"
+        return f"{line}; {pinning_text(made)}" if made.pinning_s >= _WORTH_SAYING_S else line
 
     @property
     def budget_bytes(self) -> int:

@@ -32,6 +32,7 @@ from qlora_kit.adapters.attached import AttachedAdapter
 from qlora_kit.block.tiles import Tile
 from qlora_kit.core.atomic import atomic_directory
 from qlora_kit.core.errors import AdapterError
+from qlora_kit.plan.gpus import recorded_here
 from qlora_kit.step.graph import StepGraphs
 from qlora_kit.step.loss import causal_lm_loss, count_targets
 from qlora_kit.step.prepare import FusedCollator, fused_inputs, prepare_model
@@ -143,7 +144,10 @@ class Trainer(LoggingTrainer):
         self.causal = causal
         alone = args.world_size == 1 and self.accelerator.scaler is None
         alone = alone and self.fused is not None and self.fused.never_waits
-        self.graphs = StepGraphs(self._graph_loss, [p for _, p in trainable]) if alone else None
+        self.graphs = None
+        if alone:
+            most, parameters = recorded_here(model), [p for _, p in trainable]
+            self.graphs = StepGraphs(self._graph_loss, parameters, most_tokens=most)
         # True: the loss is a sum over tokens divided by `num_items_in_batch`, so it is not
         # divided again by the number of accumulated batches.
         self.model_accepts_loss_kwargs = self.causal

@@ -40,17 +40,17 @@ def test_full_is_measured_with_both_heads_and_both_policies():
 @pytest.mark.parametrize(
     ("graphs", "device", "wanted"),
     [
-        ("off", "cuda", {(1, False), (4, False)}),
-        ("on", "cuda", {(1, True), (4, False)}),  # 8,192 tokens are never recorded
-        ("both", "cuda", {(1, False), (1, True), (4, False)}),
-        ("both", "cpu", {(1, False), (4, False)}),
+        ("off", "cuda", {(1, False), (4, False), (16, False)}),
+        ("on", "cuda", {(1, True), (4, True), (16, False)}),  # 32,768 tokens are never recorded
+        ("both", "cuda", {(1, False), (1, True), (4, False), (4, True), (16, False)}),
+        ("both", "cpu", {(1, False), (4, False), (16, False)}),
     ],
 )
 def test_graphs_are_for_small_batches(graphs, device, wanted):
     options = replace(
         ALL_METHODS,
         methods=("qlora",),
-        batches=(1, 4),
+        batches=(1, 4, 16),
         policies=("save",),
         graphs=graphs,
         device=device,

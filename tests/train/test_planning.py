@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from qlora_kit.adapters.lora.config import LoRA
 from rich.console import Console
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.cli.main import main
 from qlora_kit.cli.run_config import to_yaml
 from qlora_kit.core.errors import ConfigError, UserError
@@ -149,7 +149,7 @@ def test_what_cannot_be_planned_trains_without_a_plan():
 
 
 def test_runs_that_are_not_planned(monkeypatch):
-    monkeypatch.setattr(planning, "this_gpu", lambda: GPU)
+    monkeypatch.setattr(planning, "this_machine", lambda: GPU)
     assert gpu_of(make()) is GPU
     assert gpu_of(make(plan="off")) is None
     assert gpu_of(make(model=ModelConfig(path="m", device="cpu"))) is None
