@@ -271,7 +271,7 @@ def test_numbers_are_those_of_the_sources():
     text = (folder / "low_rank.cu").read_text()
     assert 32 * int(re.search(r"WARPS = (\d+);", text)[1]) == gemv._LOW_RANK_THREADS
     assert int(re.search(r"RANKS = (\d+);", text)[1]) == gemv._LOW_RANK_RANKS
-    assert int(re.search(r"TILES = (\d+)", (folder / "forward.cuh").read_text())[1]) == gemv._PASS
+    assert int(re.search(r"MOST_TILES = (\d+)", (folder / "forward.cuh").read_text())[1]) == gemv._PASS
 
 
 @pytest.mark.parametrize("m", [1, 8, 16])

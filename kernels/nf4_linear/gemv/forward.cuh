@@ -22,10 +22,15 @@
 #pragma once
 #include "nf4_linear/gemv/parts.cuh"
 
-template <typename T, int TOKEN_TILES, int WARPS>
+constexpr int MOST_TILES = 4;  // of a pass
+
+// TILES of a pass, and the chunks of the contraction on their way: four tiles of the next one, or
+// two tiles and X of the next two.
+template <typename T, int TOKEN_TILES, int WARPS, int TILES>
 struct Forward {
-    static constexpr int THREADS = 32 * WARPS, TILES = 4, TOKENS = 8 * TOKEN_TILES;
-    static constexpr int PITCH = 16 * TILES + 4;
+    static constexpr int THREADS = 32 * WARPS, TOKENS = 8 * TOKEN_TILES;
+    static constexpr int DEPTH = MOST_TILES / TILES;
+    static constexpr int PITCH = 16 * MOST_TILES + 4;
     static constexpr int SHARED = TABLE_BYTES + WARPS * TOKENS * PITCH * 4 + MAP_BYTES;
 
     struct Tile {
@@ -40,8 +45,8 @@ struct Forward {
     const int lane, warp, g, q;
     float mean;
     float c[TILES][TOKEN_TILES][4];
-    Tile tiles[TILES];
-    u32 x[TOKEN_TILES][16];
+    Tile tiles[DEPTH][TILES];
+    u32 x[DEPTH][TOKEN_TILES][16];
 
     __device__ __forceinline__ Forward(const Problem& problem, u8* memory)
         : p(problem),
@@ -76,7 +81,7 @@ struct Forward {
         to.scale = p.scales.load_block(at.block + (q & 1 ? second : first) * (p.k / 8));
     }
 
-    __device__ __forceinline__ void load_x(int chunk) {
+    __device__ __forceinline__ void load_x(u32 (&x)[TOKEN_TILES][16], int chunk) const {
         const int column = 128 * chunk + 32 * q;
 #pragma unroll
         for (int tile = 0; tile < TOKEN_TILES; ++tile) {
@@ -91,7 +96,8 @@ struct Forward {
         }
     }
 
-    __device__ __forceinline__ void multiply(float (&sum)[TOKEN_TILES][4], const Tile& tile) const {
+    __device__ __forceinline__ void multiply(float (&sum)[TOKEN_TILES][4], const Tile& tile,
+                                             const u32 (&x)[TOKEN_TILES][16]) const {
         const u32 all = 0xffffffffu, lane_offset = 8 * lane;
         const float mine = p.scales.decode(tile.scale, mean, map);
         const float scale[2] = {__shfl_sync(all, mine, lane & ~1), __shfl_sync(all, mine, lane | 1)};
@@ -185,8 +191,13 @@ struct Forward {
             wait_for_previous();
         }
 #pragma unroll
-        for (int t = 0; t < TILES; ++t)
-            if (t < count && begin < end) load(tiles[t], first + t, place(begin));
+        for (int d = 0; d < DEPTH; ++d) {
+            const int chunk = begin + d * WARPS;
+#pragma unroll
+            for (int t = 0; t < TILES; ++t)
+                if (t < count && chunk < end) load(tiles[d][t], first + t, place(chunk));
+            if (DEPTH > 1 && chunk < end) load_x(x[d], chunk);
+        }
         if (p.late) fill_tables<THREADS>(memory, memory + SHARED - MAP_BYTES, threadIdx.x);
         mean = p.scales.mean();
         prefetch_factor(first, last);
@@ -200,16 +211,23 @@ struct Forward {
             for (int i = 0; i < TILES * TOKEN_TILES * 4; ++i)
                 c[i / (4 * TOKEN_TILES)][i / 4 % TOKEN_TILES][i % 4] = 0.f;
 #pragma unroll 1
-            for (int chunk = begin; chunk < end; chunk += WARPS) {
-                load_x(chunk);
-                const bool more = chunk + WARPS < end;
-                const Place after = place(more ? chunk + WARPS : begin);
-                const int after_first = more ? first : first + count;
-                const int after_count = more ? count : next_count;
+            for (int chunk = begin; chunk < end; chunk += DEPTH * WARPS) {
 #pragma unroll
-                for (int t = 0; t < TILES; ++t) {
-                    if (t < count) multiply(c[t], tiles[t]);
-                    if (t < after_count) load(tiles[t], after_first + t, after);
+                for (int d = 0; d < DEPTH; ++d) {
+                    const int now = chunk + d * WARPS;
+                    if (d > 0 && now >= end) break;
+                    if (DEPTH == 1) load_x(x[d], now);
+                    const bool more = now + DEPTH * WARPS < end;
+                    const int after = more ? now + DEPTH * WARPS : begin + d * WARPS;
+                    const int after_first = more ? first : first + count;
+                    const int after_count = more ? count : next_count;
+                    const Place at = place(after);
+#pragma unroll
+                    for (int t = 0; t < TILES; ++t) {
+                        if (t < count) multiply(c[t], tiles[d][t], x[d]);
+                        if (t < after_count) load(tiles[d][t], after_first + t, at);
+                    }
+                    if (DEPTH > 1 && after_count > 0) load_x(x[d], after);
                 }
             }
             store();
@@ -243,5 +261,9 @@ struct Forward {
                         static_cast<int>(k),                                                      \
                         static_cast<int>(rank),                                                   \
                         late != 0};                                                               \
-        Forward<T, TOKEN_TILES, WARPS>(p, memory).run(memory);                                    \
+        const int groups = static_cast<int>(gridDim.x) / peers();                                 \
+        if (p.n > 32 * groups)                                                                    \
+            Forward<T, TOKEN_TILES, WARPS, 4>(p, memory).run(memory);                             \
+        else                                                                                      \
+            Forward<T, TOKEN_TILES, WARPS, 2>(p, memory).run(memory);                             \
     }
