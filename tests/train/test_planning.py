@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from qlora_kit.adapters.lora.config import LoRA
 from rich.console import Console
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.cli.main import main
 from qlora_kit.cli.run_config import to_yaml
 from qlora_kit.core.errors import ConfigError, UserError
