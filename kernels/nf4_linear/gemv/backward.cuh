@@ -49,24 +49,33 @@ struct Backward {
           g(lane / 4),
           q(lane % 4) {}
 
-    __device__ __forceinline__ void load(Step& to, int first, int step) const {
-        const int row = 16 * step + 4 * q, column = first + 16 * g;
-        const bool inside = column < p.k, rows = row < p.n;  // N % 4 == 0
-        const u8* from =
-            p.packed + static_cast<long long>(rows ? row : 0) * (p.k / 2) + column / 2;
+    // Where this lane reads in the first step of its columns. Lanes past the last column or row read
+    // what others do: it meets zeros, or is not written.
+    struct Place {
+        const u8* bytes;
+        u32 block;
+    };
+    __device__ __forceinline__ Place place(int first) const {
+        const int column = first + 16 * g, block = first / 64 + lane % 2;
+        const int row = 4 * q < p.n ? 4 * q : 0, line = lane / 2 < p.n ? lane / 2 : 0;
+        const u8* bytes = p.packed + static_cast<long long>(row) * (p.k / 2);
+        return {bytes + (column < p.k ? column / 2 : 0),
+                static_cast<u32>(line * (p.k / 64) + (block < p.k / 64 ? block : 0))};
+    }
+    // Rows past the last one, half of the last step's, are those of the first step.
+    __device__ __forceinline__ void load(Step& to, int step, const Place& at) const {
+        const int row = 16 * step + 4 * q;
+        const u32 here = row < p.n ? step : 0, line = 16 * step + lane / 2 < p.n ? step : 0;
+        const u8* from = at.bytes + static_cast<u64>(here) * static_cast<u32>(8 * p.k);
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            to.w[i] = inside ? stream8(from + i * (p.k / 2)) : uint2{0, 0};
-        const int line = 16 * step + lane / 2, block = first / 64 + lane % 2;
-        to.scale = NF4Scales::Stored{0.f, 0};
-        if (line < p.n && block < p.k / 64)
-            to.scale = p.scales.load_block(static_cast<long long>(line) * (p.k / 64) + block);
+        for (int i = 0; i < 4; ++i) to.w[i] = stream8(from + i * static_cast<u64>(p.k / 2));
+        to.scale = p.scales.load_block(at.block + line * (p.k / 4));
 #pragma unroll
         for (int tile = 0; tile < TOKEN_TILES; ++tile) {
             const int token = 8 * tile + g;
-            const u16* at = p.x + static_cast<long long>(token) * p.n + row;
-            to.x[tile] = token < p.m && rows ? __ldg(reinterpret_cast<const uint2*>(at))
-                                             : uint2{0, 0};
+            const u16* values = p.x + static_cast<long long>(token) * p.n + row;
+            const bool present = token < p.m && row < p.n;
+            to.x[tile] = present ? __ldg(reinterpret_cast<const uint2*>(values)) : uint2{0, 0};
         }
     }
 
@@ -192,6 +201,7 @@ struct Backward {
         const int begin = static_cast<int>(static_cast<long long>(all) * rank / ranks);
         const int end = static_cast<int>(static_cast<long long>(all) * (rank + 1) / ranks);
         int step = begin + warp / groups;
+        const Place at = place(first);
         let_next_start();
         // What takes long comes first: the tables' making, before the kernel ahead has ended, or else
         // the first bytes' way.
@@ -201,7 +211,7 @@ struct Backward {
         }
 #pragma unroll
         for (int d = 0; d < DEPTH; ++d)
-            if (step + d * stride < end) load(steps[d], first, step + d * stride);
+            if (step + d * stride < end) load(steps[d], step + d * stride, at);
         if (p.late) fill_tables<THREADS>(memory, memory + SHARED - MAP_BYTES, threadIdx.x);
         mean = p.scales.mean();
         prefetch_factor(block_first, groups * COLUMNS);
@@ -216,7 +226,7 @@ struct Backward {
             for (int d = 0; d < DEPTH; ++d) {
                 const int now = step + d * stride, after = now + DEPTH * stride;
                 if (now < end) multiply(steps[d]);
-                if (after < end) load(steps[d], first, after);
+                if (after < end) load(steps[d], after, at);
             }
         }
         __syncthreads();  // the table has done its work

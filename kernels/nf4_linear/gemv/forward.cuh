@@ -58,24 +58,21 @@ struct Forward {
           g(lane / 4),
           q(lane % 4) {}
 
-    // `octet` counts eights of rows; those past the end read the last one again. `at` is this lane's
-    // place in a chunk: of its 16 bytes in row g, and of its scale's block.
+    // Where this lane reads of a chunk's first eight rows. Lanes past the last column read what
+    // others do: it meets zeros.
     struct Place {
         const u8* bytes;
         u32 block;
-        bool inside;
     };
     __device__ __forceinline__ Place place(int chunk) const {
-        const int column = 128 * chunk + 32 * q;
-        return {p.packed + static_cast<long long>(g) * (p.k / 2) + column / 2,
-                static_cast<u32>(g * (p.k / 64) + 2 * chunk + q / 2), column < p.k};
+        const int piece = 128 * chunk + 32 * q < p.k ? q : q - 2;
+        return {p.packed + static_cast<long long>(g) * (p.k / 2) + 64 * chunk + 16 * piece,
+                static_cast<u32>(g * (p.k / 64) + 2 * chunk + piece / 2)};
     }
+    // In eights of rows; those past the end are the last one again.
     __device__ __forceinline__ void load(Tile& to, int tile, const Place& at) const {
         const u32 last = p.n / 8 - 1, first = 2 * tile, second = min(first + 1, last);
         const u32 octet_bytes = 4 * p.k;
-        to.w[0] = to.w[1] = uint4{0, 0, 0, 0};
-        to.scale = NF4Scales::Stored{0.f, 0};
-        if (!at.inside) return;
         to.w[0] = stream16(at.bytes + static_cast<u64>(first) * octet_bytes);
         to.w[1] = stream16(at.bytes + static_cast<u64>(second) * octet_bytes);
         to.scale = p.scales.load_block(at.block + (q & 1 ? second : first) * (p.k / 8));
@@ -220,7 +217,7 @@ struct Forward {
                     const bool more = now + DEPTH * WARPS < end;
                     const int after = more ? now + DEPTH * WARPS : begin + d * WARPS;
                     const int after_first = more ? first : first + count;
-                    const int after_count = more ? count : next_count;
+                    const int after_count = more ? count : after < end ? next_count : 0;
                     const Place at = place(after);
 #pragma unroll
                     for (int t = 0; t < TILES; ++t) {
