@@ -2,8 +2,9 @@
 
     python -m benchmarks.train.plot_quality [RECORD] [--out docs/train_quality.svg]
 
-Above, the loss of every step and its running mean; below, each run's distance from PEFT on
-a logarithmic scale, with the tolerance. The same record gives the same bytes.
+Above, the first steps' losses and all steps' running means; below, each run's distance from
+float32 on a logarithmic scale, with the tolerance: the first steps one by one, then a running
+mean. The same record gives the same bytes.
 """
 
 import argparse
@@ -14,10 +15,11 @@ from typing import Any
 
 from benchmarks.harness.record import ROOT
 from benchmarks.ops.plot_nf4_linear import COLOURS, newest
-from benchmarks.train.quality import REFERENCE
+from benchmarks.train.agreement import OURS, REFERENCE
 
 NAMES = {
-    "peft": ("PEFT", "#333333"),
+    REFERENCE: ("float32", "#333333"),
+    "peft": ("PEFT", "#e69f00"),
     "qlora_kit": ("qlora_kit", COLOURS[1]),
     "peft_liger": ("PEFT + Liger", COLOURS[2]),
     "unsloth": ("Unsloth", COLOURS[0]),
@@ -27,6 +29,8 @@ NAMES = {
 """Run to its name and colour."""
 WINDOW = 10
 """Steps of the running mean."""
+FIRST = 30
+"""Steps drawn one by one."""
 _SMALLEST = 1e-6
 
 
@@ -49,6 +53,41 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
     ]
 
 
+def distances(losses: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """Absolute differences, large enough for a logarithmic scale.
+
+    Args:
+        losses: of a run.
+        reference: as many.
+
+    Returns:
+        One per step, nats.
+    """
+    return [max(abs(a - b), _SMALLEST) for a, b in zip(losses, reference, strict=True)]
+
+
+def _draw_rows(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Lines of every run in four fields: losses above, distances below; first steps, all steps."""
+    reference = next((row["losses"] for row in rows if row["name"] == REFERENCE), None)
+    for row in rows:
+        name, colour = NAMES[row["name"]]
+        losses = row["losses"]
+        steps = range(1, len(losses) + 1)
+        look = {
+            "color": colour,
+            "linewidth": 1.4 if row["name"] in {OURS, REFERENCE} else 0.9,
+            "linestyle": "--" if row["name"] == OURS else "-",
+            "zorder": 3 if row["name"] == OURS else 2,
+        }
+        axes[0][0].plot(steps[:FIRST], losses[:FIRST], **look)
+        axes[0][1].plot(steps, running_mean(losses, WINDOW), label=name, **look)
+        if reference is None or row["name"] == REFERENCE:
+            continue
+        apart = distances(losses, reference)
+        axes[1][0].plot(steps[:FIRST], apart[:FIRST], **look)
+        axes[1][1].plot(steps, running_mean(apart, WINDOW), **look)
+
+
 def draw(record: dict[str, Any], out: Path) -> None:
     """Write the figure of one record.
 
@@ -69,38 +108,20 @@ def draw(record: dict[str, Any], out: Path) -> None:
     rows = [row for row in record["rows"] if "losses" in row]
     if not rows:
         raise SystemExit("no run of this record has losses")
-    reference = next((row["losses"] for row in rows if row["name"] == REFERENCE), None)
-    figure, (above, below) = plt.subplots(
-        2, 1, figsize=(7, 5.6), sharex=True, gridspec_kw={"height_ratios": [3, 2]}
-    )
-    for row in rows:
-        name, colour = NAMES[row["name"]]
-        steps = range(1, len(row["losses"]) + 1)
-        dashed = "--" if row["name"] == "qlora_kit" else "-"
-        above.plot(steps, row["losses"], color=colour, linewidth=0.4, alpha=0.35)
-        above.plot(
-            steps,
-            running_mean(row["losses"], WINDOW),
-            color=colour,
-            linewidth=1.4,
-            linestyle=dashed,
-            zorder=3 if row["name"] == "qlora_kit" else 2,
-            label=name,
-        )
-        if reference is None or row["name"] == REFERENCE:
-            continue
-        apart = [abs(a - b) for a, b in zip(row["losses"], reference, strict=True)]
-        below.plot(steps, [max(value, _SMALLEST) for value in apart], color=colour, linewidth=0.8)
-    below.axhline(rows[0]["tolerance"], color="#333333", linewidth=0.8, linestyle=":")
-    below.set_yscale("log")
-    below.set_ylabel("distance from PEFT, nats")
-    below.set_xlabel("step")
-    above.set_ylabel("loss, nats per token")
-    above.legend(frameon=False, fontsize=8)
-    for axes in (above, below):
-        axes.grid(visible=True, color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+    figure, axes = plt.subplots(2, 2, figsize=(8.5, 5.6), sharex="col", sharey="row")
+    _draw_rows(axes, rows)
+    for below in axes[1]:
+        below.axhline(rows[0]["tolerance"], color="#333333", linewidth=0.8, linestyle=":")
+        below.set_yscale("log")
+    axes[0][0].set_ylabel("loss, nats per token")
+    axes[1][0].set_ylabel("distance from float32, nats")
+    axes[1][0].set_xlabel(f"step, the first {FIRST}")
+    axes[1][1].set_xlabel(f"step, mean of the last {WINDOW}")
+    axes[0][1].legend(frameon=False, fontsize=8)
+    for field in axes.flat:
+        field.grid(visible=True, color="#dddddd", linewidth=0.6)
+        field.set_axisbelow(True)
+        field.spines[["top", "right"]].set_visible(False)
     where = record["gpu"] or "CPU"
     figure.suptitle(
         f"{rows[0]['model']}, {rows[0]['data']}, {rows[0]['dtype']}, {where}, {record['commit']}",

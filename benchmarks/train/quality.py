@@ -1,15 +1,18 @@
-"""Is the loss the same? Real model, real data, one adapter start: ours beside the peers.
+"""Is the loss right? Real model, real data, one adapter start: ours and the peers beside float32.
 
     python scripts/prepare_demo.py quickstart
     python -m benchmarks.train.quality                        # ours and PEFT, 200 steps
-    python -m benchmarks.train.quality --impls qlora_kit peft peft_liger unsloth
+    python -m benchmarks.train.quality --impls qlora_kit peft peft_liger unsloth --workers 4
     python -m benchmarks.train.quality --model tiny --data rows.jsonl --steps 5    # a test
 
 Every library quantizes the same base to NF4 and trains the same adapter start on the same
-batches with the same optimizer, ours with its fused step. The loss of every step has to be
-PEFT's within 0.005 nats on average. What that is worth is shown by two more runs of ours:
-from another start on the same batches, and from another start in another order; both have
-to differ by more. Losses count every token, or the noise of single answers would be seen.
+batches with the same optimizer, ours with its fused step. What each loss should have been is
+computed as well: by PEFT in float32 throughout, from the same 4-bit weights (each process
+hashes its own, the record counts those that differ). Ours has to be within 0.005 nats of it
+on average. Peers are compared with it too, and decide nothing. Two more runs of ours show what
+that is worth: from another start on the same batches, which tells the scale of chance, and
+from another start in another order, which has to differ by more than is allowed. Losses count
+every token, or the noise of single answers would be seen.
 """
 
 import argparse
@@ -18,7 +21,9 @@ import json
 import random
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +32,15 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.harness.record import ROOT, write_record
+from benchmarks.train.agreement import (
+    OTHER_SEED,
+    OURS,
+    REFERENCE,
+    TOLERANCE,
+    add_differences,
+    count_other_weights,
+    verdict,
+)
 from benchmarks.train.cases import IMPLS
 from qlora_kit.bench.child import BUILDERS, command
 from qlora_kit.bench.process import run_process
@@ -38,9 +52,6 @@ from qlora_kit.train.config import DataConfig
 from qlora_kit.train.data.collate import PadCollator
 from qlora_kit.train.data.dataset import build_dataset
 
-TOLERANCE = 0.005
-"""Nats, on average over the steps."""
-REFERENCE = "peft"
 MODEL = ROOT / "demo" / "smollm2-135m-instruct.gguf"
 DATA = ROOT / "demo" / "rotten_tomatoes" / "train.jsonl"
 
@@ -58,18 +69,31 @@ class Run:
     """Seed of the order of the rows."""
     starts_from: str | None
     """Another run's name: its start is taken."""
+    dtype: str
+    """Of the computation."""
 
 
-def runs(impls: Sequence[str], seed: int) -> list[Run]:
-    """Ours first, for its start; then the peers; then ours from other seeds."""
-    first = Run(name="qlora_kit", impl="qlora_kit", seed=seed, order=seed, starts_from=None)
-    peers = [
-        Run(name=impl, impl=impl, seed=seed, order=seed, starts_from="qlora_kit")
-        for impl in impls
-        if impl != "qlora_kit"
-    ]
+def runs(impls: Sequence[str], seed: int, dtype: str) -> list[Run]:
+    """What is trained, in the order of being started.
+
+    Args:
+        impls: libraries; ours is always among them.
+        seed: of the start and of the order of the rows.
+        dtype: of all but the reference. If that is float32, the reference is PEFT's run.
+
+    Returns:
+        Ours first, for its start; ours from other seeds, which need none; the reference; the peers.
+    """
+    first = Run(name=OURS, impl=OURS, seed=seed, order=seed, starts_from=None, dtype=dtype)
     other = replace(first, name="another start", seed=seed + 1)
-    return [first, *peers, other, replace(other, name="another seed", order=seed + 1)]
+    exact = replace(first, name=REFERENCE, impl="peft", starts_from=OURS, dtype="float32")
+    done = {OURS, "peft"} if dtype == "float32" else {OURS}
+    peers = [
+        replace(first, name=impl, impl=impl, starts_from=OURS)
+        for impl in dict.fromkeys(impls)
+        if impl not in done
+    ]
+    return [first, other, replace(other, name=OTHER_SEED, order=seed + 1), exact, *peers]
 
 
 def write_batches(
@@ -106,62 +130,35 @@ def write_batches(
     return sum(int((t[:, 1:] != -100).sum()) for n, t in tensors.items() if n.endswith("labels"))
 
 
-def mean_difference(one: Sequence[float], other: Sequence[float]) -> float:
-    """Mean absolute difference of two loss curves, in nats."""
-    return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)
-
-
-def row_of(run: Run, result: dict[str, Any], reference: Sequence[float] | None) -> dict[str, Any]:
-    """One row of the record.
+def build_of(run: Run, folder: Path, scratch: Path, arguments: argparse.Namespace) -> Build:
+    """What a run's process builds.
 
     Args:
-        run: what was run.
-        result: what its process wrote, or why there is nothing.
-        reference: PEFT's losses.
+        run: what to run.
+        folder: of the base.
+        scratch: holds the starts.
+        arguments: rank, optimizer and the like.
 
     Returns:
-        The row; differences are None for the reference itself.
+        The build; trained weights are float32 in all of them.
     """
-    row: dict[str, Any] = {**asdict(run), **result}
-    losses = result.get("losses")
-    if losses is None:
-        return row
-    row["last_20_mean_loss"] = sum(losses[-20:]) / len(losses[-20:])
-    if reference is not None and run.name != REFERENCE:
-        row["mean_abs_difference"] = mean_difference(losses, reference)
-        row["max_abs_difference"] = max(abs(a - b) for a, b in zip(losses, reference, strict=True))
-    return row
-
-
-def verdict(rows: Sequence[dict[str, Any]]) -> tuple[bool, list[str]]:
-    """Whether every library agrees and other seeds do not, and a line for each.
-
-    Args:
-        rows: of the record.
-
-    Returns:
-        Agreement, and what to print.
-    """
-    lines, good = [], True
-    for row in rows:
-        if "losses" not in row:
-            lines.append(f"  {row['name']:14} {row.get('skipped') or row.get('error')}")
-            good = good and "skipped" in row
-            continue
-        said = f"  {row['name']:14} last 20 steps {row['last_20_mean_loss']:.4f}"
-        difference = row.get("mean_abs_difference")
-        if difference is not None:
-            same = row["starts_from"] is not None or row["name"] == "qlora_kit"
-            met = difference <= TOLERANCE if same else difference > TOLERANCE
-            row["agrees"] = difference <= TOLERANCE
-            good = good and met
-            said += f"  mean difference from PEFT {difference:.5f}, at most "
-            said += f"{row['max_abs_difference']:.5f}: "
-            said += ("the same" if difference <= TOLERANCE else "different") + (
-                "" if met else "  MISSED"
-            )
-        lines.append(said)
-    return good, lines
+    return Build(
+        impl=run.impl,
+        variant="compile" if run.impl == "unsloth" else "",
+        model=Path(arguments.model).name,
+        checkpoint=str(folder),
+        rank=arguments.rank,
+        checkpointing=False,
+        longest=arguments.length,
+        optimizer=arguments.optimizer,
+        learning_rate=arguments.learning_rate,
+        adapter=str(scratch / f"start-{run.starts_from}") if run.starts_from else None,
+        masters="float32",
+        step=arguments.step,
+        seed=run.seed,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        dtype=run.dtype,
+    )
 
 
 def train(run: Run, build: Build, scratch: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -171,21 +168,25 @@ def train(run: Run, build: Build, scratch: Path, arguments: argparse.Namespace) 
         run: what to run.
         build: of this library.
         scratch: holds the batches; gets the start and the losses.
-        arguments: policy and time limit.
+        arguments: policy, time limit and how many run at once.
 
     Returns:
-        `losses`, `seconds` and `step`; or `skipped`; or `error`.
+        `losses`, `codes`, `seconds` and `step`; or `skipped`; or `error`.
     """
+    if build.adapter is not None and not Path(build.adapter).exists():
+        return {"error": f"{run.starts_from} left no start"}
     stem = run.name.replace(" ", "-")
-    out = scratch / f"{stem}.json"
+    folder = scratch / stem  # libraries leave caches where they run
+    folder.mkdir()
+    out = folder / "result.json"
     work = {
         "build": asdict(build),
         "policy": arguments.policy,
         "batches": str(scratch / f"batches-{run.order}.safetensors"),
         "out": str(out),
-        "save_start": str(scratch / f"start-{stem}") if run.impl == "qlora_kit" else None,
+        "save_start": str(scratch / f"start-{stem}") if run.impl == OURS else None,
     }
-    file = scratch / f"{stem}-job.json"
+    file = folder / "job.json"
     file.write_text(json.dumps(work), encoding="utf-8")
     module = importlib.import_module(BUILDERS[run.impl])
     print(run.name, flush=True)
@@ -193,13 +194,66 @@ def train(run: Run, build: Build, scratch: Path, arguments: argparse.Namespace) 
         command("benchmarks.train.quality_child", build, file),
         limit_seconds=arguments.limit_seconds,
         environment=module.environment(build),
-        folder=scratch,
+        folder=folder,
+        show=arguments.workers == 1,
     )
     if not out.exists():
-        print("   failed:", *outcome.tail[-15:], sep="\n     ", flush=True)
+        print(f"{run.name} failed:", *outcome.tail[-15:], sep="\n     ", flush=True)
         return {"error": outcome.reason or "ended without a result"}
+    print(f"{run.name}: {outcome.seconds:.0f} s, the process", flush=True)
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return found
+
+
+def train_all(
+    planned: Sequence[Run], folder: Path, scratch: Path, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Train, so many at once; a run that takes another's start waits for that run's end.
+
+    Args:
+        planned: what to run; a run whose start is taken comes before those that take it.
+        folder: of the base.
+        scratch: holds the batches.
+        arguments: the command line.
+
+    Returns:
+        What `train` returned, in the order of `planned`.
+    """
+    ended = {run.name: threading.Event() for run in planned}
+
+    def one(run: Run) -> dict[str, Any]:
+        try:
+            if run.starts_from is not None:
+                ended[run.starts_from].wait()
+            return train(run, build_of(run, folder, scratch, arguments), scratch, arguments)
+        finally:
+            ended[run.name].set()
+
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        return list(pool.map(one, planned))
+
+
+def rows_of(planned: Sequence[Run], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The record's rows, without what all of them share.
+
+    Args:
+        planned: what was run.
+        results: of each.
+
+    Returns:
+        One row per run, compared with the reference.
+    """
+    found = {run.name: result for run, result in zip(planned, results, strict=True)}
+    exact = found[REFERENCE]
+    rows = []
+    for run in planned:
+        row = asdict(run) | found[run.name]
+        codes = row.pop("codes", None)
+        if codes is not None:
+            row["nf4_linears"] = len(codes)
+            row["other_nf4"] = count_other_weights(codes, exact.get("codes", {}))
+        rows.append(add_differences(row, exact.get("losses")))
+    return rows
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -222,15 +276,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--step", choices=["auto", "fused", "eager"], default="auto", help="ours")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16" if gpu else "float32")
     add("--seed", type=int, default=0)
+    add("--workers", type=int, default=3 if gpu else 1, help="trainings at once, on one device")
     add("--limit-seconds", type=float, default=3600, help="for one training")
     add("--out", type=Path, help="instead of benchmarks/results")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train everything, compare, record; 1 if a loss is off or two seeds agree."""
+    """Train everything, compare, record; 1 if our loss is off or another seed's is not."""
     arguments = parse(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, arguments.dtype)
     with tempfile.TemporaryDirectory(prefix="qlora-kit-quality-") as name:
         scratch = Path(name)
@@ -242,34 +296,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for order in (arguments.seed, arguments.seed + 1):
             file = scratch / f"batches-{order}.safetensors"
             tokens = write_batches(arguments.data, folder, file, seed=order, arguments=arguments)
-        results: dict[str, dict[str, Any]] = {}
-        planned = runs(arguments.impls, arguments.seed)
-        for run in planned:
-            start = run.starts_from and scratch / f"start-{run.starts_from}"
-            build = Build(
-                impl=run.impl,
-                variant="compile" if run.impl == "unsloth" else "",
-                model=Path(arguments.model).name,
-                checkpoint=str(folder),
-                rank=arguments.rank,
-                checkpointing=False,
-                longest=arguments.length,
-                optimizer=arguments.optimizer,
-                learning_rate=arguments.learning_rate,
-                adapter=str(start) if start else None,
-                masters="float32",
-                step=arguments.step,
-                seed=run.seed,
-                device=device,
-                dtype=arguments.dtype,
-            )
-            results[run.name] = train(run, build, scratch, arguments)
-    reference = results.get(REFERENCE, {}).get("losses")
-    rows = [row_of(run, results[run.name], reference) for run in planned]
+        planned = runs(arguments.impls, arguments.seed, arguments.dtype)
+        results = train_all(planned, folder, scratch, arguments)
+    rows = rows_of(planned, results)
     good, lines = verdict(rows)
     shared = {
         key: getattr(arguments, key)
-        for key in ("steps", "batch", "length", "rank", "learning_rate", "optimizer", "dtype")
+        for key in ("steps", "batch", "length", "rank", "learning_rate", "optimizer", "workers")
     }
     shared |= {"model": Path(arguments.model).name, "data": arguments.data.name}
     shared |= {"predicted_tokens": tokens, "policy": arguments.policy, "tolerance": TOLERANCE}

@@ -3,6 +3,7 @@
 python -m benchmarks.train.quality_child JOB.json
 """
 
+import hashlib
 import importlib
 import json
 import sys
@@ -12,11 +13,15 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from qlora_kit.bench.child import BUILDERS
 from qlora_kit.bench.subject import Batch, Build, NotPossible, Point, Stage
 
 _EVERY = 50
+_PREFIX = "base_model.model."
+_WRAPPED = (".base_layer", ".base")
+"""What adapters add to the name of the linear they wrap: PEFT's, ours."""
 
 
 def read_batches(file: str, device: str) -> list[Batch]:
@@ -27,6 +32,33 @@ def read_batches(file: str, device: str) -> list[Batch]:
             step, name = key.split(".")
             found.setdefault(int(step), {})[name] = tensors.get_tensor(key).to(device)
     return [found[step] for step in sorted(found)]
+
+
+def code_hashes(model: nn.Module) -> dict[str, str]:
+    """Hash of every 4-bit linear's codes and 8-bit scales, whichever library holds them.
+
+    Args:
+        model: with adapters or without.
+
+    Returns:
+        The linear's name in the model without adapters, to hexadecimal digits.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))  # adapters forward to these
+        weight = own.get("weight")
+        if weight is None or weight.dtype != torch.uint8:
+            continue
+        state = getattr(weight, "quant_state", None)  # bitsandbytes'
+        scales = own["weight_absmax"] if state is None else state.absmax
+        digest = hashlib.sha256()
+        for tensor in (weight, scales):
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        plain = name.removeprefix(_PREFIX)
+        for suffix in _WRAPPED:
+            plain = plain.removesuffix(suffix)
+        found[plain] = digest.hexdigest()[:16]
+    return found
 
 
 def train(work: dict[str, Any], stage: Stage) -> dict[str, Any]:
@@ -47,6 +79,7 @@ def train(work: dict[str, Any], stage: Stage) -> dict[str, Any]:
         return {"skipped": str(reason)}
     if work["save_start"]:
         subject.save(Path(work["save_start"]))
+    codes = code_hashes(subject.model)
     batches = read_batches(work["batches"], build.device)
     losses: list[torch.Tensor] = []
     policy = work["policy"] if build.impl == "qlora_kit" else ""
@@ -61,7 +94,7 @@ def train(work: dict[str, Any], stage: Stage) -> dict[str, Any]:
     stage("done", f"{len(values)} steps")
     facts = {} if subject.facts is None else subject.facts()
     seconds = round(time.perf_counter() - began, 2)
-    return {"losses": values, "seconds": seconds, "step": step, **facts}
+    return {"losses": values, "codes": codes, "seconds": seconds, "step": step, **facts}
 
 
 def main() -> None:
