@@ -17,7 +17,7 @@ from qlora_kit.plan.predict import CONTEXT
 from qlora_kit.plan.search import Planner
 
 CASES = (
-    Case(model="tiny", sizes=((1, 64, "save"), (2, 4096, "recompute_all")), rank=8),
+    Case(model="tiny", sizes=((1, 64, "save"), (5, 4096, "recompute_all")), rank=8),
     Case(model="tiny", method="full", bits=16, sizes=((1, 64, "save"),)),
 )
 
