@@ -13,6 +13,10 @@ on average. Peers are compared with it too, and decide nothing. Two more runs of
 that is worth: from another start on the same batches, which tells the scale of chance, and
 from another start in another order, which has to differ by more than is allowed. Losses count
 every token, or the noise of single answers would be seen.
+
+Predicted for the demo model in bfloat16 on a GPU, 200 steps: ours 0.003 nats from float32, 0.015
+over the first 20 steps; the peers, whose linears round before LoRA is added, 0.03 and 0.2
+(docs/training-step.md says why).
 """
 
 import argparse
