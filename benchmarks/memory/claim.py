@@ -8,7 +8,7 @@
 The measuring is `qlora-kit bench memory`'s; this chooses what belongs into the table so that it
 takes about five minutes: one process per model and method (building it is most of the time), or
 per model (`--together`), the caches emptied and the counters set to zero before each point.
-Batches of 4,096 tokens and less are measured with CUDA graphs and without, full fine-tuning too.
+Batches that training records are measured with CUDA graphs and without, full fine-tuning too.
 Without a GPU: a tiny model.
 """
 
