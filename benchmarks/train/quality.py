@@ -296,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder = scratch / "tiny"
             write_checkpoint("tiny", folder, storage="bf16", device="cpu", dtype=dtype)
         else:
-            folder = open_source(arguments.model).folder
+            folder = open_source(arguments.model).folder.absolute()
         for order in (arguments.seed, arguments.seed + 1):
             file = scratch / f"batches-{order}.safetensors"
             tokens = write_batches(arguments.data, folder, file, seed=order, arguments=arguments)
