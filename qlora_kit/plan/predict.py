@@ -36,8 +36,9 @@ LIBRARIES_BEFORE = 8 << 20
 """On GPUs before Hopper."""
 CONTEXT = 520 << 20
 """Bytes of the CUDA context and kernels' code, outside of what torch counts."""
-PINNING_S = 0.5
-"""Seconds for a GiB of host memory that is pinned, which no copy and no kernel hides."""
+PINNING_S = 0.25
+"""Seconds for a GiB of host memory that is pinned, which no kernel hides: half of what torch's own
+way took in long rows, as it was beside that on a busy host. An estimate."""
 _PINNED = "checkpoints"
 _OPERANDS = "adapters"
 
