@@ -1,6 +1,7 @@
 """Every kernel once on small shapes, for compute-sanitizer; see scripts/sanitize.sh.
 
     python -m tests.ops.sanitize                    # each strategy, both products, against float64
+    python -m tests.ops.sanitize hopper losses      # these parts, of those that --list names
     python -m tests.ops.sanitize --plant overrun    # a kernel that writes past its output
     python -m tests.ops.sanitize --plant race       # a kernel without the barrier it needs
 
@@ -10,6 +11,9 @@ picked by name (one by each of two beginnings), launched through the driver.
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -62,7 +66,7 @@ def plant(name: str) -> None:
     stream.sync()
 
 
-def products(m: int, n: int, k: int, options: Options) -> int:
+def products(m: int, n: int, k: int, options: Options, strategies: Sequence[str]) -> int:
     """Each strategy that serves a case, both products, held against float64; how many ran."""
     case = make_case(m, n, k, options, "cuda")
     wanted = truth(case)
@@ -74,7 +78,8 @@ def products(m: int, n: int, k: int, options: Options) -> int:
         xa = reference.scaled_product(x, a.T, SCALE)
         dyb = reference.scaled_product(case.dy, b, SCALE)
     ran = 0
-    for strategy, module in cuda.STRATEGIES.items():
+    for strategy in strategies:
+        module = cuda.STRATEGIES[strategy]
         if module.serves(x, case.weight):
             got = module.multiply(x, case.weight, bias, xa, b)
             wanted.check("y", got, f"{strategy}, {case}")
@@ -179,44 +184,75 @@ def small_products(rows: int, k: int, rank: int, dtype: torch.dtype) -> None:
                 assert (out - wanted).abs().max() <= bound, (rows, k, rank, shape, team)
 
 
-def everything() -> None:
-    """All strategies, then the public ops at sizes that are no multiple of anything."""
+def linears(*strategies: str) -> int:
+    """Strategies of nf4_linear; how many products ran."""
     ran = 0
     for index, m in enumerate(ROWS):
         for n, k in SHAPES:
             rank = RANKS[(index + k) % 4]
             dtype = (torch.bfloat16, torch.float16)[index % 2]
-            ran += products(m, n, k, Options(rank, dtype, bias=m % 2 == 0, nested=n != 192))
+            options = Options(rank, dtype, bias=m % 2 == 0, nested=n != 192)
+            ran += products(m, n, k, options, strategies)
+    return ran
+
+
+def public_ops() -> int:
+    """nf4_dequantize and nf4_linear, both ways, at sizes that are no multiple of anything."""
     with force_backend("cuda"):
         for n, k in ((31, 77), (65, 130)):
             source = torch.randn(n, k, device="cuda")
             weight = NF4Weight.quantize(source)
-            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for dtype in DTYPES:
                 assert torch.equal(nf4_dequantize(weight, dtype), weight.dequantize(dtype))
             case = make_case(5, n, k, Options(4), "cuda", weight)
             y = nf4_linear(case.x, weight, case.bias, lora_a=case.a, lora_b=case.b, scale=SCALE)
             y.backward(case.dy)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for rows, size in ((3, 64), (5, 34), (2, 1032), (3, 4096), (1, 16_384)):
-            elementwise(rows, size, dtype)
-        for rows, classes in ((3, 7), (4, 515), (3, 4099), (3, 131_072)):
-            losses(rows, classes, dtype)
-        for n, k, block_size in ((31, 77, 64), (9, 4096, 64), (5, 8192, 4096), (300, 256, 32)):
-            codes(n, k, block_size, dtype)
-    for dtype in (torch.bfloat16, torch.float16):
-        for rows, rank in ((1, 16), (70, 8), (70, 32), (37, 64)):
-            low_rank(rows, [(1032, rank), (1112, 2 * rank)], dtype)
-        for rows, k, rank in ((1, 72, 8), (130, 392, 48), (37, 264, 128)):
-            small_products(rows, k, rank, dtype)
-    torch.cuda.synchronize()
-    print(f"{ran} products right")
+    return 2
+
+
+def over(check: Callable[..., None], cases: Sequence[tuple[Any, ...]], dtypes: Any) -> int:
+    """A check of every case in every dtype; how many there were."""
+    for dtype in dtypes:
+        for case in cases:
+            check(*case, dtype)
+    return len(cases) * len(dtypes)
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = DTYPES[1:]
+PARTS: dict[str, Callable[[], int]] = {
+    **{name: partial(linears, name) for name in cuda.STRATEGIES},
+    "public_ops": public_ops,
+    "elementwise": partial(
+        over, elementwise, ((3, 64), (5, 34), (2, 1032), (3, 4096), (1, 16_384)), DTYPES
+    ),
+    "losses": partial(over, losses, ((3, 7), (4, 515), (3, 4099), (3, 131_072)), DTYPES),
+    "codes": partial(
+        over, codes, ((31, 77, 64), (9, 4096, 64), (5, 8192, 4096), (300, 256, 32)), DTYPES
+    ),
+    "low_rank_gradients": partial(
+        over,
+        low_rank,
+        [(m, [(1032, r), (1112, 2 * r)]) for m, r in ((1, 16), (70, 8), (70, 32), (37, 64))],
+        HALVES,
+    ),
+    "low_rank_product": partial(
+        over, small_products, ((1, 72, 8), (130, 392, 48), (37, 264, 128)), HALVES
+    ),
+}
+"""What can be checked by itself: a tool that fails on one kernel says nothing of the others."""
 
 
 def main() -> int:
     """Run; the exit status is the sanitizer's business, or 1 when a result is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="default: all")
     parser.add_argument("--plant", choices=("overrun", "race"))
+    parser.add_argument("--list", action="store_true", help="names of the parts")
     arguments = parser.parse_args()
+    if arguments.list:
+        print("\n".join(PARTS))
+        return 0
     if not torch.cuda.is_available():
         print("needs a CUDA device", file=sys.stderr)
         return 1
@@ -224,7 +260,10 @@ def main() -> int:
         plant(arguments.plant)
         return 0
     with float32_sums():
-        everything()
+        for name in arguments.parts or PARTS:
+            ran = PARTS[name]()
+            torch.cuda.synchronize()
+            print(f"{name}: {ran} checks right", flush=True)
     return 0
 
 

@@ -18,21 +18,27 @@ OVERRUN = """========= Invalid __global__ write of size 4 bytes
 RACE = """========= Error: Race reported between Write access at rms_norm_planted_race+0x60
 =========     and Read access at rms_norm_planted_race+0xb0 [992 hazards]"""
 CLEAN = {
-    "memcheck": "69 products right\n========= ERROR SUMMARY: 0 errors",
+    "memcheck": "hopper: 69 checks right\n========= ERROR SUMMARY: 0 errors",
     "racecheck": (
-        "69 products right\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
+        "hopper: 69 checks right\n"
+        "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
     ),
 }
 FOUND = 97
 
+PARTS = ["hopper", "losses"]
 _SANITIZER = """#!/usr/bin/env bash
 # Says what is in a file beside it, with the status that is in another.
 here=$(dirname "$0") tool=$2
 case "$*" in *--plant*) what=$tool.planted ;; *) what=$tool.clean ;; esac
+[ -e "$here/$tool.${!#}" ] && what=$tool.${!#}
 echo "$*" >> "$here/calls"
 [ -e "$here/$what.slow" ] && sleep 20
 cat "$here/$what"
 exit "$(cat "$here/$what.status")"
+"""
+_PYTHON = """#!/bin/sh
+case "$*" in *--list*) echo hopper; echo losses ;; *) echo hopper: 69 checks right ;; esac
 """
 
 
@@ -56,7 +62,7 @@ def sanitize(tmp_path):
         for name, (text, status) in answers.items():
             (tmp_path / name).write_text(text + "\n")
             (tmp_path / f"{name}.status").write_text(str(status))
-        for name, text in (("tool", _SANITIZER), ("python", "#!/bin/sh\necho 69 products right\n")):
+        for name, text in (("tool", _SANITIZER), ("python", _PYTHON)):
             (tmp_path / name).write_text(text)
             (tmp_path / name).chmod(0o755)
         named = {"PYTHON": str(tmp_path / "python"), "COMPUTE_SANITIZER": str(tmp_path / "tool")}
@@ -75,8 +81,9 @@ def test_both_tools_clean(sanitize):
     assert status == 0, output
     for tool in ("memcheck", "racecheck"):
         assert f"== {tool} finds the planted" in output
-        assert re.search(rf"== {tool}: clean, \d+ s", output)
-    assert ["--plant" in call for call in calls] == [True, False, True, False]
+        for part in ("hopper", "losses"):
+            assert re.search(rf"== {tool}, {part}: clean, \d+ s", output)
+    assert [call.split()[-1] for call in calls] == ["overrun", *PARTS, "race", *PARTS]
     for call in calls:
         assert f"--report-api-errors no --error-exitcode {FOUND}" in call or (
             f"--error-exitcode {FOUND} --report-api-errors no" in call
@@ -118,19 +125,34 @@ def test_a_race_in_either_wording(sanitize, words):
 @pytest.mark.parametrize(
     ("said", "why"),
     [
-        ((CLEAN["memcheck"], FOUND), "findings, see above"),
+        ((CLEAN["memcheck"], FOUND), "findings"),
         ((CLEAN["memcheck"], 3), "failed with 3"),
         ((CLEAN["memcheck"].replace("69", "0"), 0), "nothing ran"),
         (("========= ERROR SUMMARY: 0 errors", 0), "nothing ran"),
-        (("69 products right", 0), "no summary"),
-        ((CLEAN["memcheck"].replace("0 errors", "2 errors"), 0), "no summary of none"),
+        (("hopper: 69 checks right", 0), "nothing ran, or no summary"),
+        (
+            (CLEAN["memcheck"].replace("0 errors", "2 errors"), 0),
+            "nothing ran, or no summary of none",
+        ),
     ],
 )
 def test_clean_is_not_said_lightly(sanitize, said, why):
     status, output, _ = sanitize("memcheck", memcheck_clean=said)
     assert status == 1
-    assert f"== memcheck: {why}" in output
+    assert f"== memcheck, hopper: {why}" in output
+    assert "== memcheck: not clean: hopper losses" in output
     assert "clean," not in output
+
+
+def test_one_part_says_nothing_of_another(sanitize):
+    gave_up = "Internal Sanitizer Error: The Sanitizer failed to handle a hardware exception."
+    status, output, calls = sanitize("racecheck", racecheck_hopper=(gave_up, 255))
+    assert status == 1
+    assert "== racecheck, hopper: failed with 255" in output
+    assert gave_up in output
+    assert "== racecheck, losses: clean" in output
+    assert "== racecheck: not clean: hopper\n" in output
+    assert len(calls) == 3
 
 
 def test_a_run_that_does_not_end_is_stopped(sanitize, tmp_path):
