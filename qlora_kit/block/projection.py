@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 from qlora_kit.adapters.lora.layer import FusibleLinear
 from qlora_kit.block.row_factors import RowFactors
-from qlora_kit.block.small_product import small_product
 from qlora_kit.block.sums import Sums
 from qlora_kit.nn.linear import NF4Linear
 from qlora_kit.ops.low_rank_gradients.op import low_rank_gradients
@@ -242,7 +241,7 @@ class Group:
             wide: (M, k + r) with X in its first k columns.
         """
         if self.r:
-            small_product(wide[:, : self.k], self.a.T, wide[:, self.k :])
+            torch.mm(wide[:, : self.k], self.a.T, out=wide[:, self.k :])
 
     def small(self, wide: Tensor) -> Tensor | None:
         """X·Aᵀ, (M, r), of a buffer that `forward` has seen; None where no gradient needs it."""
@@ -343,7 +342,7 @@ class Group:
             return None
         dy, out = wide[:, : self.n], wide[:, self.n :]
         if small is None or not self.b.is_contiguous():
-            small_product(dy, self.b, out)
+            torch.mm(dy, self.b, out=out)
             return None
         return low_rank_gradients(dy, self.b, small, parts=self._ends, out=out)[1]
 

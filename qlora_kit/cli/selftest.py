@@ -19,7 +19,6 @@ from qlora_kit.ops.gated_activation.op import (
     gated_activation_backward,
 )
 from qlora_kit.ops.low_rank_gradients.op import low_rank_gradients
-from qlora_kit.ops.low_rank_product.op import low_rank_product
 from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize
 from qlora_kit.ops.nf4_linear import cuda as nf4_linear_cuda
 from qlora_kit.ops.nf4_linear.op import nf4_linear
@@ -319,24 +318,6 @@ def _column_products_errors(device: torch.device) -> Iterator[tuple[str, float, 
         yield from _worst(errors, dtype, 700 * torch.finfo(torch.float32).eps)
 
 
-def _small_product_errors(device: torch.device) -> Iterator[tuple[str, float, float]]:
-    """A forward's and a backward's, written beside X: rows for the kernel, and for cuBLAS."""
-    k, r = 1544, 24
-    for dtype in (torch.bfloat16, torch.float16):
-        errors: dict[str, list[float]] = {"X A^T": [], "dY B": []}
-        for rows in (700, 7):
-            wide = _random(rows, k + r).to(device, dtype)
-            x = wide[:, :k]
-            for name, factor in (("X A^T", _random(r, k).T), ("dY B", _random(k, r))):
-                narrow = factor.to(device, dtype)
-                found = low_rank_product(x, narrow, scale=0.5, out=wide[:, k:])
-                errors[name].append(_error(found, 0.5 * x.double() @ narrow.double()))
-        # one rounding, with cuBLAS perhaps of its parts too
-        yield from _worst(
-            errors, dtype, 2 * torch.finfo(dtype).eps + 2 * k**0.5 * torch.finfo(torch.float32).eps
-        )
-
-
 def _scales_errors(device: torch.device) -> Iterator[tuple[str, float, float]]:
     """Stretched scales, with and without double quantization, bit for bit."""
     factors = 1.0 + 0.1 * _random(48)
@@ -353,7 +334,6 @@ OP_TESTS = {
     "cross_entropy": _cross_entropy_errors,
     "gated_activation": _gated_errors,
     "low_rank_gradients": _low_rank_errors,
-    "low_rank_product": _small_product_errors,
     "nf4_dequantize": _dequantize_errors,
     "nf4_linear": _linear_errors,
     "nf4_quantize": _quantize_errors,

@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 
 from qlora_kit.ops.attention import op as _attention  # noqa: F401  registers the op, as below
 from qlora_kit.ops.low_rank_gradients.cuda import FEWEST_VALUES, SHAPES, kernel_rank
-from qlora_kit.ops.low_rank_product import op as _low_rank_product_op  # noqa: F401
 from qlora_kit.ops.nf4_dequantize import op as _nf4_dequantize  # noqa: F401
 from qlora_kit.ops.nf4_linear import op as _nf4_linear  # noqa: F401
 from qlora_kit.plan.gpus import Gpu
@@ -230,13 +229,6 @@ def _low_rank_gradients(inputs: Any, gpu: Gpu) -> Cost:
     return Cost("elementwise", seconds, 4 * rank * (strips * m + (strips + _BLOCKS) * wide))
 
 
-def _low_rank_product(inputs: Any, gpu: Gpu) -> Cost:
-    """One pass over X, on Hopper without a workspace."""
-    x, factor, _scale, out = _arguments(inputs)
-    moved = _bytes(x) + _bytes(factor) + _bytes(out)
-    return Cost("product", moved / gpu.bandwidth + _LAUNCH_S)
-
-
 _BLOCKS = 132
 """Blocks that one pass over dY is divided among: a large GPU's processors."""
 
@@ -247,6 +239,5 @@ _SPECIAL: dict[str, Callable[[Any, Gpu], Cost]] = {
     "qlora_kit::nf4_dequantize": _whole_decode,
     "qlora_kit::nf4_linear": _linear,
     "qlora_kit::low_rank_gradients": _low_rank_gradients,
-    "qlora_kit::low_rank_product": _low_rank_product,
     "qlora_kit::nf4_linear_backward": _linear_backward,
 }

@@ -11,7 +11,6 @@ from qlora_kit.ops.column_products.op import column_products
 from qlora_kit.ops.cross_entropy.op import cross_entropy
 from qlora_kit.ops.gated_activation.op import gated_activation
 from qlora_kit.ops.low_rank_gradients.op import low_rank_gradients
-from qlora_kit.ops.low_rank_product.op import low_rank_product
 from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize
 from qlora_kit.ops.nf4_linear import cuda
 from qlora_kit.ops.nf4_linear.op import nf4_linear
@@ -190,7 +189,6 @@ def other_ops(device):
         "column_products": lambda: column_products(x, dy),
         "cross_entropy": lambda: cross_entropy(x, targets),
         "low_rank_gradients": lambda: torch.cat(low_rank_gradients(dy, b, xa)),
-        "low_rank_product": lambda: low_rank_product(x.repeat(16, 8), b.repeat(8, 1)),
         "nf4_quantize": lambda: quantize_weight(x).packed,
         "nf4_scales": lambda: stretched_weight(weight, factors).absmax,
         "nf4_dequantize": lambda: nf4_dequantize(weight, torch.bfloat16),

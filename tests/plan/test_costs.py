@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from qlora_kit.block.small_product import small_product
-from qlora_kit.ops.low_rank_product.op import low_rank_product
 from qlora_kit.plan import costs
 from qlora_kit.plan.costs import cost_of
 from qlora_kit.plan.gpus import GPUS, Attention, find_gpu, recognise
@@ -45,16 +43,6 @@ def test_a_thin_product_takes_its_traffic():
     found = seconds(lambda: x @ w)["product"]
     assert found == pytest.approx((x.nbytes + w.nbytes + 8192 * 32) / GPU.bandwidth, rel=0.2)
     assert found > 2 * 2 * 8192 * 4096 * 16 / GPU.matrix_flops, "only arithmetic counts"
-
-
-def test_lora_s_product_of_many_rows_takes_its_traffic_too():
-    x, factor, out = half(8192, 4096), half(16, 4096).T, half(8192, 16)
-    found = seconds(lambda: low_rank_product(x, factor, out=out))
-    moved = x.nbytes + factor.nbytes + out.nbytes
-    assert found == {"product": pytest.approx(moved / GPU.bandwidth + costs._LAUNCH_S)}
-    assert seconds(lambda: small_product(x, factor, out)) == found
-    few = seconds(lambda: small_product(x[:64], factor, out[:64]))
-    assert few == seconds(lambda: torch.mm(x[:64], factor, out=out[:64]))
 
 
 def test_products_of_float32_are_slower():

@@ -21,7 +21,6 @@ from qlora_kit.core.log import log_once
 from qlora_kit.ops.launch import Kernels
 from qlora_kit.ops.layout import in_pieces
 from qlora_kit.ops.low_rank_gradients import reference
-from qlora_kit.ops.low_rank_product import cuda as low_rank_product
 from qlora_kit.ops.nf4_dequantize import cuda as nf4_dequantize
 
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -140,8 +139,7 @@ def gradients(
         log_once("low_rank_gradients: one pass")
         return one_pass(dy, b, xa, column_ends, rank_ends, out)
     log_once("low_rank_gradients: two products")
-    low_rank_product.product(dy, b, 1.0, out)
-    return reference.sums(dy, xa, column_ends, rank_ends)
+    return reference.gradients(dy, b, xa, column_ends, rank_ends, out)
 
 
 def kernel_rank(column_ends: Sequence[int], rank_ends: Sequence[int]) -> int:

@@ -45,25 +45,6 @@ def gradients(
     else:
         dtype = arithmetic_dtype(dy)
         out.copy_(dy.to(dtype) @ b.to(dtype))
-    return sums(dy, xa, column_ends, rank_ends)
-
-
-def sums(dy: Tensor, xa: Tensor, column_ends: Sequence[int], rank_ends: Sequence[int]) -> Tensor:
-    """Compute dYᵀ·XA alone.
-
-    Args:
-        dy: (M, N).
-        xa: (M, R).
-        column_ends: where each part's columns of dy end.
-        rank_ends: where each part's ranks end.
-
-    Returns:
-        dB as that of `gradients`.
-
-    Example:
-        >>> sums(torch.ones(3, 2), torch.ones(3, 1), [2], [1]).tolist()
-        [[3.0], [3.0]]
-    """
     if len(column_ends) == 1:
         return token_sum(dy, xa)
     d_b = dy.new_zeros((dy.shape[1], widest(rank_ends)), dtype=arithmetic_dtype(dy))

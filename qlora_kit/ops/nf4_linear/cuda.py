@@ -1,7 +1,7 @@
 """`nf4_linear` on CUDA: several strategies, and the one place that chooses among them.
 
 The low-rank factor's product with A (or B, in the backward) comes first
-(`low_rank_product`); a strategy then does the one large product with everything
+(`low_rank`); a strategy then does the one large product with everything
 added in the same pass.
 `ROWS` says which strategy serves how many rows on which architecture; it was filled
 in from measurements (docs/kernels.md). A choice can be forced, by
@@ -20,9 +20,16 @@ from torch import Tensor
 from qlora_kit.core.errors import BackendError
 from qlora_kit.core.log import log_once
 from qlora_kit.ops.jit import architecture_of
-from qlora_kit.ops.low_rank_product import cuda as low_rank_product
 from qlora_kit.ops.nf4_dequantize import cuda as nf4_dequantize
-from qlora_kit.ops.nf4_linear import dense, gemv, hopper, portable, reference, small_m
+from qlora_kit.ops.nf4_linear import (
+    dense,
+    gemv,
+    hopper,
+    low_rank,
+    portable,
+    reference,
+    small_m,
+)
 from qlora_kit.quant.weight import NF4Weight
 
 STRATEGIES: dict[str, ModuleType] = {
@@ -159,7 +166,7 @@ def forward(
     if hasattr(module, "multiply_low_rank") and a.shape[0] % 8 == 0:
         y, xa = module.multiply_low_rank(x, weight, bias, a, b, scale)
         return y, xa
-    xa = low_rank_product.scaled_product(x, a.T, scale)
+    xa = low_rank.product(x, a.T, scale)
     return module.multiply(x, weight, bias, xa, b), xa
 
 
@@ -202,7 +209,7 @@ def backward(
     if need_dx:
         dx, dyb = _input_gradient(dy, weight, lora_a, lora_b, scale)
     elif need_da and lora_b is not None:
-        dyb = low_rank_product.scaled_product(dy, _ready(lora_b.to(dy.dtype)), scale)
+        dyb = low_rank.product(dy, _ready(lora_b.to(dy.dtype)), scale)
     small = reference.small_gradients(dy, x, dyb, xa, lora_a, lora_b, need_da, need_db, need_dbias)
     return dx, *small
 
@@ -220,5 +227,5 @@ def _input_gradient(
     if hasattr(module, "multiply_transposed_low_rank") and a.shape[0] % 8 == 0:
         dx, dyb = module.multiply_transposed_low_rank(dy, weight, a, b, scale)
         return dx, dyb
-    dyb = low_rank_product.scaled_product(dy, b, scale)
+    dyb = low_rank.product(dy, b, scale)
     return module.multiply_transposed(dy, weight, dyb, a), dyb

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qlora_kit.ops.jit import architecture_of
 from qlora_kit.ops.launch import Kernels, tensor_map
-from qlora_kit.ops.low_rank_product import cuda as low_rank_product
+from qlora_kit.ops.nf4_linear import low_rank
 from qlora_kit.quant.weight import NF4Weight
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -215,12 +215,10 @@ def _in_eights(matrix: Tensor) -> Tensor:
 
 
 def _small_product(kind: str, x: Tensor, factor: Tensor, rank: int, scale: float) -> Tensor:
+    if x.shape[0] >= low_rank.FEWEST_ROWS:
+        return low_rank.product(x, factor if kind else factor.T, scale)
     small = x.new_empty((x.shape[0], rank))
-    narrow = factor if kind else factor.T
-    if low_rank_product.is_faster(x, narrow, small):
-        low_rank_product.run(x, narrow, scale, small)
-    else:
-        product_of_few_rows(kind, x, factor, scale, small)
+    product_of_few_rows(kind, x, factor, scale, small)
     return small
 
 

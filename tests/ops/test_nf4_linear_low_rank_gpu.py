@@ -1,16 +1,14 @@
-"""low_rank_product where it runs: in CUDA graphs, on two streams, inside other ops."""
+"""LoRA's small product where it runs: in CUDA graphs, on two streams, inside nf4_linear."""
 
 import pytest
 import torch
 
-from qlora_kit.block.small_product import small_product
-from qlora_kit.ops.low_rank_gradients import cuda as low_rank_gradients
-from qlora_kit.ops.low_rank_product import cuda
 from qlora_kit.ops.nf4_linear import cuda as nf4_cuda
+from qlora_kit.ops.nf4_linear import hopper, low_rank
 from qlora_kit.ops.nf4_linear.cuda import force_strategy
 from qlora_kit.ops.nf4_linear.op import nf4_linear
 from tests.ops.helpers import SCALE, Options, float32_sums, make_case, poison, truth
-from tests.ops.test_low_rank_product import Case, exact
+from tests.ops.test_nf4_linear_low_rank import Case, exact
 
 pytestmark = pytest.mark.gpu
 
@@ -19,11 +17,13 @@ pytestmark = pytest.mark.gpu
 def everywhere(monkeypatch):
     """The kernel is used whatever the size, and its calls are counted."""
     calls = []
-    run = cuda.run
-    monkeypatch.setattr(cuda, "FEWEST_ROWS", 1)
-    monkeypatch.setattr(cuda, "FEWEST_VALUES", dict.fromkeys(cuda.SHAPES, 1))
-    monkeypatch.setattr(cuda, "architecture_of", lambda device: "sm_90a")
-    monkeypatch.setattr(cuda, "run", lambda *args, **more: (calls.append(args), run(*args, **more)))
+    run = low_rank.run
+    monkeypatch.setattr(low_rank, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(low_rank, "MOST_VALUES", dict.fromkeys(low_rank.SHAPES, 1 << 40))
+    monkeypatch.setattr(low_rank, "architecture_of", lambda device: "sm_90a")
+    monkeypatch.setattr(
+        low_rank, "run", lambda *args, **more: (calls.append(args), run(*args, **more))
+    )
     return calls
 
 
@@ -58,28 +58,27 @@ def test_nf4_linear_with_it_matches_float64(everywhere, strategy, dtype):
 
 def test_a_small_product_wrong_in_one_rank_is_found(everywhere, monkeypatch):
     case = make_case(64, 512, 512, Options(rank=16), "cuda")
-    run = cuda.run
+    run = low_rank.run
 
     def wrong(x, factor, scale, out):
         run(x, factor, scale, out)
         out[:, 3] *= 2
 
-    monkeypatch.setattr(cuda, "run", wrong)
+    monkeypatch.setattr(low_rank, "run", wrong)
     with pytest.raises(AssertionError, match="times the bound"):
         check_linear(case, case.x, "dense")
 
 
-def test_a_layer_and_two_products_of_gradients_use_it(everywhere):
-    case = Case(600, 1032, 24, torch.bfloat16, True, "cuda", scale=1.0)
-    xa = torch.randn(600, 24, device="cuda", dtype=torch.bfloat16)
-    out = case.x.new_full((600, 24), torch.nan)
-    low_rank_gradients.gradients(case.x, case.factor, xa, [1032], [24], out)
-    case.check(out, "gradients")
-    assert len(everywhere) == 1
-    out.fill_(torch.nan)
-    small_product(case.x, case.factor, out)
-    case.check(out, "a layer's")
-    assert len(everywhere) == 2
+@pytest.mark.parametrize("m", [512, 700])
+@pytest.mark.parametrize("rank", [16, 64])
+def test_hopper_s_kernel_of_few_rows_is_not_used_for_many(monkeypatch, m, rank):
+    case = make_case(m, 1024, 512, Options(rank=rank), "cuda")
+    if not hopper.serves(case.x, case.weight):
+        pytest.skip("not on this GPU")
+    few = []
+    monkeypatch.setattr(hopper, "product_of_few_rows", lambda *args: few.append(args))
+    check_linear(case, case.x, "hopper")
+    assert not few
 
 
 def test_the_kernel_in_a_cuda_graph_computes_on_new_inputs():
@@ -87,11 +86,11 @@ def test_the_kernel_in_a_cuda_graph_computes_on_new_inputs():
         case = Case(700, 4096, 48, torch.bfloat16, turned, "cuda")
         out = case.x.new_empty((case.m, case.r))
         call = (case.x, case.factor, case.scale, out)
-        cuda.run(*call, clustered=clustered)
+        low_rank.run(*call, clustered=clustered)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            cuda.run(*call, clustered=clustered)
+            low_rank.run(*call, clustered=clustered)
         for seed in range(3):
             case.x.normal_(generator=torch.Generator("cuda").manual_seed(seed))
             out.fill_(torch.nan)
@@ -112,7 +111,7 @@ def test_two_streams_at_once(clustered):
     for _ in range(20):
         for case, out, stream in zip(cases, outs, streams, strict=True):
             with torch.cuda.stream(stream):
-                cuda.run(case.x, case.factor, case.scale, out, clustered=clustered)
+                low_rank.run(case.x, case.factor, case.scale, out, clustered=clustered)
     torch.cuda.synchronize()
     for case, out in zip(cases, outs, strict=True):
         case.check(out, "beside another")

@@ -1,7 +1,7 @@
 """LoRA's small product of many rows, beside cuBLAS and beside the kernel for few rows.
 
-    python -m benchmarks.ops.low_rank_product [--cases forward:8192x4096:16 ...] [--sweep]
-        [--linears 8192x4096x14336 ...] [--seconds 0.3] [--limit 85] [--out FOLDER]
+    python -m benchmarks.ops.nf4_linear_low_rank [--cases forward:8192x4096:16 ...] [--sweep]
+        [--linears 2048x4096x14336:16 ...] [--seconds 0.3] [--limit 85] [--out FOLDER]
 
 A case is a way of storing the factor (`forward`: A (r, K), `backward`: B (K, r)), rows and
 columns of X, and ranks. X rotates over more memory than the L2 cache holds; all variants
@@ -9,12 +9,12 @@ are timed beside each other as qlora_kit/bench/timing.py describes. `tbs` counts
 whatever a variant reads.
 
     cublas     one product with the scale as its alpha
-    few rows   kernels/nf4_linear/hopper/low_rank.cu, on Hopper
-    kernel     `low_rank_product`, wherever `FEWEST_VALUES` puts the limit
+    few rows   kernels/nf4_linear/hopper/low_rank.cu, on Hopper, below `FEWEST_ROWS` rows
+    kernel     `low_rank.run`, wherever `MOST_VALUES` puts the limit
 
 `--sweep` adds every shape of block with every team that is a power of two, and teams that
-meet in a workspace (`apart`). A linear, rows x N x K, is timed as a whole, forward and dX,
-with the kernel and without it. Results are compared before anything is timed.
+meet in a workspace (`apart`). A linear, rows x N x K : rank, is timed as a whole, forward and dX,
+as it is and with few rows' kernel or cuBLAS alone. Results are compared before anything is timed.
 
 Without a GPU it measures plain torch at sizes that test the benchmark.
 """
@@ -34,9 +34,8 @@ from torch import Tensor
 from benchmarks.harness.record import write_record
 from benchmarks.ops.nf4_linear import random_weight
 from qlora_kit.bench.timing import Call, Captured, device, peaks, spread
-from qlora_kit.ops.low_rank_product import cuda, reference
 from qlora_kit.ops.nf4_linear import cuda as nf4_linear
-from qlora_kit.ops.nf4_linear import hopper
+from qlora_kit.ops.nf4_linear import hopper, low_rank, reference
 
 WAYS = ("forward", "backward")
 ROWS = {"cuda": (512, 1024, 2048, 4096, 8192, 32768), "cpu": (8, 17)}
@@ -44,13 +43,13 @@ COLUMNS = {"cuda": (4096, 8192, 14336, 28672), "cpu": (64,)}
 RANKS = (16, 48)
 LINEARS = {
     "cuda": tuple(
-        f"{m}x{shape}"
+        f"{m}x{shape}:{rank}"
         for shape in ("4096x4096", "14336x4096", "4096x14336")
-        for m in (1024, 2048, 4096, 8192)
+        for m in (512, 1024, 2048, 4096)
+        for rank in (16, 64)
     ),
     "cpu": (),
 }
-LINEAR_RANK = 16
 GOAL_TBS = 2.4
 """Of X, on an H100, from `GOAL_VALUES` values of X on."""
 GOAL_VALUES = 16 << 20
@@ -103,9 +102,7 @@ def _out(operands: Operands) -> Tensor:
 
 def cublas(operands: Operands) -> Tensor:
     """One product."""
-    out = _out(operands)
-    reference.product(*operands, SCALE, out)
-    return out
+    return reference.scaled_product(*operands, SCALE)
 
 
 def few_rows(case: Case, operands: Operands) -> Tensor:
@@ -119,13 +116,13 @@ def few_rows(case: Case, operands: Operands) -> Tensor:
 
 
 def kernel(
-    operands: Operands, chosen: cuda.Plan | None = None, clustered: bool | None = None
+    operands: Operands, chosen: low_rank.Plan | None = None, clustered: bool | None = None
 ) -> Tensor:
     """Ours, or plain torch where there is no GPU."""
     if device() == "cpu":
         return cublas(operands)
     out = _out(operands)
-    cuda.run(*operands, SCALE, out, chosen=chosen, clustered=clustered)
+    low_rank.run(*operands, SCALE, out, chosen=chosen, clustered=clustered)
     return out
 
 
@@ -137,9 +134,9 @@ def variants_of(case: Case, sweep: bool) -> dict[str, Variant]:
     if torch.cuda.get_device_capability() == (9, 0):
         found["few rows"] = partial(few_rows, case)
     if sweep:
-        for shape in cuda.SHAPES[cuda.kernel_rank(case.r)]:
+        for shape in low_rank.SHAPES[low_rank.kernel_rank(case.r)]:
             for team in (1, 2, 4, 8):
-                chosen = cuda.Plan(shape, team)
+                chosen = low_rank.Plan(shape, team)
                 found[f"{shape.tokens}/{team}"] = partial(kernel, chosen=chosen)
         found["apart"] = partial(kernel, clustered=False)
     return found
@@ -187,7 +184,7 @@ def measure(case: Case, sweep: bool, seconds: float) -> list[dict[str, object]]:
     chosen = _chosen(case)
     rows: list[dict[str, object]] = []
     for name, found in times.items():
-        made: dict[str, object] = {"op": "low_rank_product", "case": case.text, "impl": name}
+        made: dict[str, object] = {"op": "nf4_linear_low_rank", "case": case.text, "impl": name}
         made |= {"way": case.way, "m": case.m, "k": case.k, "rank": case.r, "plan": chosen}
         made |= {"device": device(), **found, "us": 1e3 * found["ms_median"]}
         made |= {"of_cublas": found["ms_median"] / base}
@@ -199,21 +196,20 @@ def _chosen(case: Case) -> str:
     """Rows of a block and blocks of a team."""
     if device() == "cpu":
         return ""
-    rank, turned = cuda.kernel_rank(case.r), case.way == "backward"
-    held, processors = cuda.held(torch.device("cuda", 0), DTYPE, rank, turned, True)
-    shape, team = cuda.plan(case.m, case.k, rank, turned, held, processors, True)
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    shape, team = low_rank.plan(case.m, case.k, low_rank.kernel_rank(case.r), processors)
     return f"{shape.tokens}/{team}"
 
 
 def measure_linear(text: str, seconds: float) -> list[dict[str, object]]:
     """Time a linear as a whole, with the kernel and without."""
-    m, n, k = map(int, text.split("x"))
+    shape, r = text.split(":")
+    m, n, k, rank = *map(int, shape.split("x")), int(r)
     copies = max(2, min(32, -(-L2_BYTES // (m * k * 2))))
     make = partial(torch.randn, device="cuda", dtype=DTYPE)
     weights = [random_weight(n, k) for _ in range(2)]
     xs, dys = ([make(m, size) for _ in range(copies)] for size in (k, n))
-    a, b = make(LINEAR_RANK, k) / k**0.5, make(n, LINEAR_RANK)
-    small = make(m, LINEAR_RANK)
+    a, b, small = make(rank, k) / k**0.5, make(n, rank), make(m, rank)
     calls: dict[str, Callable[[int], object]] = {}
     flags = (True, False, False, False)
 
@@ -224,7 +220,7 @@ def measure_linear(text: str, seconds: float) -> list[dict[str, object]]:
         return nf4_linear.backward(dys[i], None, weights[i % 2], a, b, small, SCALE, *flags)[0]
 
     def without(call: Callable[[int], object], i: int) -> object:
-        with patch.object(cuda, "FEWEST_ROWS", 1 << 40):
+        with patch.object(low_rank, "FEWEST_ROWS", 1 << 40):
             return call(i)
 
     for name, call in (("forward", forward), ("dx", backward)):
@@ -234,7 +230,7 @@ def measure_linear(text: str, seconds: float) -> list[dict[str, object]]:
     for name, found in times.items():
         base = times[f"{name.split()[0]} without"]["ms_median"]
         made: dict[str, object] = {"op": "nf4_linear", "case": text, "impl": name}
-        made |= {"m": m, "n": n, "k": k, "rank": LINEAR_RANK, "device": device(), **found}
+        made |= {"m": m, "n": n, "k": k, "rank": rank, "device": device(), **found}
         rows.append(made | {"us": 1e3 * found["ms_median"], "of": found["ms_median"] / base})
     return rows
 
@@ -276,7 +272,7 @@ def main() -> None:
         for way in WAYS
     ]
     parser.add_argument("--cases", nargs="*", default=shapes, metavar="WAY:MxK:R")
-    parser.add_argument("--linears", nargs="*", default=LINEARS[device()], metavar="MxNxK")
+    parser.add_argument("--linears", nargs="*", default=LINEARS[device()], metavar="MxNxK:R")
     parser.add_argument("--sweep", action="store_true", help="every shape of block and team")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="per case, about")
     parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, help="no case starts later")
@@ -305,7 +301,7 @@ def main() -> None:
         print(f"\ncopy: {limits['copy_tbs']:.2f} TB/s; kernel over cublas: median ", end="")
         print(f"{statistics.median(row['of_cublas'] for row in ours):.2f}, ", end="")
         print(f"worst {worst['of_cublas']:.2f} at {worst['case']}")
-    print(write_record("low_rank_product", rows, peaks=limits, folder=arguments.out))
+    print(write_record("nf4_linear_low_rank", rows, peaks=limits, folder=arguments.out))
 
 
 if __name__ == "__main__":

@@ -2,15 +2,15 @@
 // Shapes    X (m,k), F (k,r), out (m,r) in one dtype of bf16/fp16, any distance between rows. F is
 //           stored as its transpose (r,k), a forward's A, or as it is (`turned`), a backward's B
 // Requires  sm_80+; k, r and all distances multiples of 8, 16-byte addresses, r <= RANK. Checked in
-//           qlora_kit/ops/low_rank_product/cuda.py
+//           qlora_kit/ops/nf4_linear/low_rank.py
 // Tile      TOKENS rows x RANK per team of blocks that share the contraction: COLUMNS of it a
-//           stage, STAGES on their way. A warp takes 16 rows; where that leaves warps over, some
-//           share the columns of a stage
+//           stage, STAGES on their way. A warp takes 32 rows, so that F is read from shared
+//           memory once for them; warps of the same rows share a stage's columns
 // Cost      per byte of X, r / TOKENS bytes of F come from the L2 cache, so that many ranks need
 //           tall tiles; blocks for the whole chip then come from cutting the contraction
 // Numerics  f32 sums, added up over warps and then blocks in a fixed order, one rounding after the
 //           scale: repeatable
-// Truth     qlora_kit/ops/low_rank_product/reference.py
+// Truth     qlora_kit/ops/nf4_linear/reference.py: scaled_product
 //
 // A team is a cluster: it adds its sums up through its shared memory (sm_90 and later). Or it
 // leaves them in `sums` (blocks of a team, m, RANK), and a second kernel adds them up.
@@ -19,6 +19,7 @@
 
 constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
+constexpr int TALL = 2;  // times 16 rows, of a warp
 
 struct Operands {
     const u16* x;
@@ -42,8 +43,8 @@ __device__ __forceinline__ int piece_at(int row, int piece) {
 
 template <typename T, bool TURNED, int RANK, int TOKENS, int COLUMNS, int STAGES>
 struct Block {
-    static constexpr int BANDS = TOKENS / 16;      // of rows
-    static constexpr int SHARERS = WARPS / BANDS;  // warps of a band
+    static constexpr int BANDS = TOKENS / (16 * TALL);  // of rows
+    static constexpr int SHARERS = WARPS / BANDS;       // warps of a band
     static constexpr int PIECES = COLUMNS / 8, RANK_PIECES = RANK / 8;
     static constexpr int AT_ONCE = THREADS / PIECES;  // rows of X that a copy of all threads brings
     static constexpr int X_BYTES = TOKENS * COLUMNS * 2;
@@ -58,7 +59,7 @@ struct Block {
     int token;        // the first
     int begin, end;   // of the contraction
     const u16* from;  // this thread's piece of X in the next stage
-    float c[RANK / 8][4];
+    float c[TALL][RANK / 8][4];
 
     __device__ __forceinline__ void load(int column, int slot) {
         const u32 to = to_shared(shared) + slot * STAGE_BYTES;
@@ -92,12 +93,14 @@ struct Block {
     __device__ __forceinline__ void multiply(int slot) {
         const int line = lane & 15, half = lane >> 4;
         const u32 x = to_shared(shared) + slot * STAGE_BYTES, f = x + X_BYTES;
-        const int row = warp % BANDS * 16 + line;
+        const int row = warp % BANDS * 16 * TALL + line;
 #pragma unroll
         for (int step = 0; step < COLUMNS / 16 / SHARERS; ++step) {
             const int k = step * SHARERS + warp / BANDS;  // 16 of the contraction
-            u32 a[4];
-            load_matrices<false>(a, x + piece_at<PIECES>(row, 2 * k + half));
+            u32 a[TALL][4];
+#pragma unroll
+            for (int i = 0; i < TALL; ++i)
+                load_matrices<false>(a[i], x + piece_at<PIECES>(row + 16 * i, 2 * k + half));
 #pragma unroll
             for (int n = 0; n < RANK / 16; ++n) {
                 u32 b[4];
@@ -105,8 +108,11 @@ struct Block {
                     load_matrices<true>(b, f + piece_at<RANK_PIECES>(16 * k + line, 2 * n + half));
                 else
                     load_matrices<false>(b, f + piece_at<PIECES>(16 * n + line, 2 * k + half));
-                Mma::run<T>(c[2 * n], a, b[0], TURNED ? b[1] : b[2]);
-                Mma::run<T>(c[2 * n + 1], a, TURNED ? b[2] : b[1], b[3]);
+#pragma unroll
+                for (int i = 0; i < TALL; ++i) {
+                    Mma::run<T>(c[i][2 * n], a[i], b[0], TURNED ? b[1] : b[2]);
+                    Mma::run<T>(c[i][2 * n + 1], a[i], TURNED ? b[2] : b[1], b[3]);
+                }
             }
         }
     }
@@ -119,11 +125,13 @@ struct Block {
     __device__ __forceinline__ void add_warps() {
         const int g = lane >> 2, q = lane & 3;
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            float* row = sum_of(warp / BANDS, warp % BANDS * 16 + 8 * h + g);
+        for (int i = 0; i < 2 * TALL; ++i) {
+            const int tall = i / 2, h = i % 2;
+            float* row = sum_of(warp / BANDS, warp % BANDS * 16 * TALL + 8 * i + g);
 #pragma unroll
             for (int n = 0; n < RANK / 8; ++n)
-                *reinterpret_cast<float2*>(row + 8 * n + 2 * q) = {c[n][2 * h], c[n][2 * h + 1]};
+                *reinterpret_cast<float2*>(row + 8 * n + 2 * q) = {c[tall][n][2 * h],
+                                                                   c[tall][n][2 * h + 1]};
         }
         __syncthreads();
         if constexpr (SHARERS == 1) return;
@@ -189,9 +197,11 @@ struct Block {
         if (end > of.k) end = of.k;
         from = of.x + (token + t / PIECES) * of.x_stride + begin + t % PIECES * 8;
 #pragma unroll
-        for (int n = 0; n < RANK / 8; ++n)
+        for (int i = 0; i < TALL; ++i)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) c[n][e] = 0.f;
+            for (int n = 0; n < RANK / 8; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) c[i][n][e] = 0.f;
         int ahead = 0, slot_ahead = 0;
         const auto load_next = [&] {
             if (ahead < count) load(begin + ahead * COLUMNS, slot_ahead);
@@ -243,9 +253,9 @@ __device__ __forceinline__ void add_sums(const Operands& of, int rank) {
 
 // Blocks that a processor's registers are to hold.
 template <int RANK>
-constexpr int TOGETHER = RANK <= 16 ? 4 : RANK <= 48 ? 3 : RANK <= 96 ? 2 : 1;
+constexpr int TOGETHER = RANK <= 16 ? 4 : 2;
 
-// Arguments in the order of qlora_kit/ops/low_rank_product/cuda.py.
+// Arguments in the order of qlora_kit/ops/nf4_linear/low_rank.py.
 #define PRODUCT_ARGUMENTS                                                                        \
     const u16 *x, const u16 *f, u16 *out, float *sums, long long m, long long k, long long r,    \
         long long x_stride, long long f_stride, long long out_stride, long long team, float scale

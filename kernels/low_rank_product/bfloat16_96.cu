@@ -1,6 +1,0 @@
-// The kernels of low_rank_product.cuh for one dtype and rank: a model compiles no others.
-#include "low_rank_product/low_rank_product.cuh"
-
-LOW_RANK_PRODUCT(bfloat16, BFloat16, 96, 128, 64, 3)
-LOW_RANK_PRODUCT(bfloat16, BFloat16, 96, 64, 64, 4)
-LOW_RANK_PRODUCT_ADD(bfloat16, BFloat16, 96)

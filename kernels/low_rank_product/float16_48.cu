@@ -1,7 +1,0 @@
-// The kernels of low_rank_product.cuh for one dtype and rank: a model compiles no others.
-#include "low_rank_product/low_rank_product.cuh"
-
-LOW_RANK_PRODUCT(float16, Float16, 48, 128, 64, 4)
-LOW_RANK_PRODUCT(float16, Float16, 48, 64, 64, 5)
-LOW_RANK_PRODUCT(float16, Float16, 48, 32, 128, 4)
-LOW_RANK_PRODUCT_ADD(float16, Float16, 48)

@@ -1,0 +1,280 @@
+"""LoRA's small product s·X·Aᵀ or s·dY·B of many rows, at the rate at which memory gives X.
+
+A block of `kernels/nf4_linear/low_rank` takes 32, 64 or 128 rows, and brings X and the
+narrow factor to its processor while the tensor cores work on what came before. Where
+that makes too few blocks for the chip, a team of up to eight shares the contraction: a
+cluster, which adds its sums up in a fixed order; before Hopper, a second kernel adds them
+from a float32 workspace. Results are the same bits every time.
+
+cuBLAS is as fast or faster on many ranks and many values of X: `is_faster` says where
+the kernel serves. Both are faster than `hopper`'s own kernel for few rows from
+`FEWEST_ROWS` on.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qlora_kit.ops.jit import architecture_of
+from qlora_kit.ops.launch import Kernels
+from qlora_kit.ops.layout import in_pieces
+from qlora_kit.ops.nf4_linear import reference
+
+_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+# As in product.cuh.
+_THREADS = 256
+_MOST_MEMBERS = 8
+_MOST_ROWS = 2**26
+"""The kernels count in 32 bits."""
+
+FEWEST_ROWS = 512
+MOST_VALUES = {16: 30 << 20}
+"""Where the kernel is used: on Hopper, from so many rows on, and, by ranks, rounded up, to so many
+values of X. Not timed elsewhere. On an H200, rank 16, its blocks of 32 rows take 0.86 of cuBLAS's
+time on 1,024 to 4,096 rows of 4,096 values, 0.96 on 2,048 of 14,336, the same on 8,192 of 4,096;
+rank 48 took 0.92 of it on 512 rows of 4,096, and more than it on anything larger."""
+
+IN_FLIGHT = 45 << 10
+"""Bytes of X that a processor has to have asked for, by the time memory takes to answer."""
+
+
+class Shape(NamedTuple):
+    """How a block is built; each is a kernel of its own."""
+
+    tokens: int
+    """Rows of X."""
+    columns: int
+    """Of X, in a stage."""
+    stages: int
+    """That shared memory holds."""
+
+    def bytes_of_x(self) -> int:
+        """Of X, in a stage."""
+        return self.tokens * self.columns * 2
+
+    def bytes_of_factor(self, rank: int, turned: bool) -> int:
+        """Of the factor, in a stage.
+
+        Args:
+            rank: the kernel's ranks.
+            turned: whether it is stored as (K, r), in rows of an odd number of pieces where that
+                number is no power of two.
+
+        Returns:
+            The bytes.
+        """
+        pieces = rank // 8
+        padded = turned and pieces & (pieces - 1) != 0
+        return self.columns * (pieces | 1 if padded else pieces) * 16
+
+    def shared_bytes(self, rank: int, turned: bool) -> int:
+        """Shared memory of a block.
+
+        Args:
+            rank: the kernel's ranks.
+            turned: whether the factor is stored as (K, r).
+
+        Returns:
+            Bytes of the stages, whose place the sums take in the end.
+        """
+        return self.stages * (self.bytes_of_x() + self.bytes_of_factor(rank, turned))
+
+
+SHAPES: dict[int, tuple[Shape, ...]] = {
+    16: (Shape(32, 128, 4),),
+    32: (Shape(64, 128, 4), Shape(32, 128, 4)),
+    48: (Shape(128, 64, 4), Shape(64, 128, 3)),
+    64: (Shape(128, 64, 4), Shape(64, 128, 3)),
+}
+"""The kernel's ranks to its shapes, the best first: with more ranks, more rows share the factor."""
+
+_KERNELS = {
+    (dtype, rank): Kernels(f"nf4_linear/low_rank/{name}_{rank}.cu")
+    for dtype, name in _DTYPES.items()
+    for rank in SHAPES
+}
+
+
+class Plan(NamedTuple):
+    """How a call is cut into blocks."""
+
+    shape: Shape
+    team: int
+    """Blocks that share a contraction."""
+
+
+def product(x: Tensor, factor: Tensor, scale: float) -> Tensor:
+    """Compute scale·x·factor by the faster way.
+
+    Args:
+        x: (M, K), on a CUDA device.
+        factor: (K, r), one of its dimensions contiguous.
+        scale: the factor on the result.
+
+    Returns:
+        (M, r) in the dtype of x.
+    """
+    if not is_faster(x, factor):
+        return reference.scaled_product(x, factor, scale)
+    out = x.new_empty((x.shape[0], factor.shape[1]))
+    run(x, factor, scale, out)
+    return out
+
+
+def is_faster(x: Tensor, factor: Tensor) -> bool:
+    """Tell whether the kernel can take a product, and is faster than cuBLAS.
+
+    Args:
+        x: (M, K).
+        factor: (K, r).
+
+    Returns:
+        What `FEWEST_ROWS` and `MOST_VALUES` say, where it fits.
+    """
+    return (
+        x.shape[0] >= FEWEST_ROWS
+        and x.numel() <= MOST_VALUES.get(kernel_rank(factor.shape[1]), 0)
+        and x.dtype in _DTYPES
+        and fits(x, factor)
+        and architecture_of(x.device) == "sm_90a"
+    )
+
+
+def kernel_rank(r: int) -> int:
+    """The ranks of the kernel that takes so many.
+
+    Args:
+        r: columns of the factor.
+
+    Returns:
+        A key of `SHAPES`; 0 where none does.
+
+    Example:
+        >>> kernel_rank(8), kernel_rank(40), kernel_rank(72), kernel_rank(12)
+        (16, 48, 0, 0)
+    """
+    if r <= 0 or r % 8:
+        return 0
+    return next((rank for rank in SHAPES if r <= rank), 0)
+
+
+def fits(x: Tensor, factor: Tensor) -> bool:
+    """Tell whether rows are whole 16-byte pieces at 16-byte addresses, and few enough.
+
+    Args:
+        x: (M, K).
+        factor: (K, r).
+
+    Returns:
+        Whether the kernel takes them.
+    """
+    (m, k), r = x.shape, factor.shape[1]
+    stored = factor if is_turned(factor) else factor.T
+    return (
+        0 < m < _MOST_ROWS
+        and 0 < k < _MOST_ROWS
+        and kernel_rank(r) > 0
+        and x.stride(1) == stored.stride(1) == 1
+        and in_pieces(k, x)
+        and in_pieces(stored.shape[1], stored)
+    )
+
+
+def is_turned(factor: Tensor) -> bool:
+    """Tell whether a factor (K, r) is stored as it is, and not as its transpose."""
+    return factor.stride(1) == 1
+
+
+@lru_cache(maxsize=4096)
+def plan(m: int, k: int, rank: int, processors: int) -> Plan:
+    """Choose how a call is cut into blocks: as few as ask memory for enough at once.
+
+    Args:
+        m: rows of x; at least 1.
+        k: columns of x; at least 1.
+        rank: a key of `SHAPES`.
+        processors: of the GPU.
+
+    Returns:
+        The shape of a block, and how many share a contraction.
+
+    Example:
+        >>> plan(2048, 4096, 16, 132)
+        Plan(shape=Shape(tokens=32, columns=128, stages=4), team=4)
+    """
+    chosen = None
+    for shape in SHAPES[rank]:
+        ahead = (shape.stages - 1) * shape.tokens * shape.columns * 2
+        tiles, most = -(-m // shape.tokens), min(_MOST_MEMBERS, -(-k // shape.columns))
+        team = -(-IN_FLIGHT * processors // (ahead * tiles))
+        chosen = Plan(shape, min(team, most))
+        if team <= most:
+            break
+    assert chosen is not None
+    return chosen
+
+
+def run(
+    x: Tensor,
+    factor: Tensor,
+    scale: float,
+    out: Tensor,
+    *,
+    chosen: Plan | None = None,
+    clustered: bool | None = None,
+) -> None:
+    """Run the kernel on operands that `fits` approves of.
+
+    Args:
+        x: (M, K).
+        factor: (K, r).
+        scale: the factor on the result.
+        out: (M, r), written; its rows whole 16-byte pieces at 16-byte addresses, too.
+        chosen: how to cut it into blocks; by default what `plan` says.
+        clustered: whether teams are clusters; by default where the GPU has clusters.
+    """
+    (m, k), r = x.shape, factor.shape[1]
+    rank, turned = kernel_rank(r), is_turned(factor)
+    stored = factor if turned else factor.T
+    able = torch.cuda.get_device_capability(x.device) >= (9, 0)
+    clustered = able if clustered is None else clustered
+    if chosen is None:
+        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+        chosen = plan(m, k, rank, processors)
+    shape, team = chosen
+    tiles = -(-m // shape.tokens)
+    sums = None
+    if team > 1 and not clustered:
+        sums = x.new_empty((team, m, rank), dtype=torch.float32)
+    arguments = (
+        *(x, stored, out, sums, m, k, r),
+        *(x.stride(0), stored.stride(0), out.stride(0), team, float(scale)),
+    )
+    kernels = _KERNELS[x.dtype, rank]
+    kernels.launch(
+        _name(x.dtype, rank, turned, shape),
+        tiles if clustered else tiles * team,
+        _THREADS,
+        arguments,
+        device=x.device,
+        shared=shape.shared_bytes(rank, turned),
+        cluster=team if clustered else 1,
+    )
+    if sums is not None:
+        kernels.launch(
+            f"low_rank_product_{_DTYPES[x.dtype]}_{rank}_add",
+            -(-m * (r // 4) // _THREADS),
+            _THREADS,
+            arguments,
+            device=x.device,
+            overlap=able,
+        )
+
+
+def _name(dtype: torch.dtype, rank: int, turned: bool, shape: Shape) -> str:
+    """A kernel's."""
+    way = "turned_" if turned else ""
+    return f"low_rank_product_{way}{_DTYPES[dtype]}_{rank}_{shape.tokens}"
