@@ -14,6 +14,7 @@ import torch
 from qlora_kit.ops import jit
 from qlora_kit.ops.nf4_linear import cuda, gemv
 from qlora_kit.ops.nf4_linear.op import nf4_linear
+from qlora_kit.ops.nf4_linear.words import Words
 from qlora_kit.quant.weight import NF4Weight
 from tests.ops.helpers import SCALE, Options, float32_sums, make_case, poison, truth
 from tests.ops.test_nf4_linear_gpu import check_decoding, strategy_arguments
@@ -181,6 +182,40 @@ def test_nan_and_infinity_stay_in_their_rows(m, rank):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 8, 16])
+@pytest.mark.parametrize(("n", "k"), [(64, 64), (1000, 576), (4096, 4096), (4096, 14336)])
+def test_the_small_product_made_beside(m, n, k):
+    """Its result is returned, and the words it counts in are zero again."""
+    case = make_case(m, n, k, Options(rank=24, bias=False), "cuda")
+    a, b = case.a.detach().bfloat16(), case.b.detach().bfloat16()
+    x = case.x.detach()
+    for _ in range(3):
+        poison("cuda", (m, n), (m, k), (m, 24), dtype=torch.bfloat16)
+        _, xa = gemv.multiply_low_rank(x, case.weight, None, a, b, SCALE)
+        _, dyb = gemv.multiply_transposed_low_rank(case.dy, case.weight, a, b, SCALE)
+        for got, left, right in ((xa, x, a.T), (dyb, case.dy, b)):
+            wanted = SCALE * left.double() @ right.double()
+            sums = 2**-23 * left.shape[1] ** 0.5 * left.double().norm(dim=1, keepdim=True)
+            bound = 2**-8 * wanted.abs() + SCALE * sums * right.double().norm(dim=0)
+            assert ((got.double() - wanted).abs() <= 1.01 * bound).all()
+        assert not gemv.WORDS.take(x.device).any()
+    # Where those who make it never meet, each block makes all of it, to the same bits.
+    y, dx = (
+        gemv.multiply_low_rank(x, case.weight, None, a, b, SCALE)[0],
+        gemv.multiply_transposed_low_rank(case.dy, case.weight, a, b, SCALE)[0],
+    )
+    for got, product, operands in (
+        (y, gemv.multiply_low_rank, (x, case.weight, None, a, b, SCALE)),
+        (dx, gemv.multiply_transposed_low_rank, (case.dy, case.weight, a, b, SCALE)),
+    ):
+        gemv.WORDS.take(x.device)[0] = 1000
+        again, small = product(*operands)
+        assert torch.equal(again, got)
+        assert torch.equal(small, xa if product is gemv.multiply_low_rank else dyb)
+        assert not gemv.WORDS.take(x.device).any()
+
+
+@pytest.mark.gpu
 def test_two_streams_at_once():
     cases = [make_case(m, n, k, device="cuda") for m, n, k in ((3, 1024, 2048), (8, 2048, 1024))]
     streams = [torch.cuda.Stream() for _ in cases]
@@ -266,18 +301,17 @@ def test_numbers_are_those_of_the_sources():
         for direction, name in (("forward", "nf4_gemv"), ("backward", "nf4_gemv_transposed")):
             text = (folder / f"{dtype}_{direction}.cu").read_text()
             found = re.findall(name + r"_(\d+), \w+, (\d+), (\d+)\)", text)
-            assert {int(m): int(warps) for m, _, warps in found} == gemv._WARPS
+            warps = {int(m): int(warps) for m, _, warps in found}
+            assert warps == gemv._WARPS[direction == "backward"]
             assert all(int(m) == 8 * int(tiles) for m, tiles, _ in found)
-    text = (folder / "low_rank.cu").read_text()
-    assert 32 * int(re.search(r"WARPS = (\d+);", text)[1]) == gemv._LOW_RANK_THREADS
-    assert int(re.search(r"RANKS = (\d+);", text)[1]) == gemv._LOW_RANK_RANKS
-    assert int(re.search(r"MOST_TILES = (\d+)", (folder / "forward.cuh").read_text())[1]) == gemv._PASS
+    assert f"MOST_MAKERS = {gemv._MAKERS};" in (folder / "small.cuh").read_text()
+    assert f"MOST_TILES = {gemv._PASS};" in (folder / "forward.cuh").read_text()
 
 
 @pytest.mark.parametrize("m", [1, 8, 16])
-@pytest.mark.parametrize("hopper", [True, False])
-def test_launches(monkeypatch, m, hopper):
-    """The small product and the large one in two launches, or cuBLAS' product before Hopper."""
+@pytest.mark.parametrize("words", [True, False])
+def test_launches(monkeypatch, m, words):
+    """One launch for both products; where there are no words to count in, one for the large one."""
     launches = []
 
     class Recorder:
@@ -286,9 +320,10 @@ def test_launches(monkeypatch, m, hopper):
 
     for kernels in ("_FORWARD", "_BACKWARD"):
         monkeypatch.setattr(gemv, kernels, {torch.bfloat16: Recorder()})
-    monkeypatch.setattr(gemv, "_LOW_RANK", Recorder())
-    monkeypatch.setattr(gemv, "_clusters", lambda *_: HOPPER if hopper else (108,))
-    monkeypatch.setattr(gemv, "_overlaps", lambda device: hopper)
+    monkeypatch.setattr(gemv, "_clusters", lambda *_: HOPPER)
+    monkeypatch.setattr(gemv, "_overlaps", lambda device: True)
+    state = torch.zeros(8, dtype=torch.int32) if words else None
+    monkeypatch.setattr(gemv.WORDS, "take", lambda device: state)
     n, k, rank = 320, 1024, 24
     weight = make_case(1, n, k, Options(rank=0)).weight
     a, b = bfloat16(rank, k), bfloat16(n, rank)
@@ -297,17 +332,43 @@ def test_launches(monkeypatch, m, hopper):
     assert y.shape == (m, n)
     assert dx.shape == (m, k)
     assert xa.shape == dyb.shape == (m, rank)
-    large = [launch for launch in launches if "low_rank" not in launch[0]]
-    assert len(launches) == (4 if hopper else 2)
     tokens = 8 if m <= 8 else 16
-    assert [launch[0] for launch in large] == [
+    assert [launch[0] for launch in launches] == [
         f"nf4_gemv_{tokens}",
         f"nf4_gemv_transposed_{tokens}",
     ]
-    for _, grid, block, arguments, rest in large:
-        assert block == 32 * gemv._WARPS[tokens]
-        assert rest["overlap"] == hopper
+    for transposed, (_, grid, block, arguments, rest) in enumerate(launches):
+        assert block == 32 * (gemv._WARPS[bool(transposed)][tokens] + words)
         assert rest["shared"] <= 99 * 1024  # what every GPU since Ampere gives a block
-        assert rest["cluster"] <= (8 if hopper else 1)
+        assert rest["cluster"] <= 8
         assert grid > 0
         assert rank in [value for value in arguments if isinstance(value, int)]
+        partial = [t for t in arguments if isinstance(t, torch.Tensor) and t.dtype == torch.float32]
+        if words:
+            assert any(value is state for value in arguments)
+            assert partial[-1].numel() == 32 * 16 * rank
+
+
+def test_words_of_streams_and_graphs(monkeypatch):
+    """A stream's launches share theirs, each captured launch has its own; none means no words."""
+    words, device = Words(), torch.device("cpu")
+    now = [1, True]
+    monkeypatch.setattr(words, "_stream", lambda device: tuple(now))
+    monkeypatch.setattr(words, "_finish", lambda device: None)
+    assert words.take(device) is None  # nothing can be made while capturing
+    now[:] = 1, False
+    first = words.take(device)
+    assert not first.any()
+    assert words.take(device).data_ptr() == first.data_ptr()
+    now[:] = 2, False
+    second = words.take(device)
+    now[:] = 1, True
+    taken = [first, second, *(words.take(device) for _ in range(5))]
+    places = sorted(tensor.data_ptr() for tensor in taken)
+    assert all(b - a >= 32 for a, b in itertools.pairwise(places))
+    while words.take(device) is not None:
+        pass
+    now[:] = 1, False
+    assert words.take(device).data_ptr() == first.data_ptr()
+    now[:] = 1, True
+    assert words.take(device) is not None  # another pool was made outside the capture

@@ -14,7 +14,7 @@
 // Numerics  W rounded to the compute dtype as everywhere, f32 accumulate, fixed order: repeatable
 // Truth     qlora_kit/ops/nf4_linear/reference.py
 #pragma once
-#include "nf4_linear/gemv/parts.cuh"
+#include "nf4_linear/gemv/small.cuh"
 
 template <typename T, int TOKEN_TILES, int WARPS>
 struct Backward {
@@ -193,7 +193,7 @@ struct Backward {
         }
     }
 
-    __device__ __forceinline__ void run(u8* memory, int groups) {
+    __device__ __forceinline__ void run(u8* memory, int groups, const Small& small) {
         const int ranks = peers(), rank = own_rank();
         const int block_first = blockIdx.x / ranks * groups * COLUMNS;
         const int first = block_first + warp % groups * COLUMNS;
@@ -202,23 +202,17 @@ struct Backward {
         const int end = static_cast<int>(static_cast<long long>(all) * (rank + 1) / ranks);
         int step = begin + warp / groups;
         const Place at = place(first);
-        let_next_start();
-        // What takes long comes first: the tables' making, before the kernel ahead has ended, or else
-        // the first bytes' way.
-        if (!p.late) {
-            fill_tables<THREADS>(memory, memory + SHARED - MAP_BYTES, threadIdx.x);
-            wait_for_previous();
-        }
+        wait_for_previous();
 #pragma unroll
         for (int d = 0; d < DEPTH; ++d)
             if (step + d * stride < end) load(steps[d], step + d * stride, at);
-        if (p.late) fill_tables<THREADS>(memory, memory + SHARED - MAP_BYTES, threadIdx.x);
         mean = p.scales.mean();
+        fill_tables<THREADS>(memory, memory + SHARED - MAP_BYTES, threadIdx.x);
         prefetch_factor(block_first, groups * COLUMNS);
 #pragma unroll
         for (int i = 0; i < 8 * TOKEN_TILES * 4; ++i)
             c[i / (4 * TOKEN_TILES)][i / 4 % TOKEN_TILES][i % 4] = 0.f;
-        __syncthreads();
+        meet<THREADS>();
 
 #pragma unroll 1
         for (; step < end; step += DEPTH * stride) {
@@ -229,32 +223,47 @@ struct Backward {
                 if (after < end) load(steps[d], after, at);
             }
         }
-        __syncthreads();  // the table has done its work
+        meet<THREADS>();  // the table has done its work
         store();
-        __syncthreads();
-        if (p.late) wait_for_previous();
+        if (small.factor != nullptr && warp == 0)
+            wait_for_small<T, true>(small, p.x, p.m, p.n, p.rank);
+        meet<THREADS>();
         write(block_first, groups, rank, ranks);
+        if (small.factor != nullptr && threadIdx.x == 0) leave_small(small);
         if (ranks > 1) meet_peers();  // nobody leaves while its sums are being read
     }
 };
 
+template <typename T, int TOKEN_TILES, int WARPS>
+__device__ __forceinline__ void backward(const Problem& p, const Small& small, int groups) {
+    extern __shared__ __align__(128) u8 memory[];
+    let_next_start();
+    if (threadIdx.x >= 32 * WARPS) {
+        wait_for_previous();
+        make_small<T, true>(small, p.x, p.m, p.n, p.rank);
+        return;
+    }
+    Backward<T, TOKEN_TILES, WARPS>(p, memory).run(memory, groups, small);
+}
+
 #define GEMV_BACKWARD(NAME, T, TOKEN_TILES, WARPS)                                                \
     extern "C" __global__ void __maxnreg__(REGISTERS<WARPS>)                                      \
         NAME(const u16* x, const u8* packed, const void* absmax, const float* nested,             \
-             const float* offset, const u16* small, const u16* factor, u16* out, long long m,     \
-             long long n, long long k, long long rank, long long late, long long groups) {        \
-        extern __shared__ __align__(128) u8 memory[];                                             \
+             const float* offset, u16* low, const u16* factor, u16* out, const u16* other,        \
+             float* partial, u32* state, long long m, long long n, long long k, long long rank,   \
+             long long makers, float scale, long long groups) {                                   \
         const Problem p{x,                                                                        \
                         packed,                                                                   \
                         NF4Scales{absmax, nested, offset, 6},                                     \
                         nullptr,                                                                  \
-                        small,                                                                    \
+                        low,                                                                      \
                         factor,                                                                   \
                         out,                                                                      \
                         static_cast<int>(m),                                                      \
                         static_cast<int>(n),                                                      \
                         static_cast<int>(k),                                                      \
-                        static_cast<int>(rank),                                                   \
-                        late != 0};                                                               \
-        Backward<T, TOKEN_TILES, WARPS>(p, memory).run(memory, static_cast<int>(groups));         \
+                        static_cast<int>(rank)};                                                  \
+        backward<T, TOKEN_TILES, WARPS>(                                                          \
+            p, Small{other, partial, low, state, scale, static_cast<int>(makers)},                \
+            static_cast<int>(groups));                                                            \
     }

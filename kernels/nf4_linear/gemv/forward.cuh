@@ -20,7 +20,7 @@
 // Truth     qlora_kit/ops/nf4_linear/reference.py
 // Idea      swapped operands for skinny products: FLUTE, arXiv:2407.10960; Machete (vLLM)
 #pragma once
-#include "nf4_linear/gemv/parts.cuh"
+#include "nf4_linear/gemv/small.cuh"
 
 constexpr int MOST_TILES = 4;  // of a pass
 
@@ -171,22 +171,16 @@ struct Forward {
         for (int i = 128 * threadIdx.x; i < bytes; i += 128 * THREADS) prefetch_l2(from + i);
     }
 
-    __device__ __forceinline__ void run(u8* memory) {
+    __device__ __forceinline__ void run(u8* memory, const Small& small) {
         const int ranks = peers(), rank = own_rank();
         const int group = blockIdx.x / ranks, groups = gridDim.x / ranks;
         const int all = (p.n + 15) / 16, chunks = (p.k + 127) / 128;
         int first = static_cast<int>(static_cast<long long>(all) * group / groups);
         const int last = static_cast<int>(static_cast<long long>(all) * (group + 1) / groups);
         const int begin = chunks * rank / ranks + warp, end = chunks * (rank + 1) / ranks;
-        let_next_start();
         int passes = (last - first + TILES - 1) / TILES;
         int count = passes > 0 ? (last - first + passes - 1) / passes : 0;
-        // What takes long comes first: the tables' making, before the kernel ahead has ended, or else
-        // the first bytes' way.
-        if (!p.late) {
-            fill_tables<THREADS>(memory, memory + SHARED - MAP_BYTES, threadIdx.x);
-            wait_for_previous();
-        }
+        wait_for_previous();
 #pragma unroll
         for (int d = 0; d < DEPTH; ++d) {
             const int chunk = begin + d * WARPS;
@@ -195,10 +189,11 @@ struct Forward {
                 if (t < count && chunk < end) load(tiles[d][t], first + t, place(chunk));
             if (DEPTH > 1 && chunk < end) load_x(x[d], chunk);
         }
-        if (p.late) fill_tables<THREADS>(memory, memory + SHARED - MAP_BYTES, threadIdx.x);
         mean = p.scales.mean();
+        fill_tables<THREADS>(memory, memory + SHARED - MAP_BYTES, threadIdx.x);
         prefetch_factor(first, last);
-        __syncthreads();
+        meet<THREADS>();
+        bool waiting = small.factor != nullptr && warp == 0;
 
 #pragma unroll 1
         for (; passes > 0; --passes) {
@@ -228,39 +223,52 @@ struct Forward {
                 }
             }
             store();
-            __syncthreads();
-            if (p.late) wait_for_previous();
+            if (waiting) wait_for_small<T, false>(small, p.x, p.m, p.k, p.rank);
+            waiting = false;
+            meet<THREADS>();
             write(first, count, rank, ranks);
-            __syncthreads();
+            if (passes > 1) meet<THREADS>();
             first += count;
             count = next_count;
         }
-        if (p.late) wait_for_previous();
+        if (small.factor != nullptr && threadIdx.x == 0) leave_small(small);
         if (ranks > 1) meet_peers();  // nobody leaves while its sums are being read
     }
 };
 
+template <typename T, int TOKEN_TILES, int WARPS>
+__device__ __forceinline__ void forward(const Problem& p, const Small& small) {
+    extern __shared__ __align__(128) u8 memory[];
+    let_next_start();
+    if (threadIdx.x >= 32 * WARPS) {
+        wait_for_previous();
+        make_small<T, false>(small, p.x, p.m, p.k, p.rank);
+        return;
+    }
+    const int groups = static_cast<int>(gridDim.x) / peers();
+    if (p.n > 32 * groups)
+        Forward<T, TOKEN_TILES, WARPS, 4>(p, memory).run(memory, small);
+    else
+        Forward<T, TOKEN_TILES, WARPS, 2>(p, memory).run(memory, small);
+}
+
 #define GEMV_FORWARD(NAME, T, TOKEN_TILES, WARPS)                                                 \
     extern "C" __global__ void __maxnreg__(REGISTERS<WARPS>)                                      \
         NAME(const u16* x, const u8* packed, const void* absmax, const float* nested,             \
-             const float* offset, const u16* bias, const u16* small, const u16* factor, u16* out, \
-             long long m, long long n, long long k, long long rank, long long late) {             \
-        extern __shared__ __align__(128) u8 memory[];                                             \
+             const float* offset, const u16* bias, u16* low, const u16* factor, u16* out,         \
+             const u16* other, float* partial, u32* state, long long m, long long n, long long k, \
+             long long rank, long long makers, float scale) {                                     \
         const Problem p{x,                                                                        \
                         packed,                                                                   \
                         NF4Scales{absmax, nested, offset, 6},                                     \
                         bias,                                                                     \
-                        small,                                                                    \
+                        low,                                                                      \
                         factor,                                                                   \
                         out,                                                                      \
                         static_cast<int>(m),                                                      \
                         static_cast<int>(n),                                                      \
                         static_cast<int>(k),                                                      \
-                        static_cast<int>(rank),                                                   \
-                        late != 0};                                                               \
-        const int groups = static_cast<int>(gridDim.x) / peers();                                 \
-        if (p.n > 32 * groups)                                                                    \
-            Forward<T, TOKEN_TILES, WARPS, 4>(p, memory).run(memory);                             \
-        else                                                                                      \
-            Forward<T, TOKEN_TILES, WARPS, 2>(p, memory).run(memory);                             \
+                        static_cast<int>(rank)};                                                  \
+        forward<T, TOKEN_TILES, WARPS>(                                                           \
+            p, Small{other, partial, low, state, scale, static_cast<int>(makers)});               \
     }

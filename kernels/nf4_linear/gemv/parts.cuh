@@ -18,8 +18,15 @@ struct Problem {
     const u16* factor;  // (n,rank), or (rank,k) in the transposed product
     u16* out;
     int m, n, k, rank;
-    bool late;  // the kernel before this one writes `small` and nothing else
 };
+
+// One of the 16 values, chosen without memory: it would be far away when a kernel begins.
+__device__ __forceinline__ float nf4_value(int code) {
+    float value = NF4_VALUES[0];
+#pragma unroll
+    for (int i = 1; i < 16; ++i) value = code == i ? NF4_VALUES[i] : value;
+    return value;
+}
 
 // Entry b, 256 bytes: the values of byte b's high and low nibble, once for each lane. Threads begin
 // at different pieces of their entries, so that a warp's stores meet no bank twice.
@@ -27,22 +34,29 @@ template <int THREADS>
 __device__ __forceinline__ void fill_table(u8* table, int t) {
     for (int half = t; half < 512; half += THREADS) {
         const int entry = half % 256;
-        const float high = NF4_VALUES[entry >> 4], low = NF4_VALUES[entry & 15];
+        const float high = nf4_value(entry >> 4), low = nf4_value(entry & 15);
         float4* to = reinterpret_cast<float4*>(table + entry * 256 + half / 256 * 128);
 #pragma unroll
         for (int i = 0; i < 8; ++i) to[(i + t) % 8] = {high, low, high, low};
     }
 }
 
-// Registers of a thread, such that one warp a scheduler of low_rank.cu finds room beside.
-template <int WARPS>
-constexpr int REGISTERS = WARPS == 16 ? 112 : WARPS == 12 ? 144 : 224;
-
 // And the map of the 8-bit scales.
 template <int THREADS>
 __device__ __forceinline__ void fill_tables(u8* table, u8* map, int t) {
+    for (int i = t; i < 256; i += THREADS)
+        reinterpret_cast<float*>(map)[i] = DYNAMIC_MAP_VALUES[i];
     fill_table<THREADS>(table, t);
-    if (t < 256) reinterpret_cast<float*>(map)[t] = DYNAMIC_MAP_VALUES[t];
+}
+
+// Registers of a thread: with the warp that makes the small product, they fill a processor.
+template <int WARPS>
+constexpr int REGISTERS = WARPS < 8 ? 224 : WARPS < 12 ? 168 : 128;
+
+// The warps that multiply W meet; the one beside them does not.
+template <int THREADS>
+__device__ __forceinline__ void meet() {
+    asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
 }
 
 __device__ __forceinline__ float2 look_up(const u8* table, u32 word, int byte, u32 lane_offset) {

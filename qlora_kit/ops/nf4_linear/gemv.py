@@ -2,7 +2,8 @@
 
 `kernels/nf4_linear/gemv/` loads the 4-bit bytes of W from global memory into the
 registers that feed `mma.sync`, so that shared memory serves look-ups and nothing else.
-From Hopper on the small product starts first and the large one begins beside it, and
+A warp beside those makes the low-rank factor's small product in the same launch: blocks
+tell each other in a few words of memory (words.py) that it is there. From Hopper on
 blocks of a cluster share a contraction where a result has too few tiles for the chip.
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from qlora_kit.ops.jit import architecture_of
 from qlora_kit.ops.launch import Kernels
 from qlora_kit.ops.nf4_linear import reference
+from qlora_kit.ops.nf4_linear.words import WORDS
 from qlora_kit.quant.weight import NF4Weight
 
 MOST_ROWS = 16
@@ -22,15 +24,15 @@ MOST_ROWS = 16
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _FORWARD = {d: Kernels(f"nf4_linear/gemv/{name}_forward.cu") for d, name in _NAMES.items()}
 _BACKWARD = {d: Kernels(f"nf4_linear/gemv/{name}_backward.cu") for d, name in _NAMES.items()}
-_LOW_RANK = Kernels("nf4_linear/gemv/low_rank.cu")
 
 # As in the sources.
-_WARPS = {8: 12, 16: 8}
-"""By the tokens a block takes."""
+_WARPS = {False: {8: 11, 16: 7}, True: {8: 10, 16: 8}}
+"""That multiply W, by direction and the tokens a block takes."""
 _TABLE_BYTES, _MAP_BYTES = 256 * 32 * 8, 256 * 4
 _PASS = 4
 """Tiles of 16 rows of W that a block takes at once, forward."""
-_LOW_RANK_THREADS, _LOW_RANK_RANKS = 128, 16
+_MAKERS, _MAKERS_TOKENS = 32, 16
+"""Parts that the small product is made in, and their rows."""
 _MOST_BLOCKS = 8
 """Of a cluster."""
 
@@ -90,7 +92,7 @@ def multiply(
     Returns:
         (M, N) in the dtype of x.
     """
-    return _forward(x, weight, bias, xa, lora_b, False)
+    return _forward(x, weight, bias, xa, lora_b, None)
 
 
 def multiply_transposed(
@@ -109,7 +111,7 @@ def multiply_transposed(
     """
     if lora_a is not None and lora_a.data_ptr() % 4:
         lora_a = lora_a.clone()
-    return _backward(dy, weight, dyb, lora_a, False)
+    return _backward(dy, weight, dyb, lora_a, None)
 
 
 def multiply_low_rank(
@@ -120,7 +122,7 @@ def multiply_low_rank(
     lora_b: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Compute xa = scale·x·Aᵀ and x·Wᵀ + xa·Bᵀ + bias, the second beginning during the first.
+    """Compute xa = scale·x·Aᵀ and x·Wᵀ + xa·Bᵀ + bias in one launch.
 
     Args:
         x: (M, K), on a CUDA device, M at most 16, aligned to 16 bytes.
@@ -133,17 +135,18 @@ def multiply_low_rank(
     Returns:
         (M, N) and xa, (M, r), in the dtype of x.
     """
-    if not _overlaps(x.device):
+    words = WORDS.take(x.device)
+    if words is None:
         xa = reference.scaled_product(x, lora_a.T, scale)
         return multiply(x, weight, bias, xa, lora_b), xa
-    xa = _small_product("", x, lora_a, lora_a.shape[0], scale)
-    return _forward(x, weight, bias, xa, lora_b, True), xa
+    xa = x.new_empty((x.shape[0], lora_a.shape[0]))
+    return _forward(x, weight, bias, xa, lora_b, (lora_a, words, scale)), xa
 
 
 def multiply_transposed_low_rank(
     dy: Tensor, weight: NF4Weight, lora_a: Tensor, lora_b: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Compute dyb = scale·dy·B and dy·W + dyb·A, the second beginning during the first.
+    """Compute dyb = scale·dy·B and dy·W + dyb·A in one launch.
 
     Args:
         dy: (M, N), on a CUDA device, M at most 16, aligned to 16 bytes.
@@ -155,26 +158,16 @@ def multiply_transposed_low_rank(
     Returns:
         (M, K) and dyb, (M, r), in the dtype of dy.
     """
-    if not _overlaps(dy.device):
+    words = WORDS.take(dy.device)
+    if words is None:
         dyb = reference.scaled_product(dy, lora_b, scale)
         return multiply_transposed(dy, weight, dyb, lora_a), dyb
-    dyb = _small_product("_transposed", dy, lora_b, lora_b.shape[1], scale)
-    return _backward(dy, weight, dyb, lora_a, True), dyb
+    dyb = dy.new_empty((dy.shape[0], lora_b.shape[1]))
+    return _backward(dy, weight, dyb, lora_a, (lora_b, words, scale)), dyb
 
 
-def _small_product(kind: str, x: Tensor, factor: Tensor, rank: int, scale: float) -> Tensor:
-    m, contraction = x.shape
-    small = x.new_empty((m, rank))
-    _LOW_RANK.launch(
-        f"nf4_gemv_low_rank{kind}_{_NAMES[x.dtype]}",
-        (1, _parts(rank, _LOW_RANK_RANKS)),
-        _LOW_RANK_THREADS,
-        (x, factor, small, m, contraction, rank, scale),
-        device=x.device,
-        cluster=_MOST_BLOCKS,
-        overlap=True,
-    )
-    return small
+_Small = tuple[Tensor, Tensor, float]
+"""What a launch that makes the small product needs: its factor, words to count in, its scale."""
 
 
 def _parts(whole: int, part: int) -> int:
@@ -188,9 +181,26 @@ def _tokens(m: int) -> int:
 
 def _shared(transposed: bool, tokens: int) -> int:
     """Bytes of shared memory: table, the warps' sums (over the table, transposed), the map."""
+    warps = _WARPS[transposed][tokens]
     if transposed:
-        return max(_TABLE_BYTES, _WARPS[tokens] * tokens * (128 + 4) * 4) + _MAP_BYTES
-    return _TABLE_BYTES + _WARPS[tokens] * tokens * (16 * _PASS + 4) * 4 + _MAP_BYTES
+        return max(_TABLE_BYTES, warps * tokens * (128 + 4) * 4) + _MAP_BYTES
+    return _TABLE_BYTES + warps * tokens * (16 * _PASS + 4) * 4 + _MAP_BYTES
+
+
+def _threads(transposed: bool, tokens: int, makes_small: bool) -> int:
+    return 32 * (_WARPS[transposed][tokens] + makes_small)
+
+
+def _low_rank_arguments(
+    x: Tensor, low: Tensor | None, factor: Tensor | None, rank: int, small: _Small | None
+) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...], float]:
+    """The low-rank product's operands; what makes the small one; its scale."""
+    operands = (low, factor) if rank else (None, None)
+    if small is None:
+        return operands, (None, None, None), 1.0
+    other, words, scale = small
+    partial = x.new_empty(_MAKERS * _MAKERS_TOKENS * rank, dtype=torch.float32)
+    return operands, (other, partial, words), float(scale)
 
 
 def _forward(
@@ -199,21 +209,22 @@ def _forward(
     bias: Tensor | None,
     xa: Tensor | None,
     lora_b: Tensor | None,
-    late: bool,
+    small: _Small | None,
 ) -> Tensor:
     m, k = x.shape
     n = weight.shape[0]
     tokens = _tokens(m)
-    clusters = _clusters(x.device, x.dtype, False, tokens)
-    groups, split = tiling(n, k, tokens, clusters)
+    groups, split = tiling(n, k, tokens, _clusters(x.device, x.dtype, False, tokens))
     y = x.new_empty((m, n))
     codes = (weight.packed, weight.absmax, weight.nested_absmax, weight.offset)
     rank = 0 if lora_b is None else lora_b.shape[1]
+    blocks = groups * split
+    (low, factor), made, scale = _low_rank_arguments(x, xa, lora_b, rank, small)
     _FORWARD[x.dtype].launch(
         f"nf4_gemv_{tokens}",
         groups,
-        32 * _WARPS[tokens],
-        (x, *codes, bias, xa if rank else None, lora_b, y, m, n, k, rank, late),
+        _threads(False, tokens, small is not None),
+        (x, *codes, bias, low, factor, y, *made, m, n, k, rank, min(_MAKERS, blocks), scale),
         device=x.device,
         shared=_shared(False, tokens),
         cluster=split,
@@ -223,21 +234,28 @@ def _forward(
 
 
 def _backward(
-    dy: Tensor, weight: NF4Weight, dyb: Tensor | None, lora_a: Tensor | None, late: bool
+    dy: Tensor,
+    weight: NF4Weight,
+    dyb: Tensor | None,
+    lora_a: Tensor | None,
+    small: _Small | None,
 ) -> Tensor:
     m = dy.shape[0]
     n, k = weight.shape
     tokens = _tokens(m)
     clusters = _clusters(dy.device, dy.dtype, True, tokens)
     width, split = transposed_tiling(n, k, tokens, clusters)
+    groups = _parts(k, 128 * width)
+    blocks = min(groups, clusters[split - 1]) * split  # at once
     dx = dy.new_empty((m, k))
     codes = (weight.packed, weight.absmax, weight.nested_absmax, weight.offset)
     rank = 0 if lora_a is None else lora_a.shape[0]
+    (low, factor), made, scale = _low_rank_arguments(dy, dyb, lora_a, rank, small)
     _BACKWARD[dy.dtype].launch(
         f"nf4_gemv_transposed_{tokens}",
-        _parts(k, 128 * width),
-        32 * _WARPS[tokens],
-        (dy, *codes, dyb if rank else None, lora_a, dx, m, n, k, rank, late, width),
+        groups,
+        _threads(True, tokens, small is not None),
+        (dy, *codes, low, factor, dx, *made, m, n, k, rank, min(_MAKERS, blocks), scale, width),
         device=dy.device,
         shared=_shared(True, tokens),
         cluster=split,
@@ -259,7 +277,7 @@ def _clusters(  # needs a GPU
     """How many clusters of 1, 2, ... blocks the GPU holds at once; before Hopper, of 1 alone."""
     kernels = (_BACKWARD if transposed else _FORWARD)[dtype]
     name = f"nf4_gemv_{'transposed_' if transposed else ''}{tokens}"
-    threads, shared = 32 * _WARPS[tokens], _shared(transposed, tokens)
+    threads, shared = _threads(transposed, tokens, True), _shared(transposed, tokens)
     return tuple(
         kernels.most_clusters(name, threads, shared, size, device)
         for size in range(1, _MOST_BLOCKS + 1 if _overlaps(device) else 2)
@@ -285,7 +303,7 @@ def tiling(n: int, k: int, tokens: int, clusters: tuple[int, ...]) -> tuple[int,
         >>> tiling(64, 14336, 8, (132, 66, 44, 30))
         (4, 4)
     """
-    tiles, chunks, warps = _parts(n, 16), _parts(k, 128), _WARPS[tokens]
+    tiles, chunks, warps = _parts(n, 16), _parts(k, 128), _WARPS[False][tokens]
 
     def cost(choice: tuple[int, int]) -> int:
         groups, split = choice
@@ -319,7 +337,7 @@ def transposed_tiling(n: int, k: int, tokens: int, clusters: tuple[int, ...]) ->
         >>> transposed_tiling(28672, 8192, 8, (132, 66, 44, 30, 25, 21, 16, 15))
         (1, 2)
     """
-    lines, warps = _parts(n, 16), _WARPS[tokens]
+    lines, warps = _parts(n, 16), _WARPS[True][tokens]
 
     def cost(choice: tuple[int, int]) -> int:
         width, split = choice
@@ -331,6 +349,6 @@ def transposed_tiling(n: int, k: int, tokens: int, clusters: tuple[int, ...]) ->
         (width, split)
         for width in (1, 2, 4)
         for split in range(1, len(clusters) + 1)
-        if clusters[split - 1] and (split == 1 or split <= lines)
+        if warps % width == 0 and clusters[split - 1] and (split == 1 or split <= lines)
     ]
     return min(choices, key=cost)

@@ -1,0 +1,81 @@
+"""Words of a GPU's memory that the blocks of a launch count in, zero between launches.
+
+Blocks that wait for one another need a counter that is zero when a launch begins. A
+kernel that sets it back to zero itself needs no other launch for that, but no two
+launches that run at once may share one.
+"""
+
+import threading
+
+import torch
+from torch import Tensor
+
+
+class Words:
+    """Words of a GPU's memory that a launch counts in: zero before it and after it.
+
+    Launches of a stream follow one another and share a few. A captured one may run beside
+    anything later, so that it gets its own, for good.
+    """
+
+    _EACH = 8
+    """A launch uses three; no two launches write the same 32 bytes."""
+    _POOL = 1 << 14
+    _SPARE = 1 << 12
+    """Left for launches captured next, or another pool is made."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        self._lock = threading.Lock()
+        self._pools: dict[torch.device, list[Tensor]] = {}
+        self._used: dict[torch.device, int] = {}
+        self._of_stream: dict[tuple[torch.device, int], Tensor] = {}
+
+    def take(self, device: torch.device) -> Tensor | None:
+        """Words for a launch on the current stream of a device.
+
+        Args:
+            device: a CUDA device.
+
+        Returns:
+            A few int32, or None while capturing when none are left: no memory can be made
+            and set to zero then.
+        """
+        stream, capturing = self._stream(device)
+        with self._lock:
+            if capturing:
+                return self._next(device) if self._left(device) else None
+            if self._left(device) < self._SPARE:
+                self._make_pool(device)
+            key = device, stream
+            if key not in self._of_stream:
+                self._of_stream[key] = self._next(device)
+            return self._of_stream[key]
+
+    def _left(self, device: torch.device) -> int:
+        return self._POOL - self._used[device] if device in self._used else 0
+
+    def _next(self, device: torch.device) -> Tensor:
+        first = self._used[device] * self._EACH
+        self._used[device] += 1
+        return self._pools[device][-1][first : first + self._EACH]
+
+    def _make_pool(self, device: torch.device) -> None:
+        pool = torch.zeros(self._POOL * self._EACH, dtype=torch.int32, device=device)
+        self._finish(device)  # other streams take from it as well
+        self._pools.setdefault(device, []).append(pool)
+        self._used[device] = 0
+
+    def _stream(self, device: torch.device) -> tuple[int, bool]:  # needs a GPU
+        """The current stream's handle, and whether it is being captured."""
+        with torch.cuda.device(device):
+            capturing = torch.cuda.is_current_stream_capturing()
+        return torch._C._cuda_getCurrentRawStream(device.index), capturing
+
+    def _finish(self, device: torch.device) -> None:  # needs a GPU
+        """Wait for what the current stream has been given."""
+        torch.cuda.current_stream(device).synchronize()
+
+
+WORDS = Words()
+"""Of all devices."""
