@@ -14,6 +14,7 @@ from qlora_kit.plan.gpus import find_gpu
 from qlora_kit.plan.outline import outline
 from qlora_kit.plan.predict import is_recorded
 from qlora_kit.plan.setup import Setup
+from qlora_kit.step import graph
 from qlora_kit.step.graph import LAUNCH_S, MOST_TOKENS, StepGraphs, recorded_tokens, room_beside
 from qlora_kit.train.trainer import Trainer
 from tests import tiny_models
@@ -107,3 +108,27 @@ def test_room_is_left_beside_it() -> None:
     assert room_beside(10, 100, shapes=1) == 5
     assert room_beside(100, 30, shapes=3) == 100
     assert room_beside(100, 130, shapes=3) == 130
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("room", [0, 1 << 60])
+def test_a_recording_that_leaves_no_room_is_dropped(room: int, monkeypatch, caplog) -> None:
+    """And the step goes on without, its gradient the same."""
+    monkeypatch.setattr(graph, "room_beside", lambda *sizes, shapes: room)
+    weight = nn.Parameter(torch.ones(1 << 20, device="cuda"))
+
+    def loss(inputs: dict[str, torch.Tensor], items: torch.Tensor) -> torch.Tensor:
+        return (weight * inputs["input_ids"].sum()).square().sum() / items
+
+    graphs = StepGraphs(loss, [weight])
+    batch = {"input_ids": torch.ones(1, 8, device="cuda", dtype=torch.int64)}
+    items = torch.tensor(8.0, device="cuda")
+    found = []
+    for _ in range(4):
+        weight.grad = None
+        if graphs.run(batch, items) is None:
+            loss(batch, items).backward()
+        found.append(weight.grad.clone())
+    assert all(torch.equal(one, found[0]) for one in found)
+    assert bool(graphs._recorded) is (room == 0)
+    assert ("training without CUDA graphs" in caplog.text) is (room > 0)
