@@ -35,8 +35,8 @@ MOST_VALUES = {16: 30 << 20}
 """Where the kernel is used: on Hopper, from so many rows on, and, by ranks, rounded up, to so many
 values of X. Not timed elsewhere. On an H200, rank 16, its blocks of 32 rows took 0.86 of cuBLAS's
 time on 1,024 to 4,096 rows of 4,096 values, 0.96 on 2,048 of 14,336, the same on 8,192 of 4,096;
-rank 48 took 0.92 of it on 512 rows of 4,096, and more than it on anything larger. A warp took 16 rows
-then; with 32 it is not timed yet."""
+rank 48 took 0.92 of it on 512 rows of 4,096, and more than it on anything larger. A warp took 16
+rows then; with 32 it is not timed yet."""
 
 IN_FLIGHT = 45 << 10
 """Bytes of X that a processor has to have asked for, by the time memory takes to answer."""
