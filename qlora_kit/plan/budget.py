@@ -5,9 +5,9 @@ predicted a little low, and what torch holds beyond what it counts is an estimat
 said to fit only if all that torch will have reserved fits beside the CUDA context, with 4% of
 what comes and goes in a step and 128 MiB to spare. A step that becomes a CUDA graph has memory
 of its own; where batches differ in shape, those that are not recorded need theirs beside it. (A
-recorded step holds 0.4 to 1.1 GiB more than it would otherwise, in the records of `bench memory`.
-That is not counted: one that has no room for it, or leaves too little beside it, runs as it is,
-see `step/graph.py`.)
+recorded step holds 0.4 to 1.1 GiB more than it would otherwise, in the records of `bench memory`,
+and 0.1 to 0.3 where segments grow. That is not counted: one that has no room for it, or leaves too
+little beside it, runs as it is, see `step/graph.py`.)
 """
 
 from dataclasses import dataclass
