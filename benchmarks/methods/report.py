@@ -177,7 +177,7 @@ def _measured(record: dict[str, Any], source: str) -> str:
     star = ", * by the model's own code instead of fused layers" if record["gpu"] else ""
     shapes = f"Steps at {', '.join(_named(s) for s in budget['shapes'])}, random weights in NF4,"
     seeds = {row["seed"] for row in find(record["rows"], what="run")}
-    said = f"commit {record['commit']}"
+    said = _commits(record)
     if not budget["tasks"]:
         return (
             f"{shapes} on {where}, {said} (`{source}`). Time: of a step, over LoRA's{star}. "
@@ -187,6 +187,13 @@ def _measured(record: dict[str, Any], source: str) -> str:
         f"`{budget['model']}` on {where}, {said}, {len(seeds)} seeds (`{source}`). Peak MiB: of "
         f"the runs, base included; time: of a step, over LoRA's{star}."
     )
+
+
+def _commits(record: dict[str, Any]) -> str:
+    """Of the record, and of rows that an earlier run in the same folder had made."""
+    earlier = {row["what"]: row["commit"] for row in record["rows"] if "commit" in row}
+    named = ", ".join(f"{what} {commit}" for what, commit in sorted(earlier.items()))
+    return f"commit {record['commit']}" + (f" ({named})" if named else "")
 
 
 def _named(shape: Row) -> str:
@@ -223,7 +230,7 @@ def write_into(document: Path, content: str) -> None:
 
 
 def draw(record: dict[str, Any], out: Path) -> None:
-    """Score over trained parameters, a panel per task, the range over seeds as a bar.
+    """A line per method, a panel per task: the mean score, its range over seeds as a bar.
 
     Args:
         record: of this benchmark.
@@ -238,25 +245,29 @@ def draw(record: dict[str, Any], out: Path) -> None:
 
     budget = budget_of(record)
     tasks = budget["tasks"]
-    figure, panels = plt.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 4.6), squeeze=False)
+    size = (1.8 + 3.6 * len(tasks), 1.2 + 0.19 * len(budget["cases"]))
+    figure, panels = plt.subplots(1, len(tasks), figsize=size, squeeze=False, sharey=True)
     for axes, task in zip(panels[0], tasks, strict=True):
         _panel(axes, record, task)
-    panels[0][0].legend(frameon=False, fontsize=7, loc="lower right")
+    panels[0][0].invert_yaxis()
+    lines, names = panels[0][0].get_legend_handles_labels()
+    figure.legend(lines, names, frameon=False, fontsize=7, loc="lower center", ncols=len(GROUPS))
     where = record["gpu"] or "CPU"
     figure.suptitle(f"{budget['model']}, NF4, {where}, {record['commit']}", fontsize=9)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, metadata={"Date": None})
     plt.close(figure)
-    lines = out.read_text(encoding="utf-8").splitlines()
-    out.write_text("\n".join(line.rstrip() for line in lines) + "\n", encoding="utf-8")
+    if out.suffix == ".svg":
+        text = out.read_text(encoding="utf-8").splitlines()
+        out.write_text("\n".join(line.rstrip() for line in text) + "\n", encoding="utf-8")
 
 
 def _panel(axes: Any, record: dict[str, Any], task: Row) -> None:
     """One task."""
-    rows, name = record["rows"], task["name"]
+    rows, name, cases = record["rows"], task["name"], budget_of(record)["cases"]
     labelled: set[str] = set()
-    for case in budget_of(record)["cases"]:
+    for place, case in enumerate(cases):
         runs = find(rows, what="run", method=case["name"], task=name)
         if not runs:
             continue
@@ -264,9 +275,9 @@ def _panel(axes: Any, record: dict[str, Any], task: Row) -> None:
         mean = statistics.mean(values)
         group = next(g for g, methods in GROUPS.items() if case["method"] in methods)
         axes.errorbar(
-            runs[0]["trainable"],
             mean,
-            yerr=[[mean - min(values)], [max(values) - mean]],
+            place,
+            xerr=[[mean - min(values)], [max(values) - mean]],
             fmt="o",
             markersize=4,
             capsize=2,
@@ -275,18 +286,10 @@ def _panel(axes: Any, record: dict[str, Any], task: Row) -> None:
             label=None if group in labelled else group,
         )
         labelled.add(group)
-        axes.annotate(
-            case["name"],
-            (runs[0]["trainable"], mean),
-            xytext=(4, 3),
-            textcoords="offset points",
-            fontsize=6,
-        )
     for row in find(rows, what="base", task=name):
-        axes.axhline(100 * row["score"], color="#333333", linewidth=0.8, linestyle=":")
-    axes.set_xscale("log")
-    axes.set_xlabel("trained parameters")
-    axes.set_ylabel(f"{task['metric'].replace('_', ' ')}, %")
+        axes.axvline(100 * row["score"], color="#333333", linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(cases)), [case["label"] for case in cases])
+    axes.set_xlabel(f"{task['metric'].replace('_', ' ')}, %")
     axes.set_title(f"{name}; dotted: the base", fontsize=8)
     axes.grid(visible=True, color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)

@@ -222,6 +222,9 @@ def test_a_record_of_speeds_alone_is_told(tmp_path):
     record = {"gpu": "G", "cpu": "C", "commit": "c", "rows": [budget, *speeds]}
     said = report.text(record, "r.json", ["pissa"])
     assert "Scores are not measured yet" in said
+    assert "commit c (`r.json`)" in said
+    resumed = record | {"rows": [budget, *(row | {"commit": "b"} for row in speeds)]}
+    assert "commit c (speed b) (`r.json`)" in report.text(resumed, "r.json", ["pissa"])
     assert "Left out: LoRA r 16 from PiSSA" in said
     assert "| BitFit | 7 | 5,333 | 1.50* | 1.0 |" in said
     assert "PiSSA |" not in said
