@@ -234,8 +234,8 @@ struct Backward {
         if (small.factor != nullptr && warp == 0)
             wait_for_small<T, true>(small, p.x, p.m, p.n, p.rank);
         meet<THREADS>();
+        if (small.factor != nullptr && threadIdx.x == THREADS - 1) leave_small(small);
         write(block_first, groups, rank, ranks);
-        if (small.factor != nullptr && threadIdx.x == 0) leave_small(small);
         if (ranks > 1) meet_peers();  // nobody leaves while its sums are being read
     }
 };

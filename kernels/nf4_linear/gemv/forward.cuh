@@ -197,7 +197,7 @@ struct Forward {
         mean = p.scales.mean();
         prefetch_factor(first, last);
         meet<THREADS>();
-        bool waiting = small.factor != nullptr && warp == 0;
+        bool waiting = small.factor != nullptr;
 
 #pragma unroll 1
         for (; passes > 0; --passes) {
@@ -218,15 +218,16 @@ struct Forward {
                     if (t < count) multiply(c[t], now.tiles[t], now.x);
             }
             store();
-            if (waiting) wait_for_small<T, false>(small, p.x, p.m, p.k, p.rank);
-            waiting = false;
+            if (waiting && warp == 0)
+                wait_for_small<T, false>(small, p.x, p.m, p.k, p.rank);
             meet<THREADS>();
+            if (waiting && threadIdx.x == THREADS - 1) leave_small(small);
+            waiting = false;
             write(first, count, rank, ranks);
             if (passes > 1) meet<THREADS>();
             first += count;
             count = next_count;
         }
-        if (small.factor != nullptr && threadIdx.x == 0) leave_small(small);
         if (ranks > 1) meet_peers();  // nobody leaves while its sums are being read
     }
 };
