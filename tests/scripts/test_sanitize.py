@@ -26,7 +26,7 @@ CLEAN = {
 }
 FOUND = 97
 
-PARTS = ["hopper", "losses"]
+PARTS = ["hopper", "dense", "losses"]
 _SANITIZER = """#!/usr/bin/env bash
 # Says what is in a file beside it, with the status that is in another.
 here=$(dirname "$0") tool=$2
@@ -38,7 +38,10 @@ cat "$here/$what"
 exit "$(cat "$here/$what.status")"
 """
 _PYTHON = """#!/bin/sh
-case "$*" in *--list*) echo hopper; echo losses ;; *) echo hopper: 69 checks right ;; esac
+case "$*" in
+  *--list*) printf 'hopper\\ndense\\nlosses\\n' ;;
+  *) echo hopper: 69 checks right ;;
+esac
 """
 
 
@@ -81,9 +84,11 @@ def test_both_tools_clean(sanitize):
     assert status == 0, output
     for tool in ("memcheck", "racecheck"):
         assert f"== {tool} finds the planted" in output
-        for part in ("hopper", "losses"):
+        for part in PARTS if tool == "memcheck" else ("hopper", "losses"):
             assert re.search(rf"== {tool}, {part}: clean, \d+ s", output)
-    assert [call.split()[-1] for call in calls] == ["overrun", *PARTS, "race", *PARTS]
+    made = [call.split()[-1] for call in calls]
+    assert made == ["overrun", *PARTS, "race", "hopper", "losses"]
+    assert "== racecheck, dense: left out" in output
     for call in calls:
         assert f"--report-api-errors no --error-exitcode {FOUND}" in call or (
             f"--error-exitcode {FOUND} --report-api-errors no" in call
@@ -140,7 +145,7 @@ def test_clean_is_not_said_lightly(sanitize, said, why):
     status, output, _ = sanitize("memcheck", memcheck_clean=said)
     assert status == 1
     assert f"== memcheck, hopper: {why}" in output
-    assert "== memcheck: not clean: hopper losses" in output
+    assert "== memcheck: not clean: hopper dense losses" in output
     assert "clean," not in output
 
 
