@@ -18,7 +18,7 @@ from torch import Tensor
 ASSUMED_US = 22.0
 """Of the host that `costs.py` has its times of: a plan without a GPU at hand is for this one.
 Fitted to seven steps that waited for Python on an H200's host of 11 to 13 µs; it meets them within
-12%."""
+13%."""
 
 _LAYERS, _OPS = 40, 5
 """Functions in a row, and ops of each, forward and backward."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.plan import __main__ as grid
-from benchmarks.plan import edge
+from benchmarks.plan import edge, host
 from benchmarks.plan.cases import GRID, Case, jobs, key_of, missing, together
 from qlora_kit.bench.shapes import config_of
 from qlora_kit.bench.subject import first_fields, read_jobs, write_jobs
@@ -163,3 +163,29 @@ def test_the_planner_of_today_is_asked(tmp_path, capsys):
     assert found["class"] == "fits"  # whatever was said when it was planned
     assert found["predicted_gib"] < found["needed_gib"] <= found["budget_gib"]
     assert "must be 0" in capsys.readouterr().out
+
+
+def test_graphs_are_measured_beside_steps_without():
+    """Each batch with a graph has its row without, but for the 8B model's, which needs none."""
+    for job in host.jobs("cuda"):
+        sizes = [(p.batch, p.seq, p.policy) for p in job.points if p.graph]
+        without = {(p.batch, p.seq, p.policy) for p in job.points if not p.graph}
+        assert set(sizes) <= without or job.build.model == "Llama-3.1-8B"
+    (toy,) = host.jobs("cpu")
+    assert toy.build.device == "cpu"
+
+
+def test_the_hosts_record_is_predicted_anew(tmp_path, capsys):
+    row_ = {"impl": "qlora_kit", "model": "tiny", "method": "lora", "bits": 4, "rank": 8, "seq": 64}
+    row_ |= {"batch": 1, "policy": "save", "optimizer": "adamw_8bit", "masters": "library"}
+    row_ |= {"graphs": False, "host_us_per_op": 11.0, "ms_median": 5.0, "tokens_per_s": 12800.0}
+    row_ |= {"peak_allocated_gib": 0.1, "peak_reserved_gib": 0.2}
+    record = {"gpu": "NVIDIA H200", "gpu_memory_bytes": 140 * GIB, "rows": [row_, {**row_}]}
+    del record["rows"][1]["ms_median"]
+    file = tmp_path / "record.json"
+    file.write_text(json.dumps(record))
+    assert host.main(["--again", str(file)]) == 0
+    assert json.loads(file.read_text())["rows"][0]["predicted_limit"] == "host"
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert "11.00" in lines[1]
