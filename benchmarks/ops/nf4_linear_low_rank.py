@@ -40,7 +40,7 @@ from qlora_kit.ops.nf4_linear import hopper, low_rank, reference
 WAYS = ("forward", "backward")
 ROWS = {"cuda": (512, 1024, 2048, 4096, 8192, 32768), "cpu": (8, 17)}
 COLUMNS = {"cuda": (4096, 8192, 14336, 28672), "cpu": (64,)}
-RANKS = (16, 48)
+RANKS = (8, 16)
 LINEARS = {
     "cuda": tuple(
         f"{m}x{shape}:{rank}"

@@ -255,7 +255,7 @@ PARTS: dict[str, Callable[[], int]] = {
         HALVES,
     ),
     "low_rank_product": partial(
-        over, small_products, ((1, 72, 8), (130, 392, 48), (37, 264, 64)), HALVES
+        over, small_products, ((1, 72, 8), (130, 392, 16), (37, 264, 8)), HALVES
     ),
 }
 """What can be checked by itself: a tool that fails on one kernel says nothing of the others."""

@@ -1,14 +1,13 @@
 """LoRA's small product s·X·Aᵀ or s·dY·B of many rows, at the rate at which memory gives X.
 
-A block of `kernels/nf4_linear/low_rank` takes 32, 64 or 128 rows, and brings X and the
+A block of `kernels/nf4_linear/low_rank` takes 32 rows and up to 16 ranks, and brings X and the
 narrow factor to its processor while the tensor cores work on what came before. Where
 that makes too few blocks for the chip, a team of up to eight shares the contraction: a
 cluster, which adds its sums up in a fixed order; before Hopper, a second kernel adds them
 from a float32 workspace. Results are the same bits every time.
 
-cuBLAS is as fast or faster on many ranks and many values of X: `is_faster` says where
-the kernel serves. Both are faster than `hopper`'s own kernel for few rows from
-`FEWEST_ROWS` on.
+cuBLAS is as fast or faster on more ranks: `is_faster` says where the kernel serves. Both are
+faster than `hopper`'s own kernel for few rows from `FEWEST_ROWS` on.
 """
 
 from functools import lru_cache
@@ -31,12 +30,10 @@ _MOST_ROWS = 2**26
 """The kernels count in 32 bits."""
 
 FEWEST_ROWS = 512
-MOST_VALUES = {16: 30 << 20}
-"""Where the kernel is used: on Hopper, from so many rows on, and, by ranks, rounded up, to so many
-values of X. Not timed elsewhere. On an H200, rank 16, its blocks of 32 rows took 0.86 of cuBLAS's
-time on 1,024 to 4,096 rows of 4,096 values, 0.96 on 2,048 of 14,336, the same on 8,192 of 4,096;
-rank 48 took 0.92 of it on 512 rows of 4,096, and more than it on anything larger. A warp took 16
-rows then; with 32 it is not timed yet."""
+MOST_VALUES = 120 << 20
+"""Where the kernel is used: on Hopper, up to 16 ranks, from so many rows on, up to so many values
+of X, as far as it was measured: on an H200 it takes 0.72 to 1.01 of cuBLAS's time on 512 to 8,192
+rows of 4,096 or 14,336 values. Kernels of 32, 48 and 64 ranks took up to 1.5 of it and are gone."""
 
 IN_FLIGHT = 45 << 10
 """Bytes of X that a processor has to have asked for, by the time memory takes to answer."""
@@ -86,11 +83,8 @@ class Shape(NamedTuple):
 
 SHAPES: dict[int, tuple[Shape, ...]] = {
     16: (Shape(32, 128, 4),),
-    32: (Shape(64, 128, 4), Shape(32, 128, 4)),
-    48: (Shape(128, 64, 4), Shape(64, 128, 3)),
-    64: (Shape(128, 64, 4), Shape(64, 128, 3)),
 }
-"""The kernel's ranks to its shapes, the best first: with more ranks, more rows share the factor."""
+"""The kernel's ranks to its shapes, the best first."""
 
 _KERNELS = {
     (dtype, rank): Kernels(f"nf4_linear/low_rank/{name}_{rank}.cu")
@@ -137,7 +131,7 @@ def is_faster(x: Tensor, factor: Tensor) -> bool:
     """
     return (
         x.shape[0] >= FEWEST_ROWS
-        and x.numel() <= MOST_VALUES.get(kernel_rank(factor.shape[1]), 0)
+        and x.numel() <= MOST_VALUES
         and x.dtype in _DTYPES
         and fits(x, factor)
         and architecture_of(x.device) == "sm_90a"
@@ -154,8 +148,8 @@ def kernel_rank(r: int) -> int:
         A key of `SHAPES`; 0 where none does.
 
     Example:
-        >>> kernel_rank(8), kernel_rank(40), kernel_rank(72), kernel_rank(12)
-        (16, 48, 0, 0)
+        >>> kernel_rank(8), kernel_rank(16), kernel_rank(24), kernel_rank(12)
+        (16, 16, 0, 0)
     """
     if r <= 0 or r % 8:
         return 0
