@@ -80,10 +80,7 @@ def inspect_adapters(folders: Sequence[str | Path], options: Options) -> dict[st
     found = [read_adapter(folder) for folder in folders]
     for name, files in zip(names, found, strict=True):
         if not any(_wanted(module, options) for module in files.deltas):
-            raise AdapterError(
-                f"{name} changes no module by low rank"
-                + (f" that matches {', '.join(options.modules)}." if options.modules else ".")
-            )
+            raise AdapterError(_nothing_to_see(name, files, options))
     pairs = combinations(range(len(found)), 2)
     return {
         "format": FORMAT,
@@ -95,6 +92,16 @@ def inspect_adapters(folders: Sequence[str | Path], options: Options) -> dict[st
         ],
         "similarity": [_pair(found, names, one, two, options) for one, two in pairs],
     }
+
+
+def _nothing_to_see(name: str, files: AdapterFiles, options: Options) -> str:
+    """Why an adapter has no spectrum."""
+    if options.modules and files.deltas:
+        return f"{name} changes no module by low rank that matches {', '.join(options.modules)}."
+    return (
+        f"{name} changes no module by low rank: its method is {method_name(files.config)}, and "
+        "`inspect` reads lora, rslora, lora_fa, dora and adalora."
+    )
 
 
 def _wanted(module: str, options: Options) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.cli.arguments import Parser
 from qlora_kit.cli.logs import quiet_progress, setup_logging
 from qlora_kit.cli.run_config import CommandLine, load_config, parse_words
-from qlora_kit.cli.target import find_adapter
+from qlora_kit.cli.target import find_adapter, run_settings
 from qlora_kit.core.errors import ConfigError, SourceError
 
 if TYPE_CHECKING:
@@ -95,13 +95,24 @@ def run(argv: Sequence[str]) -> int:
     from qlora_kit.analysis.record import inspect_adapters
     from qlora_kit.analysis.tables import tables_of
 
-    folders = [find_adapter(path) or Path(path) for path in options.adapters]
+    folders = [_adapter_of(path) for path in options.adapters]
     record = inspect_adapters(folders, _options(options, folders))
     for table in tables_of(record):
         print(f"{table.text()}\n")
     for file in _write(record, options.out):
         print(file)
     return 0
+
+
+def _adapter_of(path: str) -> Path:
+    """The adapter's folder, or what was named, for reading it to say what is missing."""
+    found = find_adapter(path)
+    if found is None and (run := run_settings(path)) is not None and run.method == "full":
+        raise ConfigError(
+            f"{path} is a full fine-tuning, which saves a whole model: there is no adapter to "
+            "inspect."
+        )
+    return found or Path(path)
 
 
 def _options(options: argparse.Namespace, folders: Sequence[Path]) -> "Options":

@@ -111,7 +111,10 @@ def run(argv: Sequence[str]) -> int:
     options.bits = None
     target = resolve_target(options.adapter, options)
     if target.adapter is None:
-        raise ConfigError(f"{options.adapter} is no adapter: it has no adapter_config.json.")
+        raise ConfigError(
+            f"{options.adapter} is no adapter but a whole model, as full fine-tuning saves it (it "
+            "has no adapter_config.json): there is nothing to merge."
+        )
     if options.report and (options.nf4 or options.adapter_only):
         raise ConfigError("--report goes with a 16-bit merge; leave out --nf4 and --adapter-only.")
     if options.report and target.task != "causal_lm":

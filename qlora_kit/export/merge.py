@@ -79,8 +79,13 @@ class MergeSummary:
 
     def __str__(self) -> str:
         """One line for the terminal, notes below it."""
+        done = []
+        if self.merged or not self.replaced:
+            done.append(f"{self.merged} weights merged")
+        if self.replaced:
+            done.append(f"{self.replaced} trained tensors put")
         line = (
-            f"{self.out}: {self.merged} weights merged into the {self.into} base, "
+            f"{self.out}: {' and '.join(done)} into the {self.into} base, "
             f"{self.tensors} tensors in {self.dtype}, {format_bytes(self.nbytes)} in {self.files} "
             f"file{'s' if self.files != 1 else ''}, {self.seconds:.1f} s"
         )

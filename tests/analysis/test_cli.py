@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.selective.config import BitFit
 from qlora_kit.cli.main import main
 from tests import tiny_models
 from tests.analysis.helpers import peft_adapter
@@ -54,6 +56,19 @@ def test_a_base_that_is_gone_costs_the_table_only(folders, tmp_path, capsys):
     assert "different bases" in capsys.readouterr().err
     base = str(tiny_models.saved("llama"))
     assert main(["inspect", str(adapter), "--base", base, "--into", "original", *out]) == 0
+
+
+def test_what_has_no_spectrum_says_what_it_is(tmp_path, capsys):
+    attach(tiny_models.build("llama"), BitFit()).save(tmp_path / "biases")
+    assert main(["inspect", str(tmp_path / "biases"), "--no-base"]) == 2
+    assert "its method is bitfit, and `inspect` reads lora, " in capsys.readouterr().err
+    run = tmp_path / "run"  # of full fine-tuning, which leaves a model where an adapter would be
+    tiny_models.build("llama").save_pretrained(run / "adapter")
+    settings = {"model": {"path": "base"}, "data": {"train": "rows.jsonl"}, "method": "full"}
+    (run / "config.json").write_text(json.dumps(settings))
+    for path in (run, run / "adapter"):
+        assert main(["inspect", str(path), "--no-base"]) == 2
+        assert "saves a whole model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,7 @@ def test_merged_equals_unmerged(family, config, bits, tmp_path):
     adapter.save(tmp_path / "a", base_model=str(folder))
     summary = merge(folder, tmp_path / "a", tmp_path / "m", dtype="float32", device="cpu")
     assert summary.replaced == len(adapter.state_dict())
+    assert f": {summary.replaced} trained tensors put into the quantized base, " in str(summary)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     wanted = answer(model)
     error = (answer(merged) - wanted).abs().max() / wanted.abs().max()
