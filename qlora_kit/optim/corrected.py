@@ -14,6 +14,8 @@ of the minimisers.
 Applied to `.grad` after the last backward pass and before clipping, so any optimizer may
 follow. Modules of equal shape are multiplied together: three products for a Llama.
 
+Default: off (`adapter.corrected_gradient`).
+
 Source: arXiv:2308.03303 for LoRA-FA; the same minimiser for LoRA in arXiv:2407.18242.
 """
 

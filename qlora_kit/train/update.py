@@ -8,7 +8,8 @@ logged. Optimizers that have no flat counterpart take the parent's way.
 
 LoRA+ (arXiv:2402.12354, `adapter.lr_ratio_b`) is two more parameter groups: B with a multiple
 of the learning rate that A and everything else have. Schedules scale both alike; what is
-logged is A's rate. Nothing else changes: a ratio of one makes the groups the parent makes.
+logged is A's rate. Nothing else changes: a ratio of one, the default, makes the groups the parent
+makes; the paper proposes 16.
 
 DeepSpeed and FSDP, which the Trainer's arguments or `accelerate launch` can turn on, divide
 gradients among processes; DeepSpeed takes them out of `.grad` altogether. What works on the whole

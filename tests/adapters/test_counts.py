@@ -5,6 +5,7 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    DebertaV2Config,
     GPT2Config,
     LlamaConfig,
     PreTrainedConfig,
@@ -47,6 +48,16 @@ def gpt3() -> LlamaConfig:
     )
 
 
+def deberta_xxl() -> DebertaV2Config:
+    return DebertaV2Config(
+        hidden_size=1536,
+        num_hidden_layers=48,
+        num_attention_heads=24,
+        intermediate_size=6144,
+        vocab_size=128100,
+    )
+
+
 def llama_8b() -> LlamaConfig:
     return LlamaConfig(
         hidden_size=4096,
@@ -72,7 +83,7 @@ CASES = {
     "GPT-3, r8 on q,v": (gpt3(), 8, ("q_proj", "v_proj"), 37_748_736),
     "GPT-3, r4 on q,k,v,o": (gpt3(), 4, ATTENTION, 37_748_736),
     "GPT-3, r1 on q,v": (gpt3(), 1, ("q_proj", "v_proj"), 4_718_592),
-    "DeBERTa-XXL, r16 on q,v": (roberta(1536, 48, 24), 16, ("query", "value"), 4_718_592),
+    "DeBERTa-XXL, r16 on q,v": (deberta_xxl(), 16, ("query_proj", "value_proj"), 4_718_592),
     "Llama-3.1-8B, r16 on all seven": (llama_8b(), 16, "all-linear", 41_943_040),
 }
 
@@ -118,7 +129,9 @@ def test_published_counts_of_other_methods(case):
 
 
 def on_meta(config: PreTrainedConfig):
-    auto = AutoModel if isinstance(config, RobertaConfig) else AutoModelForCausalLM
+    auto = (
+        AutoModel if isinstance(config, DebertaV2Config | RobertaConfig) else AutoModelForCausalLM
+    )
     with torch.device("meta"):
         return auto.from_config(config)
 

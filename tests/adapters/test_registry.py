@@ -2,11 +2,17 @@
 
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
-from qlora_kit.adapters.lora.config import LoRA, LoRAFA
+from qlora_kit.adapters.adalora.config import AdaLoRA, RankBudget
+from qlora_kit.adapters.bottleneck.config import Bottleneck
+from qlora_kit.adapters.glora.config import GLoRA
+from qlora_kit.adapters.lora.config import DoRA, LoRA, LoRAFA
+from qlora_kit.adapters.prompt.config import PrefixTuning, PromptTuning
 from qlora_kit.adapters.registry import METHODS, make_adapter_config, method_name
+from qlora_kit.adapters.selective.config import BitFit, Full, TopK
 from qlora_kit.core.errors import ConfigError
 
 
@@ -50,6 +56,50 @@ def test_the_first_matching_pattern_counts():
     assert config.rank_of("layers.1.q_proj") == 4
     assert config.rank_of("layers.1.v_proj") == 8
     assert config.scale_of("layers.1.q_proj") == 4.0
+
+
+BUDGET = RankBudget()
+ADALORA = (
+    f"rank {AdaLoRA().rank} → {AdaLoRA().target_rank} on average, γ {BUDGET.orthogonality}, "
+    f"β₁ = β₂ = {BUDGET.beta1}, ΔT {BUDGET.every}."
+)
+TEXTS = {
+    "adapters.lora.layer": (f"rank {LoRA().rank}, alpha {LoRA().alpha:g}", "2106.09685"),
+    "adapters.lora.dora": (f"rank {DoRA().rank} and alpha {DoRA().alpha:g}", "2402.09353"),
+    "adapters.lora.pissa": (f"rank {LoRA().rank} and alpha {LoRA().alpha:g}", "2404.02948"),
+    "adapters.lora.loftq": (f"rank {LoRA().rank} and alpha {LoRA().alpha:g}", "2310.08659"),
+    "adapters.lora.sliced": (f"rank {LoRA().rank} and alpha {LoRA().alpha:g}", "2106.09685"),
+    "adapters.lora.embedding": (f"rank {LoRA().rank} and alpha {LoRA().alpha:g}", "2106.09685"),
+    "train.update": ("a ratio of one, the default", "2402.12354"),
+    "optim.corrected": ("Default: off", "2308.03303"),
+    "adapters.adalora.layer": (ADALORA, "2303.10512"),
+    "adapters.glora.layer": (f"rank {GLoRA().rank}, `{GLoRA().structure}`", "2306.07967"),
+    "adapters.bottleneck.layer": (
+        f"{Bottleneck().kind}, reduction {Bottleneck().reduction}",
+        "1902.00751",
+    ),
+    "adapters.prompt.prefix_tuning": (
+        f"l = {PrefixTuning().length}, k = {PrefixTuning().hidden}",
+        "2101.00190",
+    ),
+    "adapters.prompt.prompt_tuning": (f"l = {PromptTuning().length}", "2104.08691"),
+    "adapters.selective.bitfit": (f"{BitFit().dtype} masters", "2106.10199"),
+    "adapters.selective.top_k": ("two blocks and the final norm", "2106.09685"),
+    "adapters.selective.full": (f"{Full().dtype} masters", "2106.09685"),
+}
+"""Where a method is stated: its defaults as its text has them, and the paper."""
+
+
+@pytest.mark.parametrize("module", TEXTS)
+def test_texts_have_the_statement_the_defaults_and_the_source(module):
+    defaults, paper = TEXTS[module]
+    text = import_module(f"qlora_kit.{module}").__doc__
+    paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]
+    assert any(defaults in part and "efault" in part for part in paragraphs), paragraphs
+    assert f"arXiv:{paper}" in text
+    assert (TopK().blocks, LoRA().lr_ratio_b, LoRA().corrected_gradient) == (2, 1.0, False)
+    assert make_adapter_config("adalora", LoRA()).target_rank == 10  # of a run, from 16
+    assert len(paragraphs) > 2  # what it is, beside its first line
 
 
 def test_configurations_import_neither_torch_nor_transformers():

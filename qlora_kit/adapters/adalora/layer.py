@@ -25,7 +25,8 @@ D = QQᵀ − I, dQ is 4·D·Q and 2·D·Q/(n·‖D‖_F), n the number of matri
 likewise is P·(PᵀP − I) times the same. `add_orthogonality` adds them where an update's gradients
 are complete: a few batched products per shape of matrices, however many layers there are.
 
-Defaults: rank 12 → 8 on average, γ 0.1, β₁ = β₂ = 0.85, ΔT 100.
+Defaults: rank 12 → 8 on average, γ 0.1, β₁ = β₂ = 0.85, ΔT 100. In a run the start rank is
+`adapter.rank`, which is 16 for all methods: 16 → 10 where nothing is said.
 
 Source: arXiv:2303.10512 and the authors' code, github.com/QingruZhang/AdaLoRA.
 """

@@ -22,6 +22,8 @@ training and after; `drop_random` draws how many of the first layers skip theirs
 training batch, so that a trained adapter may be cut to any number afterwards
 (`Dropping.at_inference`).
 
+Defaults: houlsby, reduction 16, `init: normal`, float32 masters, no layer dropped.
+
 An adapter is not a change of one linear map and cannot be merged; it costs two small products in
 sequence at inference, which `qlora-kit bench latency` measures.
 

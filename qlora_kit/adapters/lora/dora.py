@@ -30,6 +30,8 @@ A layer that runs as one step multiplies by f ⊙ [Ŵ | B]: rows of the decoded 
 stretched, and the products are LoRA's. dB is then f ⊙ of what LoRA's would be, and since
 y = f ⊙ u, dm = Σ_rows g ⊙ y / m: no u is kept beside y. A row of m = 0 gets no gradient there.
 
+Defaults: LoRA's, rank 16 and alpha 32; m is float32.
+
 Source: arXiv:2402.09353.
 """
 

@@ -16,6 +16,8 @@ the head has the same tensor for its weight (tied), training works, on the input
 alone, but a merge is refused: it would change the head as well. PEFT calls the pair
 `lora_embedding_A` and `lora_embedding_B`; adapters go both ways.
 
+Defaults: LoRA's, rank 16 and alpha 32; no embedding is adapted unless `targets` names it.
+
 Source: arXiv:2106.09685, its reference code (`loralib.Embedding`).
 """
 

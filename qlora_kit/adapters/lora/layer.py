@@ -22,6 +22,9 @@ A's random start comes from a generator seeded with the run's seed and the modul
 name: it does not depend on the order of modules, on which others are adapted, on the
 device or on the global random state.
 
+Defaults: rank 16, alpha 32, no dropout, A uniform (`init: kaiming`), all linears of the blocks,
+float32 masters. QLoRA's paper (arXiv:2305.14314) has rank 64, alpha 16, dropout 0.1 or 0.05.
+
 Source: arXiv:2106.09685 (LoRA), arXiv:2312.03732 (rsLoRA), arXiv:2308.03303 (LoRA-FA).
 """
 

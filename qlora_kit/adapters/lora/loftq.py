@@ -9,6 +9,8 @@ refused as well: they never lost what the adapter gives back.
 
 Only plain LoRA and rsLoRA start so, one linear at a time, with `pissa.leading_factors`.
 
+Defaults: LoRA's, rank 16 and alpha 32, and one iteration; the paper has up to five.
+
 Source: arXiv:2310.08659.
 """
 

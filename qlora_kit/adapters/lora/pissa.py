@@ -21,6 +21,8 @@ Only plain LoRA and rsLoRA start so. The leading directions come from an exact d
 small matrices and from 8 rounds of subspace iteration of larger ones, seeded like all
 random starts; one linear's float32 weight is in memory at a time.
 
+Defaults: LoRA's, rank 16 and alpha 32; LoRA starts so only where `init` says it.
+
 Source: arXiv:2404.02948 (PiSSA), subspace iteration: arXiv:0909.4061.
 """
 

@@ -17,6 +17,8 @@ in the base's one pass, how it merges, and how a file holds it, for PEFT and all
 zeros in B. `qlora_kit.json` records the slices, so that training goes on here with the zeros
 staying zeros.
 
+Defaults: LoRA's, rank 16 and alpha 32, for each slice; no linear is sliced unless `slices` says so.
+
 Source: arXiv:2106.09685, its reference code (`loralib.MergedLinear`).
 """
 

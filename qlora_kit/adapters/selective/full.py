@@ -8,7 +8,9 @@ below a 256th of a weight are lost to rounding. As no copy is kept, the base can
 refused, and what is saved is a whole model, a folder that plain transformers loads. A 4-bit base
 is refused: its codes have no gradient, and decoding all of them is a 16-bit model.
 
-Default: float32 masters.
+Defaults: float32 masters.
+
+Source: arXiv:2106.09685, section 5.1 (FT); masters: arXiv:1710.03740.
 """
 
 import json
