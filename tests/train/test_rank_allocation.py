@@ -271,6 +271,33 @@ def test_the_picture(modules: int) -> None:
     assert str(rank_map({"modules": [], "updates": [], "ranks": []}, 5)) == ""
 
 
+def test_the_picture_shows_the_ranks() -> None:
+    """Read back: at every time, the row of every matrix is as dark as its rank is high."""
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(4)]
+    ranks = [[8, 8, 8, 8], [8, 4, 0, 6], [8, 1, 0, 7]]
+    history = {"modules": names, "updates": [0, 10, 30], "budget": [32, 18, 16], "ranks": ranks}
+    svg = ET.fromstring(str(rank_map(history, 100)))
+    cells = [
+        [float(e.attrib[key]) for key in ("x", "width", "y", "fill-opacity")]
+        for e in svg.iter()
+        if e.tag.endswith("rect")
+    ]
+    rows = sorted({y for _, _, y, _ in cells})
+    assert len(rows) == 3 + 1  # the third is there until update 10
+    left, right = min(x for x, *_ in cells), max(x + width for x, width, *_ in cells)
+
+    def drawn(module: int, update: float) -> float:
+        at = left + (right - left) * update / 100
+        there = [o for x, w, y, o in cells if y == rows[module] and x <= at < x + w]
+        assert len(there) <= 1
+        return there[0] if there else 0.0
+
+    for update, step in ((5, ranks[0]), (20, ranks[1]), (99, ranks[2])):
+        for module, rank in enumerate(step):
+            wanted = 0.12 + 0.88 * rank / 8 if rank else 0.0
+            assert abs(drawn(module, update) - wanted) < 0.006, (module, update)
+
+
 def test_a_whole_run(tmp_path: Path) -> None:
     """From the configuration: NF4, merged, resumed from the middle, ranks in record and report."""
     base = tiny_models.save("llama", tmp_path / "base")
