@@ -10,7 +10,7 @@ from qlora_kit.adapters.formats.peft import read_adapter
 from qlora_kit.adapters.inject import attach, load_adapter
 from qlora_kit.train.checkpoints import restore_adapter
 from tests import tiny_models
-from tests.adapters.bases import quantize
+from tests.adapters.bases import load_bitsandbytes, load_nf4, quantize
 from tests.adapters.prompt.test_prompts import CONFIGS, answer, shake
 
 
@@ -52,6 +52,28 @@ def test_peft_loads_ours(family, name, tmp_path):
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     base = answer(tiny_models.build(family), attention_mask=mask)
     assert not torch.allclose(base, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["prefix", "prefix_mlp", "prompt"])
+def test_peft_on_bitsandbytes_is_ours_on_nf4(name, tmp_path):
+    """Both ways on a base of 4 bits: PEFT reads ours, and what it writes again comes back."""
+    peft = pytest.importorskip("peft")
+    folder = tiny_models.saved("llama")
+    model = load_nf4(folder)
+    mask = torch.ones_like(tiny_models.tokens())
+    base = answer(model, attention_mask=mask)
+    adapter = attach(model, CONFIGS[name], seed=1)
+    shake(adapter)
+    wanted = answer(model, attention_mask=mask)
+    adapter.save(tmp_path / "a", base_model=str(folder))
+    theirs = peft.PeftModel.from_pretrained(load_bitsandbytes(folder), tmp_path / "a")
+    found = answer(theirs.train(), attention_mask=mask)[:, -7:]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-5)
+    assert not torch.allclose(base, wanted, atol=1e-2)
+    theirs.save_pretrained(tmp_path / "b")
+    fresh = load_nf4(folder)
+    load_adapter(fresh, tmp_path / "b")
+    torch.testing.assert_close(answer(fresh, attention_mask=mask), wanted, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
