@@ -48,7 +48,7 @@ def changes(before: Setup, after: Setup) -> dict[str, str]:
     }
     if before.quant != after.quant == before.quant.with_head():
         found["model.quantize_head"] = "true"
-    one, other = before.adapter, after.adapter
+    one, other = before.lora, after.lora
     if one is not None and other is not None and one.rank != other.rank:
         found |= {"adapter.rank": str(other.rank), "adapter.alpha": f"{other.alpha:g}"}
     return found
@@ -78,16 +78,16 @@ def with_rank(setup: Setup, rank: int) -> Setup:
         A setup.
 
     Raises:
-        ConfigError: there is no adapter.
+        ConfigError: the method has none.
 
     Example:
         >>> small = with_rank(Setup(rank=16), 4)
-        >>> small.adapter.rank, small.adapter.alpha
+        >>> small.lora.rank, small.lora.alpha
         (4, 8.0)
     """
-    adapter = setup.adapter
+    adapter = setup.lora
     if adapter is None:
-        raise ConfigError("full fine-tuning has no rank; with_rank needs an adapter.")
+        raise ConfigError(f"{setup.method} has no rank; with_rank needs a method like LoRA.")
     shape = setup.shape or LoRA(rank=setup.rank, targets=setup.targets)
     alpha = adapter.alpha * adapter.scale(adapter.rank, 1.0) / adapter.scale(rank, 1.0)
     return replace(setup, rank=rank, shape=replace(shape, rank=rank, alpha=alpha))

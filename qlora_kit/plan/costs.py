@@ -175,6 +175,24 @@ def _attention_backward(inputs: Any, gpu: Gpu) -> Cost:
     return Cost("attention", flops / gpu.backward.rate(rows, q.shape[-1]) + _LAUNCH_S, workspace)
 
 
+def _masked_flops(q: Tensor, k: Tensor) -> float:
+    """Of one product of queries and keys where a mask is read: nothing is left out."""
+    b, heads, t, dim = q.shape
+    return 2.0 * b * heads * t * k.shape[2] * dim
+
+
+def _masked_forward(inputs: Any, gpu: Gpu) -> Cost:
+    q, k, *_ = _arguments(inputs)
+    rate = gpu.forward.rate(q.shape[2], q.shape[-1])
+    return Cost("attention", 2 * _masked_flops(q, k) / rate + _LAUNCH_S)
+
+
+def _masked_backward(inputs: Any, gpu: Gpu) -> Cost:
+    _dout, q, k, *_ = _arguments(inputs)
+    rate = gpu.backward.rate(q.shape[2], q.shape[-1])
+    return Cost("attention", 5 * _masked_flops(q, k) / rate + _LAUNCH_S)
+
+
 def _decode(inputs: Any, gpu: Gpu) -> Cost:
     """One launch: codes and scales in, the matrix out."""
     packed, _columns, out = _arguments(inputs)
@@ -235,6 +253,8 @@ _BLOCKS = 132
 _SPECIAL: dict[str, Callable[[Any, Gpu], Cost]] = {
     "qlora_kit::attention": _attention_forward,
     "qlora_kit::attention_backward": _attention_backward,
+    "aten::_scaled_dot_product_efficient_attention": _masked_forward,
+    "aten::_scaled_dot_product_efficient_attention_backward": _masked_backward,
     "qlora_kit::nf4_dequantize_into": _decode,
     "qlora_kit::nf4_dequantize": _whole_decode,
     "qlora_kit::nf4_linear": _linear,

@@ -82,7 +82,7 @@ def _lower_rank(planner: Planner, setup: Setup) -> Prediction | None:
 
 def _halves(setup: Setup) -> list[int]:
     """Ranks to try, from the highest; none where the rank is not one number."""
-    adapter = setup.adapter
+    adapter = setup.lora
     if adapter is None or adapter.rank_pattern or setup.method == "adalora":
         return []
     found, rank = [], adapter.rank // 2
@@ -97,7 +97,7 @@ def _shorter(planner: Planner, setup: Setup) -> Iterator[Prediction]:
     rows = setup.batch * setup.accumulation
     thrifty = planner.thriftiest(setup)
     for batch in dict.fromkeys((setup.batch, 1)):
-        seq = min(setup.seq, planner.longest(replace(thrifty, batch=batch)))
+        divided = replace(thrifty, batch=batch, accumulation=rows // batch)
+        seq = min(setup.seq, planner.longest(divided))
         if 0 < seq < setup.seq:
-            divided = replace(thrifty, batch=batch, accumulation=rows // batch, seq=seq)
-            yield planner.predict(divided)
+            yield planner.predict(divided.with_tokens(seq=seq))

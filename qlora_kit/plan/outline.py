@@ -22,7 +22,7 @@ from qlora_kit.nn.host_embedding import HostEmbedding, keep_embeddings_on_host
 from qlora_kit.nn.swap import nf4_modules, quantizable, swap
 from qlora_kit.ops.attention.transformers_door import register
 from qlora_kit.plan.own_code import OwnCode
-from qlora_kit.plan.setup import FULL, Setup
+from qlora_kit.plan.setup import FULL, PREFIX, Setup
 from qlora_kit.plan.trace import counted_bytes
 
 
@@ -90,7 +90,8 @@ def outline(config: PreTrainedConfig, setup: Setup) -> Outline:
     if setup.embeddings_on_host:
         keep_embeddings_on_host(model)
     model.train()
-    model.set_attn_implementation(register())
+    if setup.method != PREFIX:  # which has attention of its own
+        model.set_attn_implementation(register())
     blocks, own_code = None, OwnCode(setup)
     if setup.step == "fused" and why_not_fused(model) is None:
         blocks = fuse_blocks(model, setup.activations, tile=tile_tokens(setup.tile))

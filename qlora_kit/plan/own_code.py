@@ -21,6 +21,9 @@ _CAST = (
     torch.bmm,
     torch.addmm,
 )
+_ATTENTION = nn.functional.scaled_dot_product_attention
+_ALIGNED = 16
+"""Columns of a mask that a kernel reads are a multiple of this."""
 
 
 class OwnCode(TorchFunctionMode):
@@ -49,6 +52,10 @@ class OwnCode(TorchFunctionMode):
         """Cast operands, leave the rest."""
         if self.dtype is not None and func in _CAST:
             args = tuple(self._cast(a) if isinstance(a, Tensor) else a for a in args)
+        mask = (kwargs or {}).get("attn_mask")
+        if func is _ATTENTION and mask is not None:
+            query, key, value = args
+            return _masked_attention(query, key, value, mask)
         return func(*args, **(kwargs or {}))
 
     def __enter__(self) -> "OwnCode":
@@ -72,3 +79,27 @@ class OwnCode(TorchFunctionMode):
         if id(tensor) not in self._copies:
             self._copies[id(tensor)] = tensor.to(self.dtype)
         return self._copies[id(tensor)]
+
+
+def _masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """What a GPU runs where a mask is given, and the meta device would not: nothing (T, S) but it.
+
+    Args:
+        query: (B, H, T, D).
+        key: (B, H or fewer, S, D).
+        value: as `key`.
+        mask: (B or 1, 1, T, S), booleans or summands.
+
+    Returns:
+        (B, H, T, D).
+    """
+    heads, width = query.shape[1], mask.shape[-1]
+    key, value = (part.repeat_interleave(heads // part.shape[1], dim=1) for part in (key, value))
+    summands = mask.to(query.dtype)  # booleans become zeros and infinities
+    padded = nn.functional.pad(summands, (0, -width % _ALIGNED))[..., :width]
+    shape = (*query.shape[:3], width)
+    made = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, padded.expand(shape), True
+    )
+    result: Tensor = made[0]
+    return result

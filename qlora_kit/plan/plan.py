@@ -4,14 +4,17 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from qlora_kit.adapters.adalora.config import AdaLoRA
 from qlora_kit.adapters.lora.config import LoRA
+from qlora_kit.adapters.method import Method
 from qlora_kit.adapters.registry import method_name
+from qlora_kit.adapters.selective.config import Full
 from qlora_kit.plan.budget import Budget, graph_bytes, margin_bytes, needed_bytes
 from qlora_kit.plan.changes import FIELDS, changes, speed_change
 from qlora_kit.plan.gpus import DEFAULT, Gpu, find_gpu, this_machine
@@ -140,7 +143,7 @@ def describe(made: Prediction) -> dict[str, Any]:
     setup = made.setup
     run = {name: getattr(setup, name) for name in ("method", "bits", "step", *FIELDS)}
     return {
-        "setup": run | {"rank": setup.adapter.rank if setup.adapter else None},
+        "setup": run | {"rank": setup.lora.rank if setup.lora else None},
         "components_bytes": dict(made.components),
         "peak_bytes": made.peak_bytes,
         "fragmentation_bytes": made.reserved_bytes - made.peak_bytes,
@@ -266,13 +269,18 @@ def compare_methods(planner: Planner, setup: Setup) -> dict[str, Prediction]:
 
 def _plain(shape: LoRA) -> LoRA:
     """An adapter's settings without those that only some methods have."""
-    return LoRA(**{**asdict(shape), "corrected_gradient": False, "rslora": False})
+    return replace(_as_lora(shape), corrected_gradient=False, rslora=False)
+
+
+def _as_lora(shape: LoRA) -> LoRA:
+    """The settings that all methods like LoRA have."""
+    return LoRA(**{one.name: getattr(shape, one.name) for one in fields(LoRA) if one.init})
 
 
 def plan(
     model: str | Path | PreTrainedConfig | PreTrainedModel,
     *,
-    adapter: LoRA | None = None,
+    adapter: Method | None = None,
     bits: int = 4,
     quant: QuantConfig | None = None,
     batch: int = 1,
@@ -290,7 +298,8 @@ def plan(
     Args:
         model: a configuration or a model, or a folder, a `.gguf` file or a hub id to read a
             configuration from.
-        adapter: as for `attach`; None for LoRA of rank 16 on every linear layer.
+        adapter: as for `attach`, of any method; None for LoRA of rank 16 on every linear layer.
+            `qk.Full()` needs `bits=16`.
         bits: 4: the base in NF4; 16: as it is.
         quant: how the base is stored in 4 bits.
         batch: rows of a forward pass.
@@ -329,11 +338,13 @@ def plan(
     kind = this_machine() if gpu is None else find_gpu(gpu)
     kind = kind or find_gpu(DEFAULT)
     shape = adapter or LoRA()
+    lora = shape if isinstance(shape, LoRA) else None
     setup = Setup(
         method=method_name(shape),
         bits=bits,
-        rank=shape.rank,
-        shape=LoRA(**asdict(shape)),
+        shape=None if lora is None else _as_lora(lora),
+        own=lora.budget if isinstance(lora, AdaLoRA) else shape if lora is None else None,
+        mixed=not isinstance(shape, Full) or shape.dtype == "float32",
         quant=quant or QuantConfig(),
         batch=batch,
         seq=seq,

@@ -21,7 +21,7 @@ from qlora_kit.core.units import GIB
 from qlora_kit.ops.attention.transformers_door import unpadded_inputs
 from qlora_kit.plan.gpus import Gpu
 from qlora_kit.plan.outline import Outline, components, outline
-from qlora_kit.plan.setup import FULL, Setup
+from qlora_kit.plan.setup import FULL, PREFIX, Setup
 from qlora_kit.plan.state import importance, optimizer_bytes, update_seconds
 from qlora_kit.plan.trace import BACKWARD, Block, Trace, counted_bytes
 from qlora_kit.step.graph import recorded_tokens
@@ -252,7 +252,11 @@ def run_step(made: Outline, setup: Setup, gpu: Gpu) -> Trace:
             positions = torch.empty(targets, dtype=torch.int64, device="meta")
             items = torch.empty((), device="meta")
             inputs: dict[str, Any] = {"input_ids": ids, "labels": labels, "use_cache": False}
-            inputs |= {TARGET_POSITIONS: positions, **unpadded_inputs()}
+            inputs |= {TARGET_POSITIONS: positions}
+            if setup.method == PREFIX:  # its masks are made from the collator's
+                inputs["attention_mask"] = torch.ones(shape, dtype=torch.int64, device="meta")
+            else:
+                inputs |= unpadded_inputs()
             with trace.during("forward"):
                 selected = head_input(model, inputs)
             assert selected is not None, "every causal model has a head that can be reached"

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from qlora_kit.adapters.adalora.config import RankBudget
 from qlora_kit.adapters.lora.config import LoRA
-from qlora_kit.adapters.registry import METHODS, OTHERS, make_adapter_config
+from qlora_kit.adapters.method import Method
+from qlora_kit.adapters.registry import OTHERS, make_adapter_config
 from qlora_kit.block.tiles import Tile
 from qlora_kit.core.allocator import NAMES, segments_grow
 from qlora_kit.core.errors import ConfigError
@@ -14,6 +16,8 @@ from qlora_kit.quant.config import QuantConfig
 
 FULL = "full"
 """Method of training every weight, for comparison."""
+PREFIX = "prefix_tuning"
+"""Method whose masks are always made."""
 
 
 def will_grow() -> bool:
@@ -35,12 +39,14 @@ class Setup:
     """One run on one GPU.
 
     Example:
-        >>> Setup(rank=8).adapter.rank, Setup(method="full", bits=16).adapter
+        >>> Setup(rank=8).lora.rank, Setup(method="full", bits=16).adapter
         (8, None)
+        >>> Setup(method="bottleneck").adapter.kind
+        'houlsby'
     """
 
     method: str = "lora"
-    """Of `adapters.registry.METHODS`, or `full`: every weight, for comparison."""
+    """Of `adapters.registry.METHODS` or `OTHERS`; with `full` every weight is trained."""
     bits: int = 4
     """4: the base in NF4; 16: as it is."""
     rank: int = 16
@@ -49,6 +55,8 @@ class Setup:
     """Likewise, which linears it is on."""
     shape: LoRA | None = None
     """All of the adapter's settings; None for `rank` and `targets` alone."""
+    own: Method | RankBudget | None = None
+    """Settings of a method unlike LoRA, or AdaLoRA's budget; None for their defaults."""
     quant: QuantConfig = field(default_factory=QuantConfig)
     """How the base is stored in 4 bits."""
     batch: int = 1
@@ -90,12 +98,20 @@ class Setup:
         return self.batch * self.seq
 
     @property
-    def adapter(self) -> LoRA | None:
+    def adapter(self) -> Method | None:
         """What is put on the model; None with `full`."""
         if self.method == FULL:
             return None
         fields = self.shape or LoRA(rank=self.rank, targets=self.targets)
-        return make_adapter_config(self.method, fields)
+        others = () if self.own is None else (self.own,)
+        made: Method = make_adapter_config(self.method, fields, *others)
+        return made
+
+    @property
+    def lora(self) -> LoRA | None:
+        """The adapter of a method with LoRA's settings, a rank among them; None with others."""
+        made = None if self.method in OTHERS else self.adapter
+        return made if isinstance(made, LoRA) else None
 
     def __post_init__(self) -> None:
         """Refuse what no run can be.
@@ -105,11 +121,6 @@ class Setup:
         """
         if self.batch < 1 or self.seq < 1:
             raise ConfigError(f"a plan needs batch and seq above 0, got {self.batch}, {self.seq}.")
-        if self.method in OTHERS and self.method != FULL:
-            raise ConfigError(
-                f"a plan knows the methods like LoRA ({', '.join(METHODS)}) and full, and not "
-                f"{self.method}."
-            )
         if self.method == FULL and self.bits == 4:
             raise ConfigError("full fine-tuning trains 16-bit weights; set bits to 16.")
 

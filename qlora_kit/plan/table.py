@@ -80,8 +80,8 @@ def run_text(setup: Setup) -> str:
         >>> run_text(Setup(batch=4))
         'lora r 16 on 4 bits, 4 x 2,048 tokens, adamw_8bit, recompute_elementwise'
     """
-    adapter = setup.adapter
-    method = setup.method if adapter is None else f"{setup.method} r {adapter.rank}"
+    lora = setup.lora
+    method = setup.method if lora is None else f"{setup.method} r {lora.rank}"
     rows = f"{setup.batch} x {setup.seq:,} tokens"
     if setup.accumulation > 1:
         rows += f" x {setup.accumulation}"

@@ -14,6 +14,9 @@ import psutil
 import torch
 from transformers import PreTrainedConfig
 
+from qlora_kit.adapters.adalora.config import RankBudget
+from qlora_kit.adapters.method import Method
+from qlora_kit.adapters.registry import OTHERS
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.core.log import logger
 from qlora_kit.core.units import GIB, format_bytes, parse_bytes
@@ -29,8 +32,6 @@ from qlora_kit.train.arguments import is_on_gpu
 from qlora_kit.train.config import RunConfig
 from qlora_kit.train.data.tokenized import TokenizedSet
 
-PLANNED = ("lora", "rslora", "lora_fa", FULL)
-"""Methods whose plans were held to measurements: others train without one."""
 HOST_SHARE = 0.8
 """Of the free host memory, what may be pinned."""
 _WORTH_SAYING_S = 1.0
@@ -52,7 +53,7 @@ def setup_of(config: RunConfig, *, batch: int, seq: int, varied: bool = False) -
         The setup; activations may be `auto`.
 
     Raises:
-        ConfigError: the planner does not know the method.
+        ConfigError: the run is none that there can be.
 
     Example:
         >>> from qlora_kit.train.config import DataConfig, ModelConfig
@@ -71,6 +72,7 @@ def setup_of(config: RunConfig, *, batch: int, seq: int, varied: bool = False) -
         bits=model.bits,
         rank=config.adapter.rank,
         shape=None if full else config.adapter,
+        own=_own_settings(config),
         mixed=config.full.dtype == "float32",
         quant=config.base_quant or config.quant,
         batch=batch,
@@ -86,6 +88,12 @@ def setup_of(config: RunConfig, *, batch: int, seq: int, varied: bool = False) -
         graph=not model.embeddings_on_host,
         varied=varied,
     )
+
+
+def _own_settings(config: RunConfig) -> Method | RankBudget | None:
+    """The section of a run that its method has beside or instead of LoRA's settings."""
+    kind = RankBudget if config.method == "adalora" else OTHERS.get(config.method)
+    return next((one for one in config.settings if type(one) is kind), None)
 
 
 def largest_batch(config: RunConfig, lengths: Sequence[int], multiple: int) -> tuple[int, int]:
@@ -306,14 +314,11 @@ def plan_run(
         multiple: of which widths are padded to one.
 
     Returns:
-        The plan; None where this model or method cannot be planned, which is logged.
+        The plan; None where this model cannot be planned, which is logged.
 
     Raises:
         ConfigError: nothing fits; the message has the table and what would.
     """
-    if config.method not in PLANNED:
-        logger.info("training without a plan: plans for %s were not measured", config.method)
-        return None
     batch, seq = largest_batch(config, lengths, multiple)
     planner = Planner(model, gpu, budget_of(config, gpu))
     try:

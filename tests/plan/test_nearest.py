@@ -71,7 +71,7 @@ def test_a_rank_that_is_not_in_the_way_stays():
 
 
 def test_patterns_and_full_fine_tuning_have_no_rank_to_lower():
-    with pytest.raises(ConfigError, match="full fine-tuning has no rank"):
+    with pytest.raises(ConfigError, match="full has no rank"):
         with_rank(Setup(method=FULL, bits=16), 8)
     lean = leaner(WIDE, llama())
     made = under(between(with_rank(lean, 128), with_rank(lean, 256)))

@@ -12,6 +12,8 @@ import torch
 from rich.console import Console
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from qlora_kit.adapters.adalora.config import RankBudget
+from qlora_kit.adapters.bottleneck.config import Bottleneck
 from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.cli.main import main
 from qlora_kit.cli.run_config import to_yaml
@@ -68,8 +70,10 @@ def test_a_run_becomes_a_setup():
     assert setup.embeddings_on_host
     assert not setup.graph
     assert setup_of(make(train=TrainConfig(step="compiled")), batch=1, seq=8).step == "eager"
-    with pytest.raises(ConfigError, match="a plan knows the methods like LoRA"):
-        setup_of(make(method="bitfit"), batch=1, seq=8)
+    narrow = make(method="bottleneck", bottleneck=Bottleneck(width=3))
+    assert setup_of(narrow, batch=1, seq=8).adapter == narrow.bottleneck
+    ranks = make(method="adalora", adalora=RankBudget(target_rank=2))
+    assert setup_of(ranks, batch=1, seq=8).adapter.budget == ranks.adalora
 
 
 def test_the_largest_batch_is_that_of_the_longest_row():
@@ -143,9 +147,14 @@ def test_a_run_that_may_just_fit_runs_with_a_warning(caplog):
 
 
 def test_what_cannot_be_planned_trains_without_a_plan():
-    for method in ("bitfit", "dora"):
-        assert plan_run(make(method=method), llama(), LENGTHS, GPU) is None
     assert plan_run(make(train=TrainConfig(optimizer="sgd")), llama(), LENGTHS, GPU) is None
+
+
+@pytest.mark.parametrize("method", ["dora", "adalora", "bitfit", "prefix_tuning", "glora"])
+def test_every_method_has_a_plan(method):
+    made = plan_run(make(method=method), llama(), LENGTHS, GPU)
+    assert made is not None
+    assert made.predicted.setup.method == method
 
 
 def test_runs_that_are_not_planned(monkeypatch):
@@ -178,7 +187,7 @@ def test_advice_needs_less_than_what_failed():
     assert "nearest settings that fit" in text
     assert "--train.batch_size" in text
     assert "--train.activations" in text
-    assert advice(make(method="bitfit"), llama(), LENGTHS) is None
+    assert "nearest settings that fit" in str(advice(make(method="bitfit"), llama(), LENGTHS))
 
 
 def test_logs_on_a_cpu_say_nothing_of_a_plan():

@@ -37,6 +37,7 @@ from qlora_kit.adapters.prompt.shape import (
     prompt_shape,
 )
 from qlora_kit.core.errors import AdapterError
+from qlora_kit.ops.attention.transformers_door import is_marker
 
 SIGMA = 0.02
 """Of a normal start."""
@@ -203,7 +204,7 @@ class PromptPiece:
             embeds = _embeddings(module)(call.pop("input_ids"))
         ours = self.prompt.embedding.to(embeds.dtype).expand(batch, -1, -1)
         call["input_ids"], call["inputs_embeds"] = None, places.mix(ours, embeds)
-        if isinstance(mask, Tensor):
+        if isinstance(mask, Tensor) and not is_marker(mask):
             if mask.ndim != 2:
                 raise AdapterError("prompt-tuning takes masks of (B, T), not packed rows.")
             call["attention_mask"] = places.mix(mask.new_ones(batch, virtual), mask)
