@@ -5,6 +5,8 @@ a module is built on the meta device and filled on the GPU, layer by layer. NF4
 weights get random codes and plausible scales. Never use these for quality.
 """
 
+from copy import deepcopy
+
 import torch
 from torch import nn
 from transformers import (
@@ -41,6 +43,7 @@ def random_model(
         >>> type(model.model.layers[0].mlp.up_proj).__name__
         'NF4Linear'
     """
+    config = deepcopy(config)  # the model keeps it, and what is changed in it stays changed
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if quant is not None:

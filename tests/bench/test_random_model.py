@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qlora_kit.bench.random_model import random_model
-from qlora_kit.bench.shapes import SHAPES
+from qlora_kit.bench.shapes import SHAPES, TINY
 from qlora_kit.quant.config import QuantConfig
 
 
@@ -25,3 +25,12 @@ def test_all_of_it_is_there(name, quant):
     if name.startswith("Gemma"):
         assert float(model.model.embed_tokens.embed_scale) == pytest.approx(128**0.5)
     assert model.model.embed_tokens.weight.std() == pytest.approx(0.02, rel=0.1)
+
+
+def test_what_a_model_is_told_stays_with_it():
+    """A prefix left its attention to all models that were made of the same shape after it."""
+    before = TINY._attn_implementation
+    model = random_model(TINY, None, device="cpu", dtype=torch.float32)
+    model.set_attn_implementation("eager")
+    assert model.config is not TINY
+    assert TINY._attn_implementation == before != "eager"
