@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 from qlora_kit.adapters.formats.peft import AdapterFiles, LowRank, write_adapter
 from qlora_kit.adapters.formats.peft_config import BaseInfo
-from qlora_kit.adapters.lora.config import LoRA
+from qlora_kit.adapters.glora.config import GLoRA
+from qlora_kit.adapters.lora.config import DoRA, LoRA
 from qlora_kit.checkpoint.tensor_file import TensorInfo
 from qlora_kit.checkpoint.writer import ShardWriter
 from qlora_kit.quant.config import QuantConfig
@@ -85,6 +87,20 @@ def large(tmp_path_factory) -> tuple[Path, Path, int, int]:
     info = BaseInfo(path=str(base), quant=QuantConfig(), dtype="bfloat16", recorded=True)
     files = AdapterFiles(config=LoRA(rank=16, alpha=32.0), deltas=deltas, base=info)
     write_adapter(root / "adapter", files)
+    lengths = {
+        name: replace(pair, magnitude=torch.rand(pair.b.shape[0], generator=generator))
+        for name, pair in deltas.items()
+    }
+    write_adapter(root / "dora", replace(files, config=DoRA(rank=16), deltas=lengths))
+    supports = {
+        f"{name}.{letter}_{key}": tensor
+        for name, pair in deltas.items()
+        for letter in "AB"
+        for key, tensor in (("d", pair.b[:, :4].clone()), ("u", pair.a[:4].clone()))
+    }
+    structured = GLoRA(rank=4, structure="lora lora none none none")
+    glora = replace(files, config=structured, deltas={}, modules=supports)
+    write_adapter(root / "glora", glora)
     sizes = [info.nbytes for info in infos]
     return base, root / "adapter", max(sizes), sum(sizes)
 
@@ -108,6 +124,14 @@ def test_peak_memory_is_bounded_by_the_largest_tensor(large, tmp_path, into):
     peak = growth(large, tmp_path / "out", into)
     print(f"{into}: {peak / MIB:.0f} MiB of {bound / MIB:.0f}")
     assert peak < bound
+
+
+@pytest.mark.parametrize("method", ["dora", "glora"])
+def test_other_methods_are_bounded_too(large, tmp_path, method):
+    """Both need whole rows of the base beside the change: a few rows at a time."""
+    base, adapter, largest, total = large
+    peak = growth((base, adapter.with_name(method), largest, total), tmp_path / "out", "quantized")
+    assert peak < int(1.5 * largest) + 300 * MIB < total
 
 
 @pytest.mark.slow
