@@ -38,6 +38,24 @@ print(json.dumps({"growth": memory.growth_bytes}))
 """
 
 
+def write_others(root: Path, files: AdapterFiles, generator: torch.Generator) -> None:
+    """The same changes as DoRA's and, of rank 4, as GLoRA's A and B."""
+    lengths = {
+        name: replace(pair, magnitude=torch.rand(pair.b.shape[0], generator=generator))
+        for name, pair in files.deltas.items()
+    }
+    write_adapter(root / "dora", replace(files, config=DoRA(rank=16), deltas=lengths))
+    supports = {
+        f"{name}.{letter}_{key}": tensor
+        for name, pair in files.deltas.items()
+        for letter in "AB"
+        for key, tensor in (("d", pair.b[:, :4].clone()), ("u", pair.a[:4].clone()))
+    }
+    structured = GLoRA(rank=4, structure="lora lora none none none")
+    glora = replace(files, config=structured, deltas={}, modules=supports)
+    write_adapter(root / "glora", glora)
+
+
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> tuple[Path, Path, int, int]:
     """A one-layer Llama of 0.9 GB with matrices of 100 to 270 MB, and an adapter for it."""
@@ -87,20 +105,7 @@ def large(tmp_path_factory) -> tuple[Path, Path, int, int]:
     info = BaseInfo(path=str(base), quant=QuantConfig(), dtype="bfloat16", recorded=True)
     files = AdapterFiles(config=LoRA(rank=16, alpha=32.0), deltas=deltas, base=info)
     write_adapter(root / "adapter", files)
-    lengths = {
-        name: replace(pair, magnitude=torch.rand(pair.b.shape[0], generator=generator))
-        for name, pair in deltas.items()
-    }
-    write_adapter(root / "dora", replace(files, config=DoRA(rank=16), deltas=lengths))
-    supports = {
-        f"{name}.{letter}_{key}": tensor
-        for name, pair in deltas.items()
-        for letter in "AB"
-        for key, tensor in (("d", pair.b[:, :4].clone()), ("u", pair.a[:4].clone()))
-    }
-    structured = GLoRA(rank=4, structure="lora lora none none none")
-    glora = replace(files, config=structured, deltas={}, modules=supports)
-    write_adapter(root / "glora", glora)
+    write_others(root, files, generator)
     sizes = [info.nbytes for info in infos]
     return base, root / "adapter", max(sizes), sum(sizes)
 
