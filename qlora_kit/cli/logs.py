@@ -8,6 +8,14 @@ import logging
 import sys
 
 
+class _ToStandardError(logging.Handler):
+    """Standard error as it is when a line comes: whoever calls a command may have replaced it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a line."""
+        print(self.format(record), file=sys.stderr)
+
+
 def setup_logging() -> None:
     """Send this package's log lines to standard error; called by commands that do work.
 
@@ -18,7 +26,7 @@ def setup_logging() -> None:
     """
     logger = logging.getLogger("qlora_kit")
     if not logger.handlers:
-        handler = logging.StreamHandler()
+        handler = _ToStandardError()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)
