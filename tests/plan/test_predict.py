@@ -209,9 +209,3 @@ def _kind(name: str) -> tuple[type, dict[str, object]]:
 def test_an_unknown_optimizer_is_refused():
     with pytest.raises(ConfigError, match="lion"):
         optimizer_bytes([], "lion_8bit")
-
-
-@pytest.mark.parametrize("method", ["bitfit", "bottleneck", "top_k", "prefix_tuning"])
-def test_methods_whose_settings_a_plan_does_not_have_are_not_planned(method):
-    with pytest.raises(ConfigError, match=f"and not {method}"):
-        Setup(method=method)
