@@ -14,6 +14,14 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
 
+// Lanes of a warp that arrive for it: one, after __syncwarp, speaks for all. A race detector that
+// follows only what a thread itself announces asks for every lane (tests/ops/sanitize.py).
+#ifdef EVERY_LANE_ARRIVES
+constexpr int ARRIVING_LANES = 32;
+#else
+constexpr int ARRIVING_LANES = 1;
+#endif
+
 struct Barrier {
     u64 state;
 

@@ -2,6 +2,7 @@
 
     python -m tests.ops.sanitize                    # each strategy, both products, against float64
     python -m tests.ops.sanitize hopper losses      # these parts, of those that --list names
+    python -m tests.ops.sanitize --every-lane       # racecheck follows a thread's own arrivals only
     python -m tests.ops.sanitize --plant overrun    # a kernel that writes past its output
     python -m tests.ops.sanitize --plant race       # a kernel without the barrier it needs
 
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_kit.ops import jit
 from qlora_kit.ops.backend import force_backend
 from qlora_kit.ops.column_products.op import column_products
 from qlora_kit.ops.cross_entropy.op import cross_entropy, cross_entropy_
@@ -267,6 +269,7 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="default: all")
     parser.add_argument("--plant", choices=("overrun", "race"))
     parser.add_argument("--list", action="store_true", help="names of the parts")
+    parser.add_argument("--every-lane", action="store_true", help="EVERY_LANE_ARRIVES is defined")
     arguments = parser.parse_args()
     if arguments.list:
         print("\n".join(PARTS))
@@ -274,6 +277,9 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("needs a CUDA device", file=sys.stderr)
         return 1
+    if arguments.every_lane:
+        source_text = jit.source_text
+        jit.source_text = lambda file: f"#define EVERY_LANE_ARRIVES\n{source_text(file)}"
     if arguments.plant:
         plant(arguments.plant)
         return 0

@@ -70,11 +70,11 @@ struct Consumer {
 
     // A stage whose products are done, to all who fill it.
     __device__ __forceinline__ void give_back(Barrier* empty, int slot) {
-        if (slot < 0 || lane >= S::SHARING) return;
-        if (S::SHARING == 1)
-            empty[slot].arrive();
-        else
-            empty[slot].arrive_at((cluster_rank() & ~1u) + lane);
+        if (slot < 0) return;
+        if (S::SHARING == 1 && lane < ARRIVING_LANES) empty[slot].arrive();
+        if (S::SHARING == 2 && lane < 2 * ARRIVING_LANES)  // one lane each, or every lane to both
+            for (int turn = 0; turn < min(ARRIVING_LANES, 2); ++turn)
+                empty[slot].arrive_at((cluster_rank() & ~1u) + (lane + turn) % 2);
     }
 
     // While a product runs, the next one's weights are rounded and those after it looked up.
@@ -226,8 +226,8 @@ __device__ __forceinline__ void fused(const TensorMap& activations, const Tensor
         prefetch_map(activations);
         prefetch_map(packed);
         for (int s = 0; s < S::STAGES; ++s) {
-            full[s].init(5);  // the tiles', and one per warp that decodes scales
-            empty[s].init(4 * S::GROUPS * S::SHARING);
+            full[s].init(1 + 4 * ARRIVING_LANES);  // the tiles', and warps that decode scales
+            empty[s].init(4 * S::GROUPS * S::SHARING * ARRIVING_LANES);
         }
         fence_barrier_init();
     }

@@ -107,7 +107,7 @@ __device__ __forceinline__ void produce(const TensorMap& activations, const Tens
                                            step);
             now.store(stages[slot].scales, p, mean, map, w.first, depth, s);
             __syncwarp();
-            if (t % 32 == 0) full[slot].arrive();
+            if (t % 32 < ARRIVING_LANES) full[slot].arrive();
         }
         now = next;
     }
