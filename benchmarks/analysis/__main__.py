@@ -6,7 +6,8 @@
 Three adapters are expected in this order: the figure shows how φ of the first with the
 second, which started from the same random A, differs from φ with the third, which did not.
 Measures nothing itself. What is kept: φ averaged over layers up to 16 rows, φ(8, 8) of every
-layer, the first singular values of every ΔW, the table of amplification at full rank.
+layer, the first singular values of every ΔW, amplification at full rank and the factor of the
+first directions.
 """
 
 import argparse
@@ -63,6 +64,7 @@ def _adapter(adapter: dict[str, Any]) -> dict[str, object]:
     for line in adapter["amplification"] or ():
         last = {key: line[key][-1:] for key in ("by_delta", "by_weight", "by_random")}
         own = {key: line[key] for key in ("weight_norm", "expected_random", "factor")}
+        own |= {"directions": line["directions"], "factors": [_short(x) for x in line["factors"]]}
         modules[line["module"]] |= own | {key: v[0] if v else None for key, v in last.items()}
     rows = []
     for line in modules.values():

@@ -6,6 +6,8 @@
 others: W's own strongest r directions, √(σ₁² + … + σ_r²), the most any r could hold, and
 r random ones, ‖W‖_F·r/√(o·i) on average. A large factor with a projection above the
 random one is the paper's finding: the change amplifies what W has, but does not stress.
+A change whose last directions hold next to nothing has a small factor at r, since W holds
+as much in those as in any; `factors` has it for the first 1, 2, …, r of them.
 
 The weight comes from a checkpoint, one after the other, by the rows of an export
 (`export/rows.py`): the 16-bit weights (`into="original"`), or the decoded NF4 weights that
@@ -38,7 +40,7 @@ class Amplification:
     """One module's line of the table.
 
     Example:
-        >>> Amplification(module="h.0.q", shape=(4, 4), rank=1, delta_norm=6.0, weight_norm=8.0,
+        >>> Amplification(module="h.0.q", shape=(4, 4), rank=1, delta_norms=(6.0,), weight_norm=8.0,
         ...     by_delta=(2.0,), by_weight=(4.0,), by_random=(1.0,)).factor
         3.0
     """
@@ -49,8 +51,8 @@ class Amplification:
     """(out, in)."""
     rank: int
     """r: singular values of ΔW that are not zero."""
-    delta_norm: float
-    """‖ΔW‖_F."""
+    delta_norms: tuple[float, ...]
+    """‖ΔW‖_F of its first 1, 2, …, r directions: √(σ₁² + … + σ_d²)."""
     weight_norm: float
     """‖W‖_F."""
     by_delta: tuple[float, ...]
@@ -61,9 +63,22 @@ class Amplification:
     """The same for random ones, drawn once."""
 
     @property
+    def delta_norm(self) -> float:
+        """‖ΔW‖_F."""
+        return self.delta_norms[-1] if self.delta_norms else 0.0
+
+    @property
+    def factors(self) -> tuple[float | None, ...]:
+        """‖ΔW‖_F / ‖UᵀWV‖_F of the first 1, 2, …, r directions; None where W has nothing there."""
+        return tuple(
+            norm / held if held else None
+            for norm, held in zip(self.delta_norms, self.by_delta, strict=True)
+        )
+
+    @property
     def factor(self) -> float | None:
-        """‖ΔW‖_F / ‖UᵀWV‖_F at r; None where ΔW is zero, or W has nothing there."""
-        return self.delta_norm / self.by_delta[-1] if self.rank and self.by_delta[-1] else None
+        """The last of `factors`, the paper's; None where ΔW is zero, or W has nothing there."""
+        return self.factors[-1] if self.rank else None
 
     @property
     def expected_random(self) -> float:
@@ -121,7 +136,7 @@ def amplification(
         module=module,
         shape=shape,
         rank=delta.rank,
-        delta_norm=delta.norm,
+        delta_norms=tuple(delta.values.square().cumsum(0).sqrt().tolist()),
         weight_norm=squares**0.5,
         by_delta=_corner_norms(projected[0]),
         by_weight=tuple(own.cumsum(0).sqrt().tolist()),

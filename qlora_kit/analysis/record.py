@@ -163,6 +163,7 @@ def _line(line: Amplification) -> dict[str, Any]:
         "by_weight": [line.by_weight[r - 1] for r in at],
         "by_random": [line.by_random[r - 1] for r in at],
         "expected_random": line.expected_random,
+        "factors": [line.factors[r - 1] for r in at],
         "factor": line.factor,
     }
 

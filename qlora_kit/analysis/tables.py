@@ -5,6 +5,7 @@ A mean over layers is what fits on a screen; every module is in the record.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 
@@ -52,7 +53,7 @@ def tables_of(record: dict[str, Any]) -> list[Table]:
         record: of `inspect_adapters`.
 
     Returns:
-        Spectra and amplification of every adapter, similarity of every pair.
+        Spectra and amplification (two tables) of every adapter, similarity of every pair.
 
     Example:
         >>> tables_of({"adapters": [], "similarity": []})
@@ -63,6 +64,7 @@ def tables_of(record: dict[str, Any]) -> list[Table]:
         tables.append(_spectra(adapter))
         if adapter["amplification"] is not None:
             tables.append(_amplification(adapter))
+            tables.append(_factors(adapter))
     return tables + [_similarity(pair) for pair in record["similarity"]]
 
 
@@ -137,6 +139,26 @@ def _amplification(adapter: dict[str, Any]) -> Table:
     header = ("module", "r", "by ΔW", "by W", "by random", "‖W‖", "‖ΔW‖", "factor")
     title = f"{adapter['path']}: ‖UᵀWV‖ by directions of ΔW, of W, random; means over layers"
     return Table(title, header, rows)
+
+
+def _factors(adapter: dict[str, Any]) -> Table:
+    """The factor of the first few directions; medians, since W may hold next to nothing of one."""
+    groups = by_kind(adapter["amplification"])
+    counts = sorted({at for line in adapter["amplification"] for at in line["directions"]})
+    rows = []
+    for kind, lines in groups.items():
+        found = [
+            [
+                factor
+                for line in lines
+                for at, factor in zip(line["directions"], line["factors"], strict=True)
+                if at == count and factor is not None
+            ]
+            for count in counts
+        ]
+        rows.append((kind, *(_number(median(some) if some else None) for some in found)))
+    title = f"{adapter['path']}: factor of the first directions of ΔW, medians over layers"
+    return Table(title, ("module", *map(str, counts)), rows)
 
 
 def _similarity(pair: dict[str, Any]) -> Table:

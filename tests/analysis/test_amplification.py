@@ -46,6 +46,7 @@ def test_hand_made_change(shape, transposed, chunk, monkeypatch):
     assert found.by_weight == pytest.approx((10.0, math.sqrt(164)), rel=bound)
     assert found.weight_norm == pytest.approx(float(VALUES.norm()), rel=bound)
     assert found.factor == pytest.approx(math.sqrt(5), rel=bound * 10)
+    assert found.factors == pytest.approx((4 / 2, math.sqrt(5)), rel=bound * 10)
     # wrong: U and V exchanged, and a change on W's first directions
     if shape[0] == shape[1]:
         turned = Directions(change.right, change.values, change.left)
@@ -176,7 +177,7 @@ def test_the_papers_table_7_follows_from_its_norms(rank, projected, random, delt
         module="h.48.q",
         shape=(12288, 12288),
         rank=rank,
-        delta_norm=delta,
+        delta_norms=(delta,),
         weight_norm=61.95,
         by_delta=(projected,),
         by_weight=(),

@@ -57,6 +57,10 @@ def test_every_line_agrees_with_its_parts(record):
             )
             assert line["factor"] == pytest.approx(line["delta_norm"] / line["by_delta"][-1])
             assert line["directions"] == powers(line["rank"])
+            assert line["factors"][-1] == line["factor"]
+            assert line["factors"][0] == pytest.approx(
+                spectrum["values"][0] / line["by_delta"][0], rel=1e-4
+            )
 
 
 def test_an_untrained_adapter_has_no_factor(record):
@@ -67,13 +71,17 @@ def test_an_untrained_adapter_has_no_factor(record):
 
 def test_tables_say_what_the_record_says(record):
     tables = {table.title: table for table in tables_of(record)}
-    assert len(tables) == 3 + 3 + 3
+    assert len(tables) == 3 + 2 * 3 + 3
     name = record["adapters"][0]["path"]
     amplification = next(t for title, t in tables.items() if title.startswith(f"{name}: ‖UᵀWV‖"))
     lines = [x for x in record["adapters"][0]["amplification"] if x["kind"] == "mlp.down_proj"]
     row = next(row for row in amplification.rows if row[0] == "mlp.down_proj")
     assert float(row[-1]) == pytest.approx(sum(x["factor"] for x in lines) / 2, rel=5e-3)
     assert amplification.markdown().count("\n") == 4
+    factors = tables[f"{name}: factor of the first directions of ΔW, medians over layers"]
+    row = next(row for row in factors.rows if row[0] == "mlp.down_proj")
+    middle = [sum(x["factors"][n] for x in lines) / 2 for n in range(len(lines[0]["factors"]))]
+    assert [float(cell) for cell in row[1:]] == pytest.approx(middle, rel=5e-3)
     assert len({len(line) for line in amplification.markdown().splitlines()[:1]}) == 1
 
 
@@ -93,7 +101,7 @@ def test_page_needs_nothing_else(record):
     page.feed(render_page(record))
     assert page.links == []
     assert "script" not in page.tags
-    assert page.tags.count("table") == 9
+    assert page.tags.count("table") == 3 + 2 * 3 + 3
     # per pair and side φ and its layers; nothing was learned in B of the untrained one
     drawn = sum(len(figures(pair)) for pair in record["similarity"])
     assert drawn == 6 + 2 + 2
