@@ -1,7 +1,7 @@
 """Peak memory and tokens/s of a training step: predicted beside measured, over a grid.
 
     python -m benchmarks.plan                      # the whole grid, recorded
-    python -m benchmarks.plan --models Llama-3.1-8B Gemma-3-4B
+    python -m benchmarks.plan --models Llama-3.1-8B Gemma-3-4B --sizes 4x2048:save
     python -m benchmarks.plan --only-missing RECORD ... --later --total-seconds 280
     python -m benchmarks.plan --again RECORD       # predict a record's rows anew: no GPU
     python -m benchmarks.plan --again NEW OLD ...  # and take the old ones' rows into the new one
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness.record import write_record
-from benchmarks.plan.cases import GRID, SMALL, jobs, missing, together
+from benchmarks.plan.cases import GRID, SMALL, jobs, missing, of_sizes, together
 from qlora_kit.bench.predicted import add_predictions, prediction_of
 from qlora_kit.bench.record import Row, machine
 from qlora_kit.bench.session import Session
@@ -123,13 +123,13 @@ def table(rows: list[Row]) -> str:
         most = f"largest {max(sizes):.2%} (target {MOST:.0%})"
         over = sum(size > MOST for size in sizes)
         lines += ["", f"{len(known)} points. Peak memory: {peaks}, {most}; {over} beyond it."]
-        for waiting, words in _SPEEDS.items():
+        for waiting, named in _SPEEDS.items():
             speeds = [abs(speed) for row, _, speed in known if waits(row) == waiting]
             if speeds:
                 most = f"largest {max(speeds):.1%} (target {SPEED:.0%})"
                 over = sum(speed > SPEED for speed in speeds)
                 median = f"median error {statistics.median(speeds):.1%}"
-                lines.append(f"{words}: {len(speeds)} points, {median}, {most}; {over} beyond it.")
+                lines.append(f"{named}: {len(speeds)} points, {median}, {most}; {over} beyond it.")
     return "\n".join(lines)
 
 
@@ -186,6 +186,7 @@ def main(words: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--models", nargs="+", default=None, help="of the grid; all by default")
+    parser.add_argument("--sizes", nargs="+", metavar="BxT:POLICY", help="of those; all by default")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3, help="timed steps")
     parser.add_argument("--limit-seconds", type=float, default=1800, help="for one process")
@@ -206,6 +207,8 @@ def main(words: list[str] | None = None) -> int:
     cases = tuple(c for c in cases if arguments.models is None or c.model in arguments.models)
     where = "cuda" if arguments.estimate else device
     planned = jobs(cases, device=where, warmup=arguments.warmup, steps=arguments.steps)
+    if arguments.sizes is not None:
+        planned = of_sizes(planned, arguments.sizes)
     old = [json.loads(file.read_text(encoding="utf-8")) for file in arguments.only_missing]
     planned = missing(planned, [row for record in old for row in record["rows"]])
     if arguments.estimate:

@@ -23,6 +23,8 @@ class Case:
     rank: int = 16
     optimizer: str = "adamw_8bit"
     keep_decoded: int = 0
+    steps: int | None = None
+    """Timed ones; None for as many as the length asks for."""
 
 
 _ELEMENTWISE = "recompute_elementwise"
@@ -95,6 +97,7 @@ GRID: tuple[Case, ...] = (
             (4, 2048, "recompute_mlp"),
             (2, 8192, "offload_attention"),
             (16, 512, _ELEMENTWISE),
+            (2, 4096, "offload"),
         ),
     ),
     Case(
@@ -120,9 +123,13 @@ GRID: tuple[Case, ...] = (
     Case(
         model="Llama-3.2-1B",
         optimizer="adamw_torch",
-        sizes=((4, 2048, "recompute_mlp"), (1, 65536, "recompute_all")),
+        sizes=(
+            (4, 2048, "recompute_mlp"),
+            (1, 32768, "recompute_mlp"),
+            (1, 65536, "recompute_all"),
+        ),
     ),
-    Case(model="Llama-3.1-8B", sizes=((1, 65536, "offload"),)),
+    Case(model="Llama-3.1-8B", sizes=((1, 65536, "offload"),), steps=1),
 )
 """What is known least comes first, the longest row last: time may run out."""
 
@@ -177,7 +184,7 @@ def _point(case: Case, size: Sizes, device: str) -> Point:
         graph=graph,
         keep_decoded=case.keep_decoded,
         warmup=RECORDED_AFTER if graph else 0 if long else None,
-        steps=2 if long else None,
+        steps=case.steps or (2 if long else None),
     )
 
 
@@ -204,6 +211,29 @@ def key_of(row: Row) -> tuple[object, ...]:
         True
     """
     return (*(row[key] for key in _KEYS), row.get("keep_decoded", 0), bool(row.get("graph")))
+
+
+def of_sizes(planned: Sequence[Job], sizes: Sequence[str]) -> list[Job]:
+    """Some of the points.
+
+    Args:
+        planned: jobs.
+        sizes: to keep, rows x tokens:policy.
+
+    Returns:
+        Jobs with the points that are left, in their order; none without points.
+
+    Example:
+        >>> made = jobs(GRID, device="cuda", warmup=2, steps=3)
+        >>> [len(job.points) for job in of_sizes(made, ["1x65536:offload"])]
+        [1]
+    """
+    wanted = set(sizes)
+    found = []
+    for job in planned:
+        points = tuple(p for p in job.points if f"{p.batch}x{p.seq}:{p.policy}" in wanted)
+        found += [replace(job, points=points)] if points else []
+    return found
 
 
 def missing(planned: Sequence[Job], rows: Sequence[Row]) -> list[Job]:

@@ -1,6 +1,7 @@
 """Steps that may wait for Python, with a CUDA graph and without, beside their host's figure.
 
     python -m benchmarks.plan.host                  # about a minute on an H200, recorded
+    python -m benchmarks.plan.host --later          # predict nothing now
     python -m benchmarks.plan.host --again RECORD   # predict a record's rows anew: no GPU
 
 Batches of 8,192 tokens of small models with a graph and without; small batches without one, as a
@@ -151,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--again", type=Path, metavar="RECORD", help="predict its rows anew")
+    parser.add_argument("--later", action="store_true", help="predict nothing now; see --again")
     parser.add_argument("--limit-seconds", type=float, default=200)
     parser.add_argument("--out", type=Path, help="instead of benchmarks/results")
     arguments = parser.parse_args(argv)
@@ -165,9 +167,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("cut short: what was measured is recorded", flush=True)
     record = {**machine(), "rows": session.rows}
-    add_predictions(record)
-    file = write_record("host", session.rows, folder=arguments.out)
-    if record["gpu"] is not None:
+    file = write_record("host", session.rows, folder=arguments.out)  # whatever comes of the rest
+    if not arguments.later and record["gpu"] is not None:
+        add_predictions(record)
+        file = write_record("host", session.rows, folder=arguments.out)
         print(table(session.rows, record["gpu"], record["gpu_memory_bytes"]))
     print(file)
     return 0

@@ -22,7 +22,13 @@ from qlora_kit.ops.attention.transformers_door import unpadded_inputs
 from qlora_kit.plan.gpus import Gpu
 from qlora_kit.plan.outline import Outline, components, outline
 from qlora_kit.plan.setup import FULL, PREFIX, Setup
-from qlora_kit.plan.state import importance, optimizer_bytes, update_seconds
+from qlora_kit.plan.state import (
+    importance,
+    kept_in_32_bits,
+    optimizer_bytes,
+    passing_bytes,
+    update_seconds,
+)
 from qlora_kit.plan.trace import BACKWARD, Block, Trace, counted_bytes
 from qlora_kit.step.graph import recorded_tokens
 from qlora_kit.step.head_input import TARGET_POSITIONS, head_input
@@ -131,7 +137,7 @@ def predict(config: PreTrainedConfig, setup: Setup, gpu: Gpu) -> Prediction:
     trace = run_step(made, setup, gpu)
     found = components(made)
     trained = made.trained
-    state, on_host = optimizer_bytes(trained, setup.optimizer)
+    state, on_host = optimizer_bytes(trained, setup.optimizer, kept_in_32_bits(made.model))
     found["optimizer"] = state
     found["importance scores"], _ = importance(made.adalora, gpu)
     hopper = gpu.capability[0] == 9
@@ -140,8 +146,10 @@ def predict(config: PreTrainedConfig, setup: Setup, gpu: Gpu) -> Prediction:
     found["libraries"] += recording
     moment, blocks, workspace = trace.peak()
     gradients = {id(b) for p in trained if p.grad is not None and (b := trace.block_of(p.grad))}
-    update = _update_bytes(trained, flat=setup.method != FULL)
+    flat = setup.method != FULL
+    update = _update_bytes(trained, flat=flat)
     rest = sum(b.size for b in trace.blocks if b.died is None and id(b) not in gradients)
+    rest += passing_bytes(trained, setup.optimizer, flat=flat)
     if update + rest + recording > moment:  # the optimizer's step is the peak
         found["libraries"] += recording
         found["gradients"] = update

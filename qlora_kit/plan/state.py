@@ -1,6 +1,6 @@
 """What an update keeps and moves: the optimizer by its Transformers name, AdaLoRA's scores."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
@@ -16,12 +16,32 @@ BLOCK = 256
 """Elements that share a scale in 8-bit states."""
 
 
-def optimizer_bytes(parameters: Sequence[nn.Parameter], name: str) -> tuple[int, int]:
+def kept_in_32_bits(model: nn.Module) -> frozenset[int]:
+    """Which parameters have their state in 32 bits whatever the optimizer's name says.
+
+    Args:
+        model: that is trained.
+
+    Returns:
+        Ids of its embeddings' weights: Transformers asks bitsandbytes for that.
+
+    Example:
+        >>> table = nn.Embedding(4, 2)
+        >>> kept_in_32_bits(nn.Sequential(table, nn.Linear(2, 2))) == {id(table.weight)}
+        True
+    """
+    return frozenset(id(one.weight) for one in model.modules() if isinstance(one, nn.Embedding))
+
+
+def optimizer_bytes(
+    parameters: Sequence[nn.Parameter], name: str, in_32_bits: Collection[int] = ()
+) -> tuple[int, int]:
     """Bytes of AdamW's state.
 
     Args:
         parameters: trained.
         name: of `FLAT_NAMES`.
+        in_32_bits: ids of those whose state has 32 bits under every name.
 
     Returns:
         gpu: bytes on the GPU.
@@ -40,8 +60,10 @@ def optimizer_bytes(parameters: Sequence[nn.Parameter], name: str) -> tuple[int,
     if name not in FLAT_NAMES:
         raise ConfigError(f"the state of {name!r} is not known; known: {', '.join(FLAT_NAMES)}.")
     eight = name in ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
-    small = [p.numel() for p in parameters if not eight or p.numel() < SMALLEST_8BIT]
-    large = [p.numel() for p in parameters if eight and p.numel() >= SMALLEST_8BIT]
+    sizes: tuple[list[int], list[int]] = ([], [])
+    for p in parameters:
+        sizes[eight and p.numel() >= SMALLEST_8BIT and id(p) not in in_32_bits].append(p.numel())
+    small, large = sizes
     total = 0
     if small:
         total += 2 * counted_bytes(_wide(parameters, name) * offsets_of(small)[-1])
@@ -54,6 +76,29 @@ def optimizer_bytes(parameters: Sequence[nn.Parameter], name: str) -> tuple[int,
 def _wide(parameters: Sequence[nn.Parameter], name: str) -> int:
     """Bytes of one value of a state that is not in 8 bits: torch's is as wide as its parameter."""
     return parameters[0].element_size() if name.startswith("adamw_torch") else 4
+
+
+def passing_bytes(parameters: Sequence[nn.Parameter], name: str, *, flat: bool) -> int:
+    """Bytes that the update itself takes, besides gradients and state.
+
+    Args:
+        parameters: trained.
+        name: of the optimizer.
+        flat: whether one call updates a flat buffer.
+
+    Returns:
+        0, but for torch's own AdamW where it is not fused: it has the denominators of all
+        parameters at once.
+
+    Example:
+        >>> import torch
+        >>> weights = [nn.Parameter(torch.empty(1024, device="meta"))]
+        >>> [passing_bytes(weights, n, flat=False) for n in ("adamw_torch", "adamw_torch_fused")]
+        [4096, 0]
+    """
+    if flat or name != "adamw_torch":
+        return 0
+    return sum(counted_bytes(p.numel() * p.element_size()) for p in parameters)
 
 
 def update_seconds(parameters: Sequence[nn.Parameter], name: str, gpu: Gpu) -> float:
