@@ -12,6 +12,7 @@ as they come, so a run that is cut short still writes a record of what it has.
 """
 
 import argparse
+import json
 import shutil
 import sys
 import tempfile
@@ -59,6 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--policies", nargs="+", default=[], help="ours, instead of the cases' own")
     add("--unsloth-variants", nargs="+", default=list(UNSLOTH_VARIANTS))
     add("--step", choices=["auto", "fused", "eager"], default="auto", help="ours")
+    add("--deterministic", action="store_true", help="ours: the same bits in every run")
     add("--optimizer", default="adamw_8bit")
     add("--warmup", type=int, default=3)
     add("--steps", type=int, default=6, help="timed steps")
@@ -67,6 +69,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--total-seconds", type=float, default=3600, help="for the whole run")
     add("--profile", nargs="*", choices=IMPLS, help="kernels of these; qlora_kit if none is named")
     add("--trainer", action="store_true", help="also time transformers.Trainer around our step")
+    add(
+        "--peaks",
+        type=Path,
+        help="a record of this card, minutes ago: its rates, not measured anew",
+    )
     add("--fresh", action="store_true", help="a process for every point")
     add("--storage", choices=["nf4", "bf16"], default="nf4", help="of the checkpoint")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16" if gpu else "float32")
@@ -90,6 +97,7 @@ def options(arguments: argparse.Namespace) -> Options:
         cap_gib=arguments.cap_gib or None,
         optimizer=arguments.optimizer,
         step=arguments.step,
+        deterministic=arguments.deterministic,
         device="cuda" if torch.cuda.is_available() else "cpu",
         dtype=arguments.dtype,
         warmup=arguments.warmup,
@@ -114,7 +122,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             total_seconds=arguments.total_seconds,
         )
         try:
-            session.measure_peaks()
+            if arguments.peaks is None:
+                session.measure_peaks()
+            else:
+                session.peaks = json.loads(arguments.peaks.read_text(encoding="utf-8"))["peaks"]
             for model in dict.fromkeys(job.build.model for job in jobs):
                 folder = session.checkpoint(
                     model, storage=arguments.storage, dtype=arguments.dtype, work=arguments.work

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field, replace
 from qlora_kit.bench.shapes import MODELS
 from qlora_kit.bench.subject import Build, Job, Point
 from qlora_kit.block.policy import POLICIES
+from qlora_kit.block.tiles import Tile
 
 CAP_GIB = 44.0
 IMPLS = ("qlora_kit", "peft", "peft_liger", "unsloth")
 UNSLOTH_VARIANTS = ("compile", "eager")
-MIXED = "save:16,recompute_elementwise:16"
-"""Layers by policy, of 32."""
+LEAN_LAYERS = "offload_attention:28,recompute_elementwise:4"
+"""Layers by policy, of 32: as many of the second kind as 9 GiB have room for. They come last, for
+what they keep is gone before the others' working set is needed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,18 @@ class Peer:
     """Variant switches besides those of every run."""
 
 
+@dataclass(frozen=True, slots=True)
+class Ours:
+    """What ours runs in a case."""
+
+    policy: str
+    tile: Tile = field(default="auto", kw_only=True)
+    """Tokens at a time where each is alone."""
+    keep_decoded: int = field(default=0, kw_only=True)
+    """Layers whose weights stay decoded."""
+    embeddings_on_host: bool = field(default=False, kw_only=True)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """One line of the targets."""
@@ -54,8 +68,8 @@ class Case:
     steps: int | None = None
     """Fewer than usual where a step takes seconds."""
     methods: tuple[str, ...] = ("lora",)
-    policies: tuple[str, ...]
-    """Ours; the best of them counts."""
+    ours: tuple[Ours, ...]
+    """The best of them counts."""
     peers: tuple[Peer, ...] = ()
     target: Target = field(default_factory=Target)
 
@@ -70,27 +84,38 @@ _SAVING = (Peer(impl="unsloth", policy="save"), Peer(impl="peft_liger", policy="
 CASES: tuple[Case, ...] = (
     Case(
         name="full",
-        policies=("recompute_all", "offload_attention"),
+        ours=(
+            Ours("recompute_all"),
+            Ours("offload_attention"),
+            Ours(LEAN_LAYERS, embeddings_on_host=True),
+        ),
         peers=_CHECKPOINTING,
         target=Target(tokens_per_s=13_600, over_unsloth=1.28, peak_gib=9.0),
     ),
     Case(
         name="lean",
-        policies=("offload",),
+        ours=(
+            Ours("offload", tile=2048, embeddings_on_host=True),
+            Ours("offload_attention", tile=2048, embeddings_on_host=True),
+        ),
         peers=_CHECKPOINTING[:1],
         target=Target(tokens_per_s=10_600, over_unsloth=1.0, peak_gib=6.5),
     ),
     Case(
         name="best",
-        policies=("recompute_elementwise", MIXED),
+        ours=(
+            Ours("recompute_elementwise"),
+            Ours("recompute_elementwise", keep_decoded=26),
+            Ours("save"),
+        ),
         peers=_SAVING,
         target=Target(tokens_per_s=18_000, over_unsloth=1.2, peak_gib=CAP_GIB),
     ),
     Case(
         name="small",
         batch=1,
-        policies=("save", "recompute_elementwise"),
-        peers=_CHECKPOINTING + _SAVING,
+        ours=(Ours("save"), Ours("recompute_elementwise", keep_decoded=8)),
+        peers=_SAVING + _CHECKPOINTING,
         target=Target(tokens_per_s=16_000, over_unsloth=3.0, peak_gib=16.0),
     ),
     Case(
@@ -99,7 +124,7 @@ CASES: tuple[Case, ...] = (
         seq=32768,
         warmup=1,
         steps=4,
-        policies=("recompute_all", "offload_attention", "offload"),
+        ours=(Ours("offload_attention"), Ours("offload")),
         peers=(
             Peer(impl="unsloth", policy="unsloth"),
             Peer(impl="unsloth", policy="unsloth", switches=("tiled",)),
@@ -112,14 +137,14 @@ CASES: tuple[Case, ...] = (
         batch=1,
         seq=4096,
         rank=32,
-        policies=("recompute_all", "offload"),
+        ours=(Ours("recompute_all"), Ours("offload")),
         peers=(Peer(impl="unsloth", policy="unsloth"),),
         target=Target(over_unsloth=1.15, tokens_per_s=1.15 * 1236, peak_gib=CAP_GIB),
     ),
     Case(
         name="lora_fa",
         methods=("lora", "lora_fa"),
-        policies=POLICIES,
+        ours=tuple(Ours(policy) for policy in POLICIES),
     ),
 )
 """In the order they are run."""
@@ -140,6 +165,8 @@ class Options:
     cap_gib: float | None = CAP_GIB
     optimizer: str = "adamw_8bit"
     step: str = "auto"
+    deterministic: bool = False
+    """Ours: the same bits in every run."""
     device: str = "cuda"
     dtype: str = "bfloat16"
     warmup: int = 3
@@ -170,8 +197,10 @@ def scaled(policy: str, layers: int) -> str:
     counts = [int(count) for _, count in parts]
     if sum(counts) == layers:
         return policy
-    made = [max(1, round(layers * count / sum(counts))) for count in counts]
-    made[-1] = max(1, layers - sum(made[:-1]))
+    made: list[int] = []
+    for later, count in zip(reversed(range(len(counts))), counts, strict=True):
+        left = layers - sum(made) - later  # every kind has a layer
+        made.append(min(left, max(1, round(layers * count / sum(counts)))) if later else left)
     return ",".join(f"{name}:{count}" for (name, _), count in zip(parts, made, strict=True))
 
 
@@ -184,6 +213,7 @@ def _builds(case: Case, options: Options) -> Iterable[tuple[Build, Point]]:
         rank=case.rank,
         optimizer=options.optimizer,
         step=options.step,
+        deterministic=options.deterministic,
         device=options.device,
         dtype=options.dtype,
     )
@@ -198,10 +228,20 @@ def _builds(case: Case, options: Options) -> Iterable[tuple[Build, Point]]:
     )
     layers = MODELS[build.model].num_hidden_layers
     for method in case.methods:
-        for policy in options.policies or case.policies:
+        for one in [Ours(policy) for policy in options.policies] or case.ours:
             yield (
-                replace(build, impl="qlora_kit", method=method),
-                replace(point, policy=scaled(policy, layers)),
+                replace(
+                    build,
+                    impl="qlora_kit",
+                    method=method,
+                    embeddings_on_host=one.embeddings_on_host,
+                ),
+                replace(
+                    point,
+                    policy=scaled(one.policy, layers),
+                    tile=one.tile,
+                    keep_decoded=min(one.keep_decoded, layers),
+                ),
             )
     for peer in case.peers:
         variants = options.unsloth_variants if peer.impl == "unsloth" else ("",)
@@ -210,6 +250,7 @@ def _builds(case: Case, options: Options) -> Iterable[tuple[Build, Point]]:
             yield (
                 replace(
                     build,
+                    deterministic=False,
                     impl=peer.impl,
                     variant=switches,
                     checkpointing=peer.policy != "save",
@@ -225,7 +266,7 @@ def _apart(build: Build, point: Point, *, fresh: bool) -> tuple[object, ...]:
     which compiles layers, gets a process for each shape.
     """
     if fresh:
-        return (point.batch, point.seq, point.policy)
+        return (replace(point, cases=()),)
     return (point.batch, point.seq) if build.impl == "unsloth" else ()
 
 

@@ -1,14 +1,16 @@
 """What transformers.Trainer adds to a training step.
 
     python -m benchmarks.train.overhead [--steps 12] [--rounds 2] [--total-seconds 110] [--out DIR]
+    python -m benchmarks.train.overhead --batch 4 --policy recompute_all --without-past
 
 One process, one model of random weights, one adapter and one optimizer. Loops take turns: the bare
 loop of `python -m benchmarks.train`, the Trainer with a log line every 5 updates and with one after
-each, and the Trainer as it was, which waited for every batch's copy and read log lines at once; and
-again, with a bare loop at the end. A turn trains until its step has been recorded as a CUDA graph,
-then times steps between events, as bench/steps.py does. `ms` is the mean over turns of a turn's
-median, `turn_ms` has the turns, `overhead` is `ms` over the bare loop's, minus 1. The bare turns
-differ as well: an overhead that is smaller than `ms_max` is from `ms_min` there is not resolved.
+each, and (unless `--without-past`) the Trainer as it was, which waited for every batch's copy and
+read log lines at once; and again, with a bare loop at the end. A turn trains until its step has
+been recorded as a CUDA graph, then times steps between events, as bench/steps.py does. `ms` is the
+mean over turns of a turn's median, `turn_ms` has the turns, `overhead` is `ms` over the bare
+loop's, minus 1. The bare turns differ as well: an overhead that is smaller than `ms_max` is from
+`ms_min` there is not resolved.
 
 Last, some steps of the Trainer with a line after each are profiled (trace.py): kernels outside the
 graph, calls in which the host waits, idle time of the GPU and what the host did meanwhile.
@@ -224,6 +226,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--policy", default="save", help="what becomes of activations")
     add("--steps", type=int, default=12, help="timed steps of a turn")
     add("--rounds", type=int, default=2, help="turns of each; the bare loop has one more")
+    add("--without-past", action="store_true", help="no turns of the Trainer as it was")
     add("--total-seconds", type=float, default=110, help="start no turn after these")
     add("--out", type=Path, help="instead of benchmarks/results")
     return parser.parse_args(argv)
@@ -244,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     assert isinstance(subject.trainer, InTrainer)
     point = Point(batch=arguments.batch, seq=arguments.seq, policy=arguments.policy)
     bench = Bench(subject, subject.trainer, point, arguments.steps, device)
-    loops = all_loops()
+    loops = [one for one in all_loops() if not (arguments.without_past and one.as_it_was)]
     profile = take_turns(bench, loops, arguments.rounds, began + arguments.total_seconds)
     common = {
         "model": built.model,

@@ -19,6 +19,10 @@ from benchmarks.train.cases import CASES, Case
 from qlora_kit.bench.record import Row
 from qlora_kit.bench.rows import mark_disagreements, peak_gib, shape_of, status
 
+_SWITCHES = {"embeddings_on_host": "host embeddings", "deterministic": "deterministic"}
+_SETTINGS = ("tile", "keep_decoded", *_SWITCHES)
+"""What else than its policy makes a row of ours another; peers and older records have none."""
+
 
 def counted(rows: Iterable[Row], case: str, impl: str) -> list[Row]:
     """Rows of a case and library that may be compared, fastest first."""
@@ -35,6 +39,28 @@ def _cell(row: Row, key: str, form: str, factor: float = 1.0) -> str:
     return "–" if value is None else format(value * factor, form)
 
 
+def how(row: Row) -> str:
+    """A row's policy, and what else it was run with.
+
+    Args:
+        row: of a record.
+
+    Returns:
+        Words for the table.
+
+    Example:
+        >>> how({"policy": "offload", "tile": 2048, "embeddings_on_host": True})
+        'offload, tile 2048, host embeddings'
+    """
+    words = [str(row["policy"])]
+    if isinstance(row.get("tile"), int):
+        words.append(f"tile {row['tile']}")
+    if row.get("keep_decoded"):
+        words.append(f"{row['keep_decoded']} decoded")
+    words += [text for key, text in _SWITCHES.items() if row.get(key)]
+    return ", ".join(words)
+
+
 def line(row: Row) -> str:
     """One row of the table."""
     who = row["impl"] + (f" ({row['variant']})" if row["variant"] else "")
@@ -42,7 +68,7 @@ def line(row: Row) -> str:
         who += "" if row["method"] == "lora" else f" {row['method']}"
         who += f" [{row.get('step', '–')}{', graph' if row.get('graph') else ''}]"
     cells = [
-        f"  {who:28} {row['policy']:34}",
+        f"  {who:28} {how(row):34}",
         f"{_cell(row, 'tokens_per_s', ',.0f'):>8}",
         f"{_cell(row, 'mfu', '.1f', 100):>5}",
         f"{_cell(row, 'peak_allocated_gib', '.2f'):>6}",
@@ -114,9 +140,10 @@ def lora_fa_over_lora(rows: Sequence[Row]) -> list[str]:
         same = ("model", "batch", "seq", "rank", "policy", "step", "cap_gib")
         for other in rows:
             beside = other["method"] == "lora" and other["impl"] == row["impl"]
-            if beside and "tokens_per_s" in other and all(row[k] == other[k] for k in same):
+            alike = all(row.get(k) == other.get(k) for k in (*same, *_SETTINGS))
+            if beside and "tokens_per_s" in other and alike:
                 speed = row["tokens_per_s"] / other["tokens_per_s"]
-                text = f"  LoRA-FA, {row['policy']}: {speed:.3f} x LoRA's tokens/s"
+                text = f"  LoRA-FA, {how(row)}: {speed:.3f} x LoRA's tokens/s"
                 mine, theirs = row.get("peak_allocated_gib"), other.get("peak_allocated_gib")
                 if mine is not None and theirs is not None:
                     text += f", {mine - theirs:+.2f} GiB"
@@ -132,7 +159,7 @@ def profile_lines(rows: Sequence[Row]) -> list[str]:
     names = list(profiled[0]["profile_ms"])
     lines = ["milliseconds per step", "  " + " " * 52 + " ".join(f"{n[:8]:>8}" for n in names)]
     for row in profiled:
-        who = f"{row['impl']} {row['method']} {row['batch']} x {row['seq']} {row['policy']}"
+        who = f"{row['impl']} {row['method']} {row['batch']} x {row['seq']} {how(row)}"
         values = " ".join(f"{row['profile_ms'][n]:8.1f}" for n in names)
         lines.append(f"  {who[:52]:52}{values}")
     return lines
@@ -187,7 +214,7 @@ def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     keys = ("impl", "variant", "model", "batch", "seq", "method", "rank", "policy", "cap_gib")
     for record in records:
         for row in record["rows"]:
-            rows[tuple(row[key] for key in keys)] = row
+            rows[tuple(row.get(key) for key in (*keys, *_SETTINGS))] = row
     peaks = {
         key: statistics.mean(r["peaks"][key] for r in records if key in r["peaks"])
         for key in {key for record in records for key in record["peaks"]}

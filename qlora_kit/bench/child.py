@@ -45,6 +45,7 @@ from qlora_kit.bench.subject import (
     read_jobs,
     write_row,
 )
+from qlora_kit.bench.turns import alone, prepares, taken
 from qlora_kit.core.allocator import segments_grow
 from qlora_kit.core.memory import PeakMemory
 from qlora_kit.plan.host import host_us_per_op
@@ -141,9 +142,10 @@ def in_trainer(
             times, _ = timed_steps(subject, batches[1:], RECORDED_AFTER, job.steps, device)
             return statistics.median(times)
 
-    before = bare()
-    inside = statistics.median(subject.trainer(point, step, 2 * job.steps))
-    after = bare()
+    with alone():
+        before = bare()
+        inside = statistics.median(subject.trainer(point, step, 2 * job.steps))
+        after = bare()
     overhead = inside / ((before + after) / 2) - 1.0
     stage("trainer", f"{inside:.1f} ms against {before:.1f} and {after:.1f}: {overhead:+.1%}")
     return {
@@ -242,6 +244,7 @@ def run_job(job: Job, stage: Stage) -> None:
             "left_before_gib": left / GIB if gpu else None,
             "growing_segments": segments_grow() if gpu else None,
             "host_us_per_op": host_us_per_op(job.build.device),
+            "turns": taken(),
         }
         vocab = vocab_size(job.build)
         for point in job.points:
@@ -254,6 +257,7 @@ def run_job(job: Job, stage: Stage) -> None:
 def main() -> None:
     """Read the jobs and do them, one after the other."""
     stage = Stage()
+    prepares()
     for job in read_jobs(Path(sys.argv[1])):
         run_job(job, stage)
 

@@ -34,6 +34,7 @@ from qlora_kit.bench.subject import (
 )
 from qlora_kit.core.allocator import growing_segments
 from qlora_kit.load.model import load
+from qlora_kit.nn.host_embedding import has_host_embeddings, keep_embeddings_on_host
 from qlora_kit.optim.create import flat_optimizer
 from qlora_kit.plan.gpus import recorded_here
 from qlora_kit.quant.config import QuantConfig
@@ -87,7 +88,7 @@ class _Run:
         ) as step:
             self.fused = step == "fused"
             self.graphs = None
-            if self.fused and point.graph:
+            if self.fused and point.graph and not has_host_embeddings(self.model):
                 most = recorded_here(self.model)
                 self.graphs = StepGraphs(self._graph_loss, self.parameters, most_tokens=most)
             self.replayed = 0
@@ -147,6 +148,8 @@ def build(build: Build, stage: Stage) -> Subject:
     else:
         config = METHODS[build.method](rank=build.rank, alpha=2 * build.rank)
         adapter = attach(model, config, seed=build.seed)
+    if build.embeddings_on_host:
+        keep_embeddings_on_host(model)
     parameters = [p for _, p in adapter.named_parameters() if p.requires_grad]
     stage("attached", f"{sum(p.numel() for p in parameters):,} trained, {parameters[0].dtype}")
     with tempfile.TemporaryDirectory() as folder:
@@ -224,6 +227,7 @@ def make_trainer(
             max_grad_norm=MAX_GRAD_NORM,
             gradient_checkpointing=step == "eager" and policy == "recompute_all",
             log_every=log_every,
+            deterministic=build.deterministic,
             loggers=(),
         ),
     )

@@ -100,6 +100,7 @@ def prediction_of(row: Row, gpu: str, memory_bytes: int) -> Any:
         seq=row["seq"],
         activations=row["policy"],
         keep_decoded=row.get("keep_decoded", 0),
+        embeddings_on_host=bool(row.get("embeddings_on_host")),
         optimizer=row["optimizer"],
         step=row.get("step", "eager" if full else "fused"),
         mixed=row["masters"] == "float32",

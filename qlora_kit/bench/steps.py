@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qlora_kit.bench.profile import Breakdown, profile_steps
 from qlora_kit.bench.subject import Batch, Stage, Subject
+from qlora_kit.bench.turns import alone
 from qlora_kit.core.pinned import registered_peak_bytes
 
 GIB = 2**30
@@ -195,20 +196,21 @@ def measure(
         torch.cuda.synchronize()
     first = time.perf_counter() - began
     stage("first step", f"{first:.1f} s, loss {check_loss:.4f}")
-    milliseconds, losses = timed_steps(subject, rest, warmup, steps, device)
-    stage("timed steps", f"{statistics.median(milliseconds):.1f} ms, loss {losses[-1]:.4f}")
-    breakdown = None
-    if profile_rank is not None:
-        turns = _turns(rest)
+    with alone():
+        milliseconds, losses = timed_steps(subject, rest, warmup, steps, device)
+        stage("timed steps", f"{statistics.median(milliseconds):.1f} ms, loss {losses[-1]:.4f}")
+        breakdown = None
+        if profile_rank is not None:
+            turns = _turns(rest)
 
-        breakdown = profile_steps(
-            lambda: subject.step(next(turns)),
-            steps=PROFILED_STEPS,
-            step_ms=statistics.median(milliseconds),
-            rank=profile_rank,
-            vocab_size=vocab_size,
-        )
-        stage("profile")
+            breakdown = profile_steps(
+                lambda: subject.step(next(turns)),
+                steps=PROFILED_STEPS,
+                step_ms=statistics.median(milliseconds),
+                rank=profile_rank,
+                vocab_size=vocab_size,
+            )
+            stage("profile")
     return Measured(
         step_ms=tuple(milliseconds),
         first_step_s=first,

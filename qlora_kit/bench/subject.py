@@ -73,6 +73,10 @@ class Build:
     `float32`."""
     step: str = "auto"
     """Ours: `fused`, `eager`, or `auto` for fused where this version has it."""
+    embeddings_on_host: bool = False
+    """Ours: whether rows of the embeddings are looked up in host memory."""
+    deterministic: bool = False
+    """Ours: `train.deterministic`, gradients with the same bits in every run."""
     seed: int = 0
     """Of a new adapter and of the tokens."""
     device: str = "cuda"
@@ -309,6 +313,8 @@ def first_fields(build: Build, point: Point) -> dict[str, object]:
         "graphs": point.graph,
         "tile": point.tile,
         "keep_decoded": point.keep_decoded,
+        "embeddings_on_host": build.embeddings_on_host,
+        "deterministic": build.deterministic,
         "optimizer": build.optimizer,
         "cap_gib": point.cap_gib,
         "cases": list(point.cases),

@@ -15,6 +15,8 @@ from collections.abc import Callable
 
 import torch
 
+from qlora_kit.bench.turns import alone
+
 Call = Callable[[int], object]
 """Runs a variant on the i-th set of weights."""
 Replay = Callable[[], None]
@@ -169,4 +171,5 @@ def peaks() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(peaks()))
+    with alone():
+        print(json.dumps(peaks()))

@@ -61,12 +61,13 @@ def test_every_case_has_a_plan():
 def test_a_point_of_two_cases_is_measured_once():
     jobs = plan(CASES, Options(impls=("qlora_kit",)))
     points = [(job.build.method, job.build.model, p) for job in jobs for p in job.points]
-    keys = [(m, name, p.batch, p.seq, p.policy) for m, name, p in points]
+    keys = [(m, name, replace(p, cases=())) for m, name, p in points]
     assert len(keys) == len(set(keys))
     shared = [p for m, _, p in points if m == "lora" and p.policy == "recompute_all"]
     assert ("full", "lora_fa") in {p.cases for p in shared}
     # one process per model and method: loading is paid for once
-    assert len(jobs) == len({(job.build.model, job.build.method) for job in jobs})
+    builds = {(b.model, b.method, b.embeddings_on_host) for b in (job.build for job in jobs)}
+    assert len(jobs) == len(builds)
 
 
 def test_unsloth_gets_a_process_for_each_shape():
@@ -84,6 +85,8 @@ def test_unsloth_gets_a_process_for_each_shape():
         ("save:16,recompute_all:16", 32, "save:16,recompute_all:16"),
         ("save:16,recompute_all:16", 80, "save:40,recompute_all:40"),
         ("save:8,recompute_all:24", 2, "save:1,recompute_all:1"),
+        ("offload:28,save:4", 2, "offload:1,save:1"),
+        ("save:30,offload:1,recompute_all:1", 3, "save:1,offload:1,recompute_all:1"),
     ],
 )
 def test_mixtures_fit_the_model(policy, layers, wanted):
@@ -142,6 +145,24 @@ def test_rows_of_ours(checkpoint, tmp_path, monkeypatch):
         assert row["trainer_overhead"] > -1
         assert row["check_loss"] == pytest.approx(rows[0]["check_loss"], abs=1e-5)
         assert "skipped" not in row
+
+
+def test_rows_of_other_settings(checkpoint, tmp_path, monkeypatch):
+    """Embeddings in host memory and the same bits in every run change no loss."""
+    for name in ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG"):  # transformers sets them
+        monkeypatch.setenv(name, "")
+    settings = ({}, {"embeddings_on_host": True}, {"deterministic": True})
+    found = []
+    for at, build in enumerate(build_of(checkpoint, "qlora_kit", **more) for more in settings):
+        (tmp_path / str(at)).mkdir()
+        found += rows_of(tmp_path / str(at), build, "save")
+        assert torch.are_deterministic_algorithms_enabled() == build.deterministic
+        torch.use_deterministic_algorithms(False)
+    assert [row["embeddings_on_host"] for row in found] == [False, True, False]
+    assert [row["deterministic"] for row in found] == [False, False, True]
+    for row in found:
+        assert row["losses"] == pytest.approx(found[0]["losses"], abs=1e-5)
+    assert table.how(found[1]) == "save, host embeddings"
 
 
 def test_rows_of_the_eager_step(checkpoint, tmp_path):
@@ -306,7 +327,7 @@ def test_the_best_row_that_fits_counts():
 
 def test_a_graphs_memory_is_what_it_reserves():
     """A CUDA graph's memory does not show as allocated."""
-    rows = [row for row in made_rows(peak=8.0) if row.get("policy") != "offload_attention"]
+    rows = [row for row in made_rows(peak=8.0) if "offload_attention" not in row["policy"]]
     rows[0] |= {"graph": True, "peak_reserved_gib": 9.5}
     assert [met for _, met in table.judge(CASES[0], rows)] == [True, True, False]
     rows[0]["graph"] = False
