@@ -1,7 +1,7 @@
 """What layers keep: the same bits under every policy, and exactly the bytes of the arithmetic."""
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -134,14 +134,16 @@ def test_the_arithmetic_is_that_of_the_design() -> None:
 
 
 RANKS = {"q_proj": 3, "k_proj": 8, "v_proj": 9, "o_proj": 16, "gate_proj": 1, "up_proj": 24}
+_LIKE_LLAMA = Sizes(hidden=64, queries=128, keys=64, ffn=192, heads=4, ranks=(32, 16, 32, 8))
 TINY = {
-    "llama": Sizes(hidden=64, queries=128, keys=64, ffn=192, heads=4, ranks=(32, 16, 32, 8)),
-    "qwen3": Sizes(
-        hidden=64, queries=128, keys=64, ffn=192, heads=4, ranks=(32, 16, 32, 8), normed_heads=True
-    ),
-    "gemma2": Sizes(
-        hidden=64, queries=128, keys=64, ffn=192, heads=4, ranks=(32, 16, 32, 8), norms_behind=True
-    ),
+    "llama": _LIKE_LLAMA,
+    "mistral": _LIKE_LLAMA,
+    "qwen2": _LIKE_LLAMA,
+    "qwen3": replace(_LIKE_LLAMA, normed_heads=True),
+    "gemma2": replace(_LIKE_LLAMA, norms_behind=True),
+    "gemma3": replace(_LIKE_LLAMA, normed_heads=True, norms_behind=True),
+    # q, k and v are one linear of rank 4, gate and up are another
+    "phi3": replace(_LIKE_LLAMA, ranks=(8, 16, 8, 8)),
 }
 """Tiny models with sizes that cannot be taken for one another."""
 
@@ -154,7 +156,8 @@ Input = tuple[Tensor, tuple[Tensor, Tensor]]
 def layer_input(model: nn.Module) -> Input:
     """Hidden states and rotary tables."""
     x = torch.randn(*SHAPE, 64, dtype=model.dtype, requires_grad=True) * 1.0
-    return x, model.model.rotary_emb(x, torch.arange(SHAPE[1])[None])
+    kinds = ("sliding_attention",) if model.config.model_type.startswith("gemma3") else ()
+    return x, model.model.rotary_emb(x, torch.arange(SHAPE[1])[None], *kinds)
 
 
 def first_layer_keeps(model: nn.Module, given: Input) -> tuple[Tensor, list[Tensor]]:

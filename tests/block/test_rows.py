@@ -18,6 +18,7 @@ from tests import tiny_models
 from tests.block.helpers import (
     FAMILIES,
     LENGTH,
+    METHODS,
     Gradients,
     counted,
     errors,
@@ -78,10 +79,11 @@ def together(model: PreTrainedModel, rows: dict[str, Tensor], starts: Documents)
 
 
 @pytest.mark.parametrize("policy", ["recompute_elementwise", "recompute_all"])
+@pytest.mark.parametrize("method", ["lora", "lora_fa"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_rows_equal_single_documents(family: str, policy: str) -> None:
+def test_packed_rows_equal_single_documents(family: str, method: str, policy: str) -> None:
     """Whatever the neighbours; a boundary one token off is found."""
-    model, _ = make(family)
+    model, _ = make(family, METHODS[method])
     rows = packed()
     wanted = one_by_one(model, rows)
     fused = fuse_blocks(model, policy)
@@ -139,10 +141,11 @@ def padded(side: str) -> tuple[Tensor, Tensor, Tensor]:
     return ids, labels, mask
 
 
+@pytest.mark.parametrize("method", ["lora", "lora_fa"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padding_on_the_right_needs_no_mask(family: str) -> None:
+def test_padding_on_the_right_needs_no_mask(family: str, method: str) -> None:
     """The gradients of the model's own code with a mask; labels at the padding are found."""
-    model, _ = make(family)
+    model, _ = make(family, METHODS[method])
     ids, labels, mask = padded("right")
     add_gradients(model, ids, labels, attention_mask=mask, use_cache=False)
     wanted = gradients(model)
