@@ -117,9 +117,10 @@ def report(
     worse = [change for change in changes if change.worse]
     version = old.get("commit") or "an installed package"
     counts = f"{len(changes)} figures, {len(worse)} worse ({limits})"
-    lines = [f"compared with {version} on {old.get('gpu')}: {counts}"]
-    if old.get("gpu") != new.get("gpu"):
-        lines.append(f"  another card: {old.get('gpu')} then, {new.get('gpu')} now")
+    then, now = (one.get("gpu") or "a machine without a GPU" for one in (old, new))
+    lines = [f"compared with {version} on {then}: {counts}"]
+    if then != now:
+        lines.append(f"  another card: {then} then, {now} now")
     for change in sorted(changes, key=lambda change: not change.worse):
         word = "WORSE" if change.worse else "     "
         if change.figure == "ran":

@@ -24,6 +24,8 @@ from qlora_kit.train.charts import Series, line_chart
 COLORS = {name: i for i, name in enumerate((*RESIDENT, REST, "reserved"), start=1)}
 """Component to the number of its colour; what a CUDA graph reserves besides is the last one."""
 
+LINE_COLORS = 8
+"""Of curves in the page; after so many they have dots."""
 _SPEED = {"tokens/s": 1}
 _FEWEST_LOSSES = 4
 """Of a curve."""
@@ -128,8 +130,8 @@ def _losses(table: Table, rows: Sequence[Row]) -> dict[str, Any]:
         Series(
             name=name,
             points=[(float(i), loss) for i, loss in enumerate(row["losses"], start=1)],
-            color=1 + i % 3,
-            kind=("line", "dots")[i // 3 % 2],
+            color=1 + i % LINE_COLORS,
+            kind=("line", "dots")[i // LINE_COLORS % 2],
         )
         for i, (name, row) in enumerate(first.items())
     ]
@@ -137,6 +139,6 @@ def _losses(table: Table, rows: Sequence[Row]) -> dict[str, Any]:
         "title": "Loss",
         "unit": "nats per token, the same random batches for all; not a measure of quality",
         "svg": line_chart(lines, title=f"Loss, {table.title}", x_label="step"),
-        "legend": [{"name": line.name, "color": f"l{line.color}"} for line in lines],
+        "legend": [{"name": line.name, "color": f"l{line.color} {line.kind}"} for line in lines],
         "small": True,
     }

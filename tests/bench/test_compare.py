@@ -48,3 +48,13 @@ def test_report_names_the_worst_first_and_another_card():
     assert "4 figures, 1 worse" in text
     assert "another card" in text
     assert text.splitlines()[2].strip().startswith("WORSE  -50.0%")
+
+
+def test_a_machine_without_a_gpu_is_named():
+    old = record_of(row_of("qlora"), bench="speed") | {"gpu": None}
+    new = record_of(row_of("qlora"), bench="speed")
+    text = report(old, new, compare(old, new), limits="5%")
+    assert "on a machine without a GPU: 2 figures" in text
+    assert "None" not in text
+    assert "a machine without a GPU then, NVIDIA H100 80GB HBM3 now" in text
+    assert "another card" not in report(old, old, [], limits="5%")

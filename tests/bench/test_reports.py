@@ -1,12 +1,14 @@
 """Markdown and HTML from one record: complete, escaped, self-contained."""
 
 import re
+from itertools import pairwise
 
 import pytest
 
 from qlora_kit.bench.bars import Bar, bar_chart
 from qlora_kit.bench.html import render_html
 from qlora_kit.bench.markdown import render_markdown
+from qlora_kit.bench.methods import ALL, title_of
 from qlora_kit.bench.predicted import add_predictions
 from qlora_kit.bench.tables import tables_of
 from tests.bench.rows import record_of, row_of
@@ -63,6 +65,47 @@ def test_memory_is_drawn_by_component_with_the_prediction_beside():
         assert f"<title>{part}: " in page
     assert "<title>predicted step: 0.38</title>" in page
     assert page.count('class="chart"') == 3  # memory, speed, losses
+
+
+def curves(page):
+    """Of the chart of losses: the style of each line, and its points' heights on the page."""
+    chart = page[page.index("<h3>Loss</h3>") :].split("</figure>")[0]
+    found = re.findall(r'<polyline class="line (c\d) (\w+)" points="([^"]+)"', chart)
+    heights = [[float(p.split(",")[1]) for p in points.split()] for *_, points in found]
+    return [(color, kind) for color, kind, _ in found], heights, chart
+
+
+def test_losses_are_those_of_the_rows():
+    """One curve a method, of its first row, lower where the loss is; none of so few steps."""
+    rows = [
+        row_of("full", losses=[9.0, 8.0, 7.0, 6.0]),
+        row_of("qlora", losses=[9.0, 8.5, 8.0, 7.5]),
+        row_of("qlora", policy="save", losses=[1.0, 1.0, 1.0, 1.0]),
+        row_of("lora", losses=[5.0, 4.0]),
+    ]
+    styles, (full, qlora), chart = curves(render_html(record_of(*rows)))
+    assert len(set(styles)) == len(styles) == 2
+    drops = [b - a for a, b in pairwise(full)]
+    assert drops == pytest.approx([drops[0]] * 3, abs=0.2)
+    assert drops[0] > 0  # the page's y points down
+    assert full[0] == qlora[0]
+    assert qlora[-1] - qlora[0] == pytest.approx((full[-1] - full[0]) / 2, abs=0.2)
+    names = re.findall(r'<i class="l\d \w+"></i>([^<]+)<', chart)
+    assert names == ["full, mixed precision", "QLoRA"]
+    _, (moved, _), _ = curves(render_html(record_of(rows[0] | {"losses": [9, 6, 7, 8]}, rows[1])))
+    assert moved != full
+
+
+def test_no_two_curves_look_alike():
+    rows = [row_of(name) for name in ALL]
+    page = render_html(record_of(*rows))
+    styles, _, chart = curves(page)
+    assert len(set(styles)) == len(styles) == len({title_of(row) for row in rows}) > 8
+    marks = re.findall(r'<i class="l(\d) (\w+)"></i>', chart)
+    assert [(f"c{color}", kind) for color, kind in marks] == styles
+    for color, _ in styles:
+        assert f".line.{color} " in page
+        assert f"--{color}: " in page
 
 
 def test_bars_are_as_long_as_their_parts():
