@@ -48,6 +48,7 @@ from qlora_kit.train.expected import Expected
 from qlora_kit.train.held_out import loss_totals
 from qlora_kit.train.log_lines import LoggingTrainer, let_run_ahead
 from qlora_kit.train.rank_allocation import RankAllocation
+from qlora_kit.train.repeatable import repeat_cheaply
 from qlora_kit.train.sampling import EpochSampler, RowSet, SortedSampler, row_lengths
 from qlora_kit.train.throughput import Throughput
 
@@ -138,6 +139,7 @@ class Trainer(LoggingTrainer):
             eval_dataset=eval_dataset,
             callbacks=[GradientGuard(trainable), *callbacks],
         )
+        repeat_cheaply(args)
         if self.ranks is not None:
             self.add_callback(self.ranks)
         self.remove_callback(transformers.PrinterCallback)

@@ -3,7 +3,12 @@
 Bounds as in test_gradients.py, 64 units of rounding, against float64 on the decoded weights.
 """
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,3 +79,31 @@ def test_compiled_and_fused_gradients_are_the_models_own(family: str, method: st
     wrong.append(of_rows(model, rows))
     for found in wrong:
         assert min(max(errors(a, b)) for a, b in zip(found, wanted, strict=True)) > 10 * UNIT
+
+
+CHILD = """
+import json, torch
+from torch._dynamo.utils import counters
+from qlora_kit.block.compiled import compile_layers
+from tests.block.helpers import loss_and_gradients, make
+model, _ = make("llama", dtype=torch.float32, nf4=True)
+model.set_attn_implementation("sdpa")
+compile_layers(model, "recompute_elementwise")
+loss_and_gradients(model, use_cache=False)
+print(json.dumps(counters["inductor"]))
+"""
+
+
+@pytest.mark.slow
+def test_a_second_run_finds_the_code_of_the_first(tmp_path: Path) -> None:
+    """Two layers are one forward and one backward graph, whose code a later process loads."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    found = []
+    for _ in range(2):
+        words = [sys.executable, "-c", CHILD]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    assert (found[0]["fxgraph_cache_miss"], found[0].get("fxgraph_cache_hit", 0)) == (2, 0)
+    assert (found[1].get("fxgraph_cache_miss", 0), found[1]["fxgraph_cache_hit"]) == (0, 2)

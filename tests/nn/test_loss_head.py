@@ -373,6 +373,18 @@ def test_chunks_follow_from_the_vocabulary() -> None:
         assert chunk_tokens_for(vocab) * vocab * 2 <= 2**28
 
 
+def test_the_vocabularys_chunk_is_what_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody names another: nothing of all tokens' size, whatever memory is free."""
+    asked: list[int] = []
+    monkeypatch.setattr(loss_head, "chunk_tokens_for", lambda vocab: asked.append(vocab) or 16)
+    head = nn.Linear(HIDDEN, 2048, bias=False).requires_grad_(False)
+    hidden, targets = torch.randn(512, HIDDEN), torch.randint(0, 2048, (512,))
+    with Largest() as ours:
+        head_loss(head, hidden.requires_grad_(), targets)
+    assert asked == [2048]
+    assert ours.elements <= 2048 * HIDDEN < 512 * 2048
+
+
 def test_refuses_unflattened_states() -> None:
     """The message says what to do."""
     head, hidden, targets = case(6)

@@ -1,5 +1,6 @@
 """Fused layers under the Trainer: the same losses as the model's own code, on every collator."""
 
+import os
 from dataclasses import dataclass
 
 import pytest
@@ -13,6 +14,7 @@ from qlora_kit.core.errors import ConfigError
 from qlora_kit.nn.host_embedding import keep_embeddings_on_host
 from qlora_kit.step.prepare import FusedCollator, fused_inputs, prepare_model
 from qlora_kit.train.data.collate import PackedCollator, PadCollator
+from qlora_kit.train.repeatable import CUBLAS, WORKSPACE
 from qlora_kit.train.trainer import Trainer
 from tests import tiny_models
 from tests.train.helpers import arguments
@@ -182,3 +184,24 @@ def test_checkpointing_becomes_a_policy(tmp_path):
     assert fused.blocks.policies == ("recompute_all", "recompute_all")
     assert not args.gradient_checkpointing
     fused.remove()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_same_bits_are_asked_of_the_layers(tmp_path, monkeypatch, deterministic):
+    """`train.deterministic` reaches attention, and costs no more than its bits need."""
+    for name in ("CUDA_LAUNCH_BLOCKING", CUBLAS):
+        monkeypatch.setenv(name, "")
+    model = tiny_models.build("llama")
+    adapter = attach(model, LoRA(rank=2))
+    args = arguments(tmp_path, full_determinism=deterministic)
+    try:
+        trainer = Trainer(model, adapter, args, train_dataset=rows(False), step="fused")
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert torch.utils.deterministic.fill_uninitialized_memory != deterministic
+        assert os.environ[CUBLAS] == (WORKSPACE if deterministic else "")
+        rules = [layer._runner.description.rule for layer in model.model.layers]
+        assert [rule.deterministic for rule in rules] == [deterministic] * len(rules)
+        trainer.fused.remove()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
