@@ -8,6 +8,9 @@ heads, and by the two policies the model's own code knows.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
+
+from transformers.training_args import OptimizerNames
 
 from qlora_kit.bench.full import HEADS
 from qlora_kit.bench.methods import ALL, METHODS, PEERS, Method
@@ -15,6 +18,7 @@ from qlora_kit.bench.record import Row
 from qlora_kit.bench.recorded import most_recorded
 from qlora_kit.bench.rows import identity, measured
 from qlora_kit.bench.subject import Build, Job, Point, first_fields
+from qlora_kit.block.policy import POLICIES
 from qlora_kit.core.errors import ConfigError
 
 OWN_POLICIES = ("recompute_all", "save")
@@ -52,13 +56,20 @@ class Options:
         """Refuse names that nobody knows.
 
         Raises:
-            ConfigError: a method or `graphs` is unknown, or a size is below 1.
+            ConfigError: a method, policy, optimizer or `graphs` is unknown, or a size is below 1.
         """
         for name in self.methods:
             if name not in ALL:
                 raise ConfigError(f"unknown method {name!r}; known: {', '.join(ALL)}.")
         if self.graphs not in GRAPHS:
             raise ConfigError(f"unknown graphs {self.graphs!r}; known: {', '.join(GRAPHS)}.")
+        for word in (piece.split(":")[0] for text in self.policies for piece in text.split(",")):
+            if word not in POLICIES:
+                raise ConfigError(f"unknown policy {word!r}; known: {', '.join(POLICIES)}.")
+        if self.optimizer is not None and self.optimizer not in list(OptimizerNames):
+            near = get_close_matches(self.optimizer, list(OptimizerNames), n=3)
+            hint = f" Did you mean {', '.join(near)}?" if near else ""
+            raise ConfigError(f"Transformers has no optimizer {self.optimizer!r}.{hint}")
         if min(*self.batches, *self.seqs, self.rank, self.steps) < 1:
             raise ConfigError("batch, sequence, rank and steps are at least 1.")
 

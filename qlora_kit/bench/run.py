@@ -121,6 +121,8 @@ def run_bench(
         )
         session.measure_peaks()
         jobs = without_known(merged(rounds), earlier)
+        count = sum(len(job.points) for job in jobs)
+        print(f"{count} measurements of {len(jobs)} models and methods", flush=True)
         try:
             for model in dict.fromkeys(job.build.model for job in jobs):
                 mine = [job for job in jobs if job.build.model == model]

@@ -139,6 +139,7 @@ def _run_training(what: str, words: Sequence[str]) -> int:
 def _measure(what: str, options: Namespace, folder: Path, command: str) -> dict[str, Any]:
     from qlora_kit.bench.grid import Options
     from qlora_kit.bench.run import Limits, for_this_machine, run_bench
+    from qlora_kit.bench.shapes import config_of
 
     methods = tuple(options.methods or METHODS)
     wanted = Options(
@@ -155,9 +156,15 @@ def _measure(what: str, options: Namespace, folder: Path, command: str) -> dict[
         steps=options.steps,
         fresh=not options.share,
     )
+    for model in wanted.models:
+        config_of(model)  # a wrong name is said now, not by every process
+    used = for_this_machine(wanted)
+    if used.models != wanted.models:
+        names = ", ".join(wanted.models)
+        print(f"There is no GPU here: a tiny model of 2 x 64 tokens runs instead of {names}.")
     return run_bench(
         what,
-        [for_this_machine(wanted)],
+        [used],
         folder,
         command=command,
         limits=Limits(process=options.limit_seconds, total=options.total_seconds),

@@ -90,8 +90,22 @@ def test_models_are_measured_one_after_the_other():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"methods": ("qlorra",)}, {"graphs": "maybe"}, {"batches": (0,)}, {"steps": 0}]
+    ("changes", "message"),
+    [
+        ({"methods": ("qlorra",)}, "unknown method 'qlorra'"),
+        ({"graphs": "maybe"}, "unknown graphs"),
+        ({"batches": (0,)}, "at least 1"),
+        ({"steps": 0}, "at least 1"),
+        ({"policies": ("save", "saves")}, "unknown policy 'saves'"),
+        ({"policies": ("save:8,recompute:24",)}, "unknown policy 'recompute'"),
+        ({"optimizer": "adam_8bit"}, "adamw_8bit"),
+    ],
 )
-def test_wrong_options_are_refused(changes):
-    with pytest.raises(ConfigError):
+def test_wrong_options_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
         replace(ALL_METHODS, **changes)
+
+
+def test_mixtures_and_transformers_optimizers_are_known():
+    mixed = ("save:8,recompute_all:24", "offload")
+    assert replace(ALL_METHODS, policies=mixed, optimizer="paged_adamw_32bit").policies == mixed

@@ -34,6 +34,8 @@ def test_help_fits_80_columns(what, capsys):
         (["memory", "--method", "qlora"], "--methods"),
         (["memory", "--methods", "qlorra"], "unknown method"),
         (["memory", "--from", "nowhere.json"], "cannot read"),
+        (["speed", "--models", "no-such-shape"], "neither a folder"),
+        (["speed", "--policies", "saves"], "unknown policy"),
         (["latency", "--shapes", "8"], "BATCHxSEQUENCE"),
     ],
 )
@@ -104,3 +106,23 @@ def test_memory_on_a_machine_without_a_gpu(tmp_path, capsys, monkeypatch):
         assert row["peak_allocated_gib"] is None
     again = ["--from", str(out / "record.json"), "--compare", str(out / "record.json")]
     assert main(["bench", "memory", *again, "--out", str(out)]) == 0
+
+
+@pytest.mark.slow
+def test_speed_beside_peers_without_a_gpu(tmp_path, capsys, monkeypatch):
+    """Losses become curves, and what a library cannot do here is a row with its reason."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = ["--methods", "qlora", "--policies", "save", "--peers", "--share"]
+    words += ["--warmup", "1", "--steps", "4", "--out", str(tmp_path)]
+    assert main(["bench", "speed", *words]) == 0
+    printed = capsys.readouterr().out
+    assert "a tiny model of 2 x 64 tokens runs instead of Llama-3.2-1B" in printed
+    rows = json.loads((tmp_path / "record.json").read_text())["rows"]
+    by_library = {row["impl"]: row for row in rows}
+    assert set(by_library) == {"qlora_kit", "peft", "peft_liger", "unsloth"}
+    assert "needs a GPU" in by_library["unsloth"]["skipped"]
+    assert len(by_library["qlora_kit"]["losses"]) == 5
+    page = (tmp_path / "report.html").read_text()
+    chart = page[page.index("<h3>Loss</h3>") :].split("</figure>")[0]
+    assert chart.count("<polyline") == 1 + ("losses" in by_library["peft"])
+    assert "skipped: Unsloth needs a GPU" in page
