@@ -54,7 +54,7 @@ def in_our_words(components: dict[str, int], *, trains_all: bool) -> dict[str, f
         GiB by the names of `components.py`; whatever comes and goes is the step's.
 
     Example:
-        >>> in_our_words({"weights": GIB, "adapters": GIB, "loss": GIB}, trains_all=False)
+        >>> in_our_words({"weights": GIB, "adapters": GIB, "loss chunk": GIB}, trains_all=False)
         {'weights': 1.0, 'trained': 1.0, 'step': 1.0}
     """
     names = {"norms": "weights", "adapters": "trained", **{name: name for name in RESIDENT}}

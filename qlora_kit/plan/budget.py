@@ -22,7 +22,7 @@ MARGIN = 0.04
 SPARE = 128 << 20
 """Bytes that have to stay free in any case."""
 
-STEP = ("saved activations", "working set", "decoded weights", "loss", "kernel workspace")
+STEP = ("saved activations", "working set", "decoded weights", "loss chunk", "kernel workspace")
 """Components that come and go with every step."""
 
 

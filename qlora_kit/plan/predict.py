@@ -108,7 +108,7 @@ benchmarks/results/context, where segments grow."""
 FIXED_FRAGMENTS = 0.25
 """The same with torch's allocator as it comes: the most that lay idle in the 24 runs of
 benchmarks/results/plan_edge that ran out of memory."""
-_MOVING = ("saved activations", "working set", "decoded weights", "loss", "kernel workspace")
+_MOVING = ("saved activations", "working set", "decoded weights", "loss chunk", "kernel workspace")
 
 
 def predict(config: PreTrainedConfig, setup: Setup, gpu: Gpu) -> Prediction:
@@ -285,7 +285,7 @@ def run_step(made: Outline, setup: Setup, gpu: Gpu) -> Trace:
 def _sort(found: dict[str, int], blocks: list[Block], gradients: set[int]) -> None:
     """Add the blocks alive at the peak to their components."""
     names = {"forward": "saved activations", "inputs": "working set"}
-    names |= {"loss": "loss", "libraries": "libraries"}
+    names |= {"loss": "loss chunk", "libraries": "libraries"}
     last_forward = max((b.born for b in blocks if b.phase == "forward"), default=0)
     in_forward = all(b.phase in ("inputs", "forward") for b in blocks)
     for block in blocks:

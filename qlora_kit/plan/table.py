@@ -30,10 +30,15 @@ NAMES = (
     "working set",
     "decoded weights",
     "kernel workspace",
-    "loss",
+    "loss chunk",
     "libraries",
 )
 """Components in the order of the table; others follow."""
+SAID = {
+    "working set": "working set, recomputation included",
+    "libraries": "libraries: cuBLAS, cuDNN",
+}
+"""What the table calls components whose names alone say too little."""
 _LABEL = 42
 _VALUE = 12
 _SHORT, _CELL = 28, 24
@@ -102,7 +107,7 @@ def memory_table(made: Prediction, budget: Budget | None = None) -> str:
     names = [name for name in NAMES if name in made.components]
     names += [name for name in made.components if name not in NAMES]
     lines = ["memory at the peak of a step"]
-    lines += [_size(f"  {name}", made.components[name]) for name in names]
+    lines += [_size(f"  {SAID.get(name, name)}", made.components[name]) for name in names]
     lines.append(_size("peak allocated", made.peak_bytes))
     lines.append(_size("  fragmentation", made.reserved_bytes - made.peak_bytes))
     if graph_bytes(made):
