@@ -47,7 +47,7 @@ from qlora_kit.train.planning import setup_of
 from qlora_kit.train.record import source_commit
 from qlora_kit.train.trainer import Trainer
 
-WARMUP, STEPS = 2, 3
+WARMUP, STEPS = 1, 3
 MOST, SPEED = 0.03, 0.15
 """Targets: each peak, each speed; relative."""
 
@@ -80,10 +80,18 @@ RUNS = (
         Run(case="full", model="Llama-3.2-1B", batch=1, seq=1024, recompute=True, optimizer=o)
         for o in ("adamw_8bit", "paged_adamw_8bit")
     ),
+    *(
+        Run(case=c, model="Llama-3.2-3B", batch=1, seq=2048, recompute=again)
+        for again in (True, False)
+        for c in _OWN[:2]
+    ),
     *(Run(case=c, model="Llama-3.2-1B", batch=4, seq=1024) for c in ("bitfit", "prompt", "top_k")),
-    *(Run(case=c, model="Llama-3.2-3B", batch=1, seq=2048) for c in _OWN),
-    *(Run(case=c, model="Llama-3.2-3B", batch=1, seq=2048, recompute=True) for c in _OWN),
+    *(
+        Run(case="glora", model="Llama-3.2-3B", batch=1, seq=2048, recompute=r)
+        for r in (True, False)
+    ),
 )
+"""The most telling ones first: time may run out."""
 TOY = tuple(
     Run(case=c, model="tiny", batch=2, seq=64, recompute=c == "full") for c in (*_OWN, "full")
 )
@@ -152,6 +160,16 @@ def predicted(
     }
 
 
+def forget_overrides() -> None:
+    """Let bitsandbytes let go of the embeddings of optimizers that are gone.
+
+    It holds them for as long as the process lives: 1 GiB for each model of this grid.
+    """
+    found = sys.modules.get("bitsandbytes")
+    if found is not None:
+        found.optim.GlobalOptimManager.get_instance().initialize()
+
+
 def measured(run: Run) -> Row:
     """Train a run for a few updates.
 
@@ -162,12 +180,12 @@ def measured(run: Run) -> Row:
         Peak of the training (None without a GPU), milliseconds and tokens/s of an update, or
         `oom`.
     """
+    forget_overrides()
     start_counting(None)
+    left = torch.cuda.memory_allocated() / GIB if torch.cuda.is_available() else None
     try:
-        return _train(run)
-    except torch.OutOfMemoryError as error:
-        return {"oom": True, "error": str(error).splitlines()[0][:200]}
-    except RuntimeError as error:
+        return _train(run) | {"left_before_gib": left}
+    except (torch.OutOfMemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         return {"oom": True, "error": str(error).splitlines()[0][:200]}
@@ -297,9 +315,8 @@ def _run(file: Path, limit_seconds: float, folder: Path | None) -> int:
             gc.collect()
         rows.append(found)
         print(table([found]).splitlines()[0], f"{time.monotonic() - began:5.1f} s", flush=True)
-    written = write_record("plan_methods", rows, folder=folder)
-    print(table(rows).splitlines()[-1])
-    print(written)
+        written = write_record("plan_methods", rows, folder=folder)
+    print(table(rows).splitlines()[-1], written, sep="\n")
     return 0
 
 

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -59,7 +59,6 @@ _FOUR = ("--train.batch_size", "4")
 RUNS = (
     Run(name="whole card", flags=_FOUR),
     Run(name="6GiB", flags=(*_FOUR, "--budget", "6GiB")),
-    Run(name="4GiB", flags=(*_FOUR, "--budget", "4GiB")),
     Run(
         name="out of memory",
         flags=(
@@ -69,7 +68,9 @@ RUNS = (
         code=2,
     ),
     Run(name="refused", flags=(*_FOUR, "--budget", "2GiB"), code=2),
+    Run(name="4GiB", flags=(*_FOUR, "--budget", "4GiB")),
 )
+"""The most telling ones first: time may run out."""
 TOY = (Run(name="toy", flags=("--train.batch_size", "2", "--model.device", "cpu")),)
 """For machines without a GPU, where nothing is planned."""
 MODEL, SEQ, TOY_SEQ = "Llama-3.2-1B", 2048, 64
@@ -294,7 +295,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def measure(
     runs: Sequence[Run], scratch: Path, *, gpu: bool, limit_seconds: float, total_seconds: float
-) -> list[Row]:
+) -> Iterator[Row]:
     """Do runs one after the other.
 
     Args:
@@ -304,8 +305,8 @@ def measure(
         limit_seconds: of one run.
         total_seconds: no run starts after.
 
-    Returns:
-        A row each.
+    Yields:
+        A row each, when it is there.
     """
     began = time.monotonic()
     seq, model = (SEQ, MODEL) if gpu else (TOY_SEQ, "tiny")
@@ -315,7 +316,6 @@ def measure(
     logs = [scratch / f"{index}.log" for index in range(len(runs))]
     pairs = list(zip(runs, logs, strict=True))
     waiting = [Waiting(words_of(run, checkpoint, scratch, seq), log) for run, log in pairs]
-    rows: list[Row] = []
     try:
         dtype = "bfloat16" if gpu else "float32"
         session.checkpoint(model, storage="nf4", dtype=dtype, work=scratch)
@@ -326,14 +326,14 @@ def measure(
             names = {str(checkpoint): model, str(scratch): "."}
             text = log.read_text(encoding="utf-8", errors="replace")
             row = told(run, text, scratch, names)
-            rows.append({"model": model, **row, "exit": code, "seconds": round(seconds, 1)})
-            print(table(rows[-1:]), flush=True)
-            if complaint(rows[-1]):
+            row = {"model": model, **row, "exit": code, "seconds": round(seconds, 1)}
+            print(table([row]), flush=True)
+            if complaint(row):
                 print(*text.splitlines()[-15:], sep="\n    ", flush=True)
+            yield row
     finally:
         for process in waiting:
             process.end()
-    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -354,11 +354,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpu = torch.cuda.is_available()
     runs = [r for r in (RUNS if gpu else TOY) if arguments.only is None or r.name in arguments.only]
     limits: dict[str, Any] = {"limit_seconds": arguments.limit_seconds}
-    with tempfile.TemporaryDirectory(dir=roomy_folder(checkpoint_bytes(MODEL, "nf4"))) as folder:
-        scratch = Path(folder)
-        rows = measure(runs, scratch, gpu=gpu, total_seconds=arguments.total_seconds, **limits)
-    file = write_record("plan_train", rows, folder=arguments.out)
-    print(table(rows), file, sep="\n")
+    limits["total_seconds"] = arguments.total_seconds
+    rows: list[Row] = []
+    place = Path(roomy_folder(checkpoint_bytes(MODEL, "nf4")))
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        try:
+            for row in measure(runs, Path(folder), gpu=gpu, **limits):
+                rows.append(row)
+                print(write_record("plan_train", rows, folder=arguments.out), flush=True)
+        except KeyboardInterrupt:
+            print("cut short: what was measured is recorded", flush=True)
+    print(table(rows))
     return 1 if not rows or any(complaint(row) for row in rows) else 0
 
 

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from torch import nn
 
 from benchmarks.plan import coverage, methods, train
 from benchmarks.plan.cases import GRID, jobs, of_sizes
@@ -84,6 +85,16 @@ def test_no_run_starts_when_time_is_up(tmp_path):
     }
 
 
+def test_what_a_library_holds_on_to_is_let_go():
+    """bitsandbytes keeps modules whose state is to have other bits, their weights with them."""
+    optim = pytest.importorskip("bitsandbytes").optim
+    held = optim.GlobalOptimManager.get_instance()
+    held.register_module_override(nn.Embedding(2, 2), "weight", {"optim_bits": 32})
+    assert held.module_weight_config_triple
+    methods.forget_overrides()
+    assert not held.module_weight_config_triple
+
+
 def test_a_run_is_planned_as_train_plans_it():
     """Recomputation asked for, the method's own settings, the base's bits."""
     for run in methods.RUNS:
@@ -125,7 +136,7 @@ def message() -> str:
     return f"loading /somewhere/tiny\nqlora-kit: out of memory (CUDA out of memory).\n\n{found}\n"
 
 
-def told(text, tmp_path, run=train.RUNS[3]):
+def told(text, tmp_path, run=train.RUNS[2]):
     return train.told(run, text, tmp_path, {"/somewhere/tiny": "tiny", str(tmp_path): "."})
 
 
@@ -167,13 +178,27 @@ def test_what_a_planned_run_recorded_is_judged(tmp_path):
     assert "WRONG" in train.table([row | {"exit": 1}])
 
 
+def test_rows_are_written_as_they_come(tmp_path, monkeypatch):
+    """A run that is cut short has what was measured until then."""
+
+    def cut(*_, **__):
+        yield {"run": "one", "exit": 0, "expected_exit": 0, "evaluations": 1, "seconds": 1.0}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "measure", cut)
+    monkeypatch.setattr(train, "roomy_folder", lambda _: tmp_path / "not" / "there")
+    assert train.main(["--out", str(tmp_path)]) == 0
+    (written,) = (tmp_path / "plan_train").glob("*.json")
+    assert [row["run"] for row in json.loads(written.read_text())["rows"]] == ["one"]
+
+
 @pytest.mark.slow
 def test_a_toy_is_trained_by_the_command(tmp_path):
     """Without a GPU nothing is planned; the process waits, runs and is recorded all the same."""
     wrong = train.Run(name="wrong", flags=("--train.batch_size", "none"), code=2)
     runs = (*train.TOY, wrong)
     limits = {"limit_seconds": 120, "total_seconds": 240}
-    good, refused = train.measure(runs, tmp_path, gpu=False, **limits)
+    good, refused = list(train.measure(runs, tmp_path, gpu=False, **limits))
     assert good["exit"] == 0
     assert good["evaluations"] == 2
     assert len(good["tokens_per_s"]) == 6
