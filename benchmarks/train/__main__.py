@@ -14,6 +14,7 @@ as they come, so a run that is cut short still writes a record of what it has.
 import argparse
 import json
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -24,10 +25,13 @@ import torch
 
 from benchmarks.harness.record import write_record
 from benchmarks.train.cases import CAP_GIB, CASES, IMPLS, UNSLOTH_VARIANTS, Options, plan
+from benchmarks.train.here import Here
 from benchmarks.train.table import report
 from qlora_kit.bench.flops import mfu, step_flops
 from qlora_kit.bench.session import Session, StepFailedError
 from qlora_kit.bench.shapes import MODELS
+from qlora_kit.bench.subject import Job
+from qlora_kit.core.allocator import use_growing_segments
 
 
 def finish(session: Session, out: Path | None) -> int:
@@ -60,7 +64,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--policies", nargs="+", default=[], help="ours, instead of the cases' own")
     add("--unsloth-variants", nargs="+", default=list(UNSLOTH_VARIANTS))
     add("--step", choices=["auto", "fused", "eager"], default="auto", help="ours")
-    add("--deterministic", action="store_true", help="ours: the same bits in every run")
     add("--optimizer", default="adamw_8bit")
     add("--warmup", type=int, default=3)
     add("--steps", type=int, default=6, help="timed steps")
@@ -74,6 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         help="a record of this card, minutes ago: its rates, not measured anew",
     )
+    add("--here", action="store_true", help="ours in this process: nothing is imported twice")
     add("--fresh", action="store_true", help="a process for every point")
     add("--storage", choices=["nf4", "bf16"], default="nf4", help="of the checkpoint")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16" if gpu else "float32")
@@ -97,7 +101,6 @@ def options(arguments: argparse.Namespace) -> Options:
         cap_gib=arguments.cap_gib or None,
         optimizer=arguments.optimizer,
         step=arguments.step,
-        deterministic=arguments.deterministic,
         device="cuda" if torch.cuda.is_available() else "cpu",
         dtype=arguments.dtype,
         warmup=arguments.warmup,
@@ -115,29 +118,59 @@ def main(argv: Sequence[str] | None = None) -> int:
     jobs = plan(chosen, options(arguments))
     if not torch.cuda.is_available() and arguments.model != "tiny":
         sys.exit("there is no GPU here: only --model tiny makes sense without one")
+    if arguments.here and arguments.impls != ["qlora_kit"]:
+        sys.exit("--here is for ours alone: add --impls qlora_kit")
+    if arguments.here:
+        use_growing_segments()
     with tempfile.TemporaryDirectory(prefix="qlora-kit-train-") as scratch:
-        session = Session(
+        session = (Here if arguments.here else Session)(
             Path(scratch),
             limit_seconds=arguments.limit_seconds,
             total_seconds=arguments.total_seconds,
         )
         try:
-            if arguments.peaks is None:
-                session.measure_peaks()
-            else:
-                session.peaks = json.loads(arguments.peaks.read_text(encoding="utf-8"))["peaks"]
-            for model in dict.fromkeys(job.build.model for job in jobs):
-                folder = session.checkpoint(
-                    model, storage=arguments.storage, dtype=arguments.dtype, work=arguments.work
-                )
-                for job in (job for job in jobs if job.build.model == model):
-                    session.run(replace(job, build=replace(job.build, checkpoint=str(folder))))
-                if not arguments.keep:
-                    shutil.rmtree(folder)
-        except StepFailedError as error:
-            sys.exit(str(error))
+            measure(session, jobs, arguments)
+        except (StepFailedError, KeyboardInterrupt) as reason:
+            print(f"stopped: {str(reason) or 'interrupted'}", flush=True)
+            if not session.rows:
+                return 1
+        if isinstance(session, Here):
+            session.last()
         return finish(session, arguments.out)
 
 
+def measure(session: Session, jobs: Sequence[Job], arguments: argparse.Namespace) -> None:
+    """Rates of the card, checkpoints and jobs; rows are the session's as they come.
+
+    Args:
+        session: that runs them.
+        jobs: in their order.
+        arguments: of the command line.
+    """
+    if arguments.peaks is None:
+        session.measure_peaks()
+    else:
+        session.peaks = json.loads(arguments.peaks.read_text(encoding="utf-8"))["peaks"]
+    for model in dict.fromkeys(job.build.model for job in jobs):
+        folder = session.checkpoint(
+            model, storage=arguments.storage, dtype=arguments.dtype, work=arguments.work
+        )
+        for job in (job for job in jobs if job.build.model == model):
+            session.run(replace(job, build=replace(job.build, checkpoint=str(folder))))
+        if not arguments.keep:
+            shutil.rmtree(folder)
+
+
+def interruptible() -> None:
+    """Let whoever ends this process, by whichever signal, still have a record of its rows."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, interrupt)  # which shells switch off for what they do not wait for
+
+
 if __name__ == "__main__":
+    interruptible()
     sys.exit(main())

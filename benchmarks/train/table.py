@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.train.cases import CASES, Case
+from qlora_kit.bench.flops import mfu
 from qlora_kit.bench.record import Row
 from qlora_kit.bench.rows import mark_disagreements, peak_gib, shape_of, status
 
@@ -219,6 +220,10 @@ def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         key: statistics.mean(r["peaks"][key] for r in records if key in r["peaks"])
         for key in {key for record in records for key in record["peaks"]}
     }
+    for row in rows.values():  # one card, one rate
+        if row.get("tokens_per_s") and row.get("gflops_per_token") and "bf16_tflops" in peaks:
+            flops = row["gflops_per_token"] * 1e9
+            row["mfu"] = mfu(row["tokens_per_s"], flops, peaks["bf16_tflops"])
     commands = "; ".join(dict.fromkeys(record["command"] for record in records))
     return {**records[0], "command": commands, "peaks": peaks, "rows": list(rows.values())}
 

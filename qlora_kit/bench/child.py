@@ -184,7 +184,7 @@ def run_point(
                 steps=point.steps or job.steps,
                 device=device,
                 stage=stage,
-                profile_rank=job.build.rank if job.profile else None,
+                profile_rank=job.build.rank if job.profile or point.profile else None,
                 vocab_size=vocab,
             )
             row |= {} if subject.facts is None else subject.facts()

@@ -140,6 +140,8 @@ def build(build: Build, stage: Stage) -> Subject:
         The subject; its policy is set by `prepare`.
     """
     stage("imports")
+    if not build.deterministic:
+        torch.use_deterministic_algorithms(False)  # a job before may have asked for it
     model = _base(build)
     stage("loaded")
     model.train()

@@ -121,6 +121,8 @@ class Point:
     """Steps before the timed ones; None for the job's."""
     steps: int | None = None
     """Timed steps; None for the job's."""
+    profile: bool = False
+    """Also say which kernels the time goes to, as the job may for all its points."""
     cases: tuple[str, ...] = ()
     """Cases of the table it belongs to."""
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from benchmarks.train import __main__ as command
 from benchmarks.train import plot, table
-from benchmarks.train.cases import CASES, IMPLS, Options, plan, scaled
+from benchmarks.train.cases import CASES, IMPLS, LONG, Options, plan, scaled
 from qlora_kit.bench.child import first_fields, run_job, run_point
 from qlora_kit.bench.random_checkpoint import checkpoint_bytes, write_checkpoint
 from qlora_kit.bench.session import read_rows
@@ -65,9 +65,9 @@ def test_a_point_of_two_cases_is_measured_once():
     assert len(keys) == len(set(keys))
     shared = [p for m, _, p in points if m == "lora" and p.policy == "recompute_all"]
     assert ("full", "lora_fa") in {p.cases for p in shared}
-    # one process per model and method: loading is paid for once
-    builds = {(b.model, b.method, b.embeddings_on_host) for b in (job.build for job in jobs)}
-    assert len(jobs) == len(builds)
+    # one process per model and way to build it, long rows aside: loading is paid for once
+    kinds = {(job.build, job.points[0].batch * job.points[0].seq > LONG) for job in jobs}
+    assert len(jobs) == len(kinds)
 
 
 def test_unsloth_gets_a_process_for_each_shape():
@@ -145,24 +145,6 @@ def test_rows_of_ours(checkpoint, tmp_path, monkeypatch):
         assert row["trainer_overhead"] > -1
         assert row["check_loss"] == pytest.approx(rows[0]["check_loss"], abs=1e-5)
         assert "skipped" not in row
-
-
-def test_rows_of_other_settings(checkpoint, tmp_path, monkeypatch):
-    """Embeddings in host memory and the same bits in every run change no loss."""
-    for name in ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG"):  # transformers sets them
-        monkeypatch.setenv(name, "")
-    settings = ({}, {"embeddings_on_host": True}, {"deterministic": True})
-    found = []
-    for at, build in enumerate(build_of(checkpoint, "qlora_kit", **more) for more in settings):
-        (tmp_path / str(at)).mkdir()
-        found += rows_of(tmp_path / str(at), build, "save")
-        assert torch.are_deterministic_algorithms_enabled() == build.deterministic
-        torch.use_deterministic_algorithms(False)
-    assert [row["embeddings_on_host"] for row in found] == [False, True, False]
-    assert [row["deterministic"] for row in found] == [False, False, True]
-    for row in found:
-        assert row["losses"] == pytest.approx(found[0]["losses"], abs=1e-5)
-    assert table.how(found[1]) == "save, host embeddings"
 
 
 def test_rows_of_the_eager_step(checkpoint, tmp_path):

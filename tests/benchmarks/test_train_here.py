@@ -1,0 +1,153 @@
+"""`python -m benchmarks.train --here`, runs that are cut short, and rows of other settings."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.train import __main__ as command
+from benchmarks.train import table
+from benchmarks.train.here import Here
+from qlora_kit.bench.child import run_job
+from qlora_kit.bench.random_checkpoint import write_checkpoint
+from qlora_kit.bench.session import read_rows
+from qlora_kit.bench.subject import Build, Job, Point, Stage
+
+WORDS = ["--model", "tiny", "--steps", "1", "--warmup", "1", "--impls", "qlora_kit", "--here"]
+
+
+def record(folder: Path) -> dict[str, Any]:
+    """The one that was written."""
+    (file,) = (folder / "train").glob("*.json")
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _restored(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What transformers and the allocator's settings leave in the environment."""
+    names = ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ALLOC_CONF")
+    for name in names:
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def test_every_case_of_ours_in_one_process(tmp_path: Path, capsys: Any) -> None:
+    """The same bits, embeddings in host memory and decoded weights change no first loss."""
+    assert command.main([*WORDS, "--work", str(tmp_path), "--out", str(tmp_path)]) == 0
+    made = record(tmp_path)
+    rows = made["rows"]
+    assert {"full", "lean", "best", "small", "repeatable", "long"} <= {
+        case for row in rows for case in row["cases"]
+    }
+    assert made["peaks"]["bf16_tflops"] > 0
+    assert {row["deterministic"] for row in rows} == {False, True}
+    assert {row["embeddings_on_host"] for row in rows} == {False, True}
+    for row in rows:
+        assert row["step"] == "fused"
+        assert row["mfu"] > 0
+        assert row["check_loss"] == pytest.approx(rows[0]["check_loss"], abs=1e-5)
+    assert "host embeddings" in capsys.readouterr().out
+    assert not list(tmp_path.glob("tiny*"))  # the checkpoint is gone
+
+
+def test_here_is_for_ours() -> None:
+    """Peers patch what others import."""
+    with pytest.raises(SystemExit, match="ours alone"):
+        command.main(["--model", "tiny", "--here"])
+
+
+def test_a_job_that_fails_is_rows_and_the_next_one_follows(tmp_path: Path) -> None:
+    """The rows before it are kept; without time left nothing begins."""
+    session = Here(tmp_path, limit_seconds=60, total_seconds=60)
+    folder = session.checkpoint("tiny", storage="nf4", dtype="float32", work=tmp_path)
+    values = {"impl": "qlora_kit", "model": "tiny", "checkpoint": str(folder), "rank": 4}
+    build = Build(**values, device="cpu", dtype="float32")
+    points = tuple(Point(batch=1, seq=16, policy=p) for p in ("save", "nonsense", "offload"))
+    session.run(Job(build=build, points=points, warmup=0, steps=1))
+    assert ["error" in row for row in session.rows] == [False, True, True]
+    session.run(Job(build=build, points=points[:1], warmup=0, steps=1))
+    assert session.rows[-1]["tokens_per_s"] > 0
+    late = Here(tmp_path, limit_seconds=60, total_seconds=-1)
+    late.run(Job(build=build, points=points))
+    assert [row["error"] for row in late.rows] == ["no time left in this run"] * 3
+
+
+def test_an_interrupted_run_has_the_rows_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that measured none says so by its exit status."""
+    ran: list[Job] = []
+
+    def run(self: Here, job: Job) -> None:
+        if len(ran) == done:
+            raise KeyboardInterrupt
+        ran.append(job)
+        self._refuse(job, job.points[:1], "as if measured")
+
+    monkeypatch.setattr(Here, "run", run)
+    for done, status in ((1, 1), (0, 1)):
+        ran.clear()
+        out = tmp_path / str(done)
+        words = [*WORDS, "--work", str(tmp_path), "--out", str(out)]
+        assert command.main(words) == status
+        if done:
+            assert len(record(out)["rows"]) == 1
+        else:
+            assert not out.exists()
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_a_run_with_its_record(tmp_path: Path, by: signal.Signals) -> None:
+    """Of processes, whose rows are read as they are; where a shell ignores SIGINT, too."""
+    (tmp_path / "peaks.json").write_text('{"peaks": {"bf16_tflops": 1.0}}')
+    words = [sys.executable, "-m", "benchmarks.train", *WORDS[:-1], "--cases", "small"]
+    words += ["--peaks", str(tmp_path / "peaks.json"), "--policies", "save", "offload"]
+    words += ["--work", str(tmp_path), "--out", str(tmp_path)]
+    ignoring = "import signal, sys, os; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    ignoring += "os.execv(sys.argv[1], sys.argv[1:])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", ignoring, *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "timed steps" in line:  # of the first point: its row is about to be written
+            break
+    for line in process.stdout:
+        if "offload" in line:
+            process.send_signal(by)
+            break
+    text = process.stdout.read()
+    assert process.wait(60) == 0, text
+    assert record(tmp_path)["rows"][0]["tokens_per_s"] > 0
+
+
+def test_rows_of_other_settings(tmp_path: Path) -> None:
+    """Embeddings in host memory and the same bits in every run change no loss."""
+    folder, file = tmp_path / "tiny", tmp_path / "rows.jsonl"
+    write_checkpoint("tiny", folder, storage="nf4", device="cpu", dtype=torch.float32)
+    values = {"impl": "qlora_kit", "model": "tiny", "checkpoint": str(folder), "rank": 4}
+    points = (Point(batch=2, seq=24, policy="save"),)
+    deterministic = []
+    for more in ({}, {"embeddings_on_host": True}, {"deterministic": True}, {}):
+        build = Build(**values, **more, device="cpu", dtype="float32")
+        run_job(Job(build=build, points=points, warmup=1, steps=2, rows_file=str(file)), Stage())
+        deterministic.append(torch.are_deterministic_algorithms_enabled())
+    found = read_rows(file)
+    assert deterministic == [False, False, True, False]
+    assert [row["embeddings_on_host"] for row in found] == [False, True, False, False]
+    assert [row["deterministic"] for row in found] == [False, False, True, False]
+    for row in found:
+        assert row["losses"] == pytest.approx(found[0]["losses"], abs=1e-5)
+    assert table.how(found[1]) == "save, host embeddings"
