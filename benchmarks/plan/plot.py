@@ -20,7 +20,7 @@ MARKERS = "osD^vPX*"
 
 
 def newest_records() -> list[Path]:
-    """The newest record of each kind of card, measured on a GPU.
+    """The newest record of each kind of card, measured on a GPU; of a day's, the one of most rows.
 
     Returns:
         The files, by name.
@@ -29,8 +29,9 @@ def newest_records() -> list[Path]:
         SystemExit: there is none.
     """
     files = (RESULTS / "plan").glob("*.json")
-    ordered = sorted(files, key=lambda file: (file.stem.split("-")[-2], file.stat().st_mtime))
-    cards = {json.loads(file.read_text(encoding="utf-8"))["gpu"]: file for file in ordered}
+    found = [(file, json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    found.sort(key=lambda pair: (pair[0].stem.split("-")[-2], len(pair[1]["rows"])))
+    cards = {record["gpu"]: file for file, record in found}
     cards.pop(None, None)
     if not cards:
         raise SystemExit(f"no record in {RESULTS / 'plan'}: run python -m benchmarks.plan")

@@ -48,6 +48,15 @@ def test_a_row_without_a_measurement_covers_nothing():
     assert facts["method and policy"] == ("full", "recompute_all")
 
 
+def test_the_records_lack_nothing():
+    """What was measured on GPUs, and is held to predictions by `tests/plan/test_record.py`."""
+    rows = coverage.recorded()
+    assert coverage.missing(rows) == []
+    assert coverage.main([]) == 0
+    longest = [r for r in rows if r.get("seq") == 65536 and r.get("peak_allocated_gib")]
+    assert {row["model"] for row in longest} >= {"Llama-3.2-1B", "Llama-3.1-8B"}
+
+
 def test_sizes_are_chosen():
     made = jobs(GRID, device="cuda", warmup=2, steps=3)
     (only,) = of_sizes(made, ["1x65536:offload"])
