@@ -1,10 +1,11 @@
 """The table of a train record: every row by case, and the targets met or missed.
 
-    python -m benchmarks.train.table RECORD.json [MORE.json ...] [--merge OUT.json]
+    python -m benchmarks.train.table RECORD.json [MORE.json ...] [--predict] [--merge OUT.json]
 
-Several records of one commit and card (a long benchmark run in parts) become one with
-`--merge`. Rows of one shape are from the same checkpoint and the same first batch, so
-their first losses have to agree; a row that does not is marked, and meets no target.
+Several records of one commit and card (a long benchmark run in parts) become one with `--merge`;
+`--predict` adds the planner's peaks, for which no GPU is needed. Rows of one shape are from the same
+checkpoint and the same first batch, so their first losses have to agree; a row that does not is
+marked, and meets no target.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from typing import Any
 
 from benchmarks.train.cases import CASES, Case
 from qlora_kit.bench.flops import mfu
+from qlora_kit.bench.predicted import add_predictions
 from qlora_kit.bench.record import Row
 from qlora_kit.bench.rows import mark_disagreements, peak_gib, shape_of, status
 
@@ -74,6 +76,7 @@ def line(row: Row) -> str:
         f"{_cell(row, 'mfu', '.1f', 100):>5}",
         f"{_cell(row, 'peak_allocated_gib', '.2f'):>6}",
         f"{_cell(row, 'peak_reserved_gib', '.2f'):>6}",
+        f"{_cell(row, 'predicted_gib', '.2f'):>6}",
         f"{_cell(row, 'host_gib', '.1f'):>5}",
         f"{_cell(row, 'pinned_gib', '.1f'):>5}",
         f"{_cell(row, 'load_s', '.1f'):>5}",
@@ -84,7 +87,7 @@ def line(row: Row) -> str:
 
 
 HEADER = (
-    f"  {'':28} {'policy':34} {'tokens/s':>8} {'MFU %':>5} {'alloc.':>6} {'resv.':>6}"
+    f"  {'':28} {'policy':34} {'tokens/s':>8} {'MFU %':>5} {'alloc.':>6} {'resv.':>6} {'pred.':>6}"
     f" {'host':>5} {'pinn.':>5} {'load':>5} {'1st s':>5} {'Tr. %':>6}"
 )
 
@@ -233,9 +236,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("records", type=Path, nargs="+")
     parser.add_argument("--merge", type=Path, default=None, help="write them as one")
+    parser.add_argument("--predict", action="store_true", help="ours by the planner, too")
     arguments = parser.parse_args(argv)
     found = [json.loads(file.read_text(encoding="utf-8")) for file in arguments.records]
     record = merge(found)
+    if arguments.predict:
+        if "gpu_memory_bytes" not in record:
+            sys.exit("this record is too old to be predicted: it does not say how large the GPU is")
+        add_predictions(record)
     print(report(record["rows"]))
     if arguments.merge is not None:
         arguments.merge.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

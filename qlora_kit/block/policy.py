@@ -7,8 +7,9 @@
     offload_attention       as recompute_mlp, and what is kept waits in pinned host memory
     offload                 as recompute_all, likewise
 
-A model's policy is one of these words, or a mixture such as `save:8,recompute_all:24`:
-eight layers of the first kind, then 24 of the second. Gradients do not depend on it, bit
+A model's policy is one of these words, or a mixture such as `recompute_all:24,save:8`: 24
+layers of the first kind, then eight of the second. Layers that keep less had better come first:
+their working set is needed when what the others kept is gone. Gradients do not depend on it, bit
 for bit, as far as attention's backward repeats its bits.
 """
 
@@ -80,7 +81,7 @@ def parse_policy(text: str, layers: int) -> tuple[str, ...]:
         if word not in POLICIES:
             raise ConfigError(
                 f"unknown activation policy {word!r}; known: {', '.join(POLICIES)}, or a mixture "
-                f"such as save:8,recompute_all:{max(layers - 8, 1)}."
+                f"such as recompute_all:{max(layers - 8, 1)},save:8."
             )
         if not number and index == len(pieces) - 1:
             number = str(max(layers - len(words), 0))

@@ -30,7 +30,7 @@ def test_mixtures(text: str, layers: int, wanted: tuple[str, ...]) -> None:
     ("text", "message"),
     [
         ("everything", r"unknown activation policy 'everything'; known: save, "),
-        ("", r"unknown activation policy ''.*such as save:8,recompute_all:24"),
+        ("", r"unknown activation policy ''.*such as recompute_all:24,save:8"),
         ("save:8,", r"unknown activation policy ''"),
         ("save,recompute_all", r"needs a number of layers after 'save', as in save:8"),
         ("save:many", r"needs a number of layers after 'save'"),
