@@ -3,9 +3,9 @@
     python -m benchmarks.train.table RECORD.json [MORE.json ...] [--predict] [--merge OUT.json]
 
 Several records of one commit and card (a long benchmark run in parts) become one with `--merge`;
-`--predict` adds the planner's peaks, for which no GPU is needed. Rows of one shape are from the same
-checkpoint and the same first batch, so their first losses have to agree; a row that does not is
-marked, and meets no target.
+`--predict` adds the planner's peaks, for which no GPU is needed. Rows of one shape are from the
+same checkpoint and the same first batch, so their first losses have to agree; a row that does not
+is marked, and meets no target.
 """
 
 import argparse

@@ -17,7 +17,7 @@ from benchmarks.train.here import Here
 from qlora_kit.bench.child import run_job
 from qlora_kit.bench.random_checkpoint import write_checkpoint
 from qlora_kit.bench.session import read_rows
-from qlora_kit.bench.subject import Build, Job, Point, Stage
+from qlora_kit.bench.subject import Build, Job, Point, Stage, first_fields
 
 WORDS = ["--model", "tiny", "--steps", "1", "--warmup", "1", "--impls", "qlora_kit", "--here"]
 
@@ -151,3 +151,23 @@ def test_rows_of_other_settings(tmp_path: Path) -> None:
     for row in found:
         assert row["losses"] == pytest.approx(found[0]["losses"], abs=1e-5)
     assert table.how(found[1]) == "save, host embeddings"
+
+
+def test_a_record_gets_the_planners_peaks(tmp_path: Path, capsys: Any) -> None:
+    """Of our rows alone; host embeddings and their order by layer make a difference."""
+    file, out = tmp_path / "record.json", tmp_path / "merged.json"
+    more = ({}, {"embeddings_on_host": True}, {"policy": "save:1,offload:1"})
+    rows = []
+    for impl in ("qlora_kit", "unsloth"):
+        build = Build(impl=impl, model="tiny", checkpoint="")
+        row = first_fields(build, Point(batch=4, seq=512, policy="offload:1,save:1"))
+        rows += [row | {"step": "fused"} | extra for extra in more]
+    about = {"bench": "train", "commit": "a", "gpu": "NVIDIA H100 80GB HBM3", "command": "c"}
+    file.write_text(json.dumps(about | {"peaks": {}, "rows": rows, "gpu_memory_bytes": 80 << 30}))
+    table.main([str(file), "--predict", "--merge", str(out)])
+    peaks = [row["predicted_gib"] for row in json.loads(out.read_text())["rows"]]
+    assert peaks[3:] == [None] * 3
+    assert peaks[1] < peaks[0] < peaks[2]
+    file.write_text(json.dumps(about | {"peaks": {}, "rows": rows}))
+    with pytest.raises(SystemExit, match="too old"):
+        table.main([str(file), "--predict"])
