@@ -3,10 +3,12 @@
 Rates are what a step sustains, not what a data sheet promises: under a long load a GPU lowers
 its clock to stay within its power. Those of the H100 were fitted to measured steps
 (benchmarks/results/plan). The H200 has the same, but for its faster memory: nothing was fitted to
-its steps, which they are held to. For the others the data sheet's figure for dense bfloat16 with
+its steps, which they are held to; but attention's rates over long rows are between what was timed
+on both (docs/planner.md). For the others the data sheet's figure for dense bfloat16 with
 float32 sums is scaled by the same share, and a plan says so.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -18,6 +20,8 @@ from qlora_kit.core.units import GIB
 from qlora_kit.plan.host import ASSUMED_US, host_us_per_op
 from qlora_kit.step.graph import recorded_tokens
 
+CACHED = 16 << 20
+"""Bytes of one head's keys and values up to which attention keeps its rate on a Hopper card."""
 SUSTAINED = 0.703
 """Share of the data sheet's matrix rate that the largest products of a step reach, on an H100."""
 
@@ -30,6 +34,8 @@ class Attention:
     """Over rows without end."""
     half: float
     """Tokens of a row at which half of the peak is reached."""
+    loss: float = 0.0
+    """Share lost with every doubling of a head's keys and values beyond `CACHED`."""
 
     def rate(self, tokens: int, head_dim: int = 128) -> float:
         """FLOP/s over rows of so many tokens.
@@ -44,8 +50,12 @@ class Attention:
         Example:
             >>> Attention(peak=6e14, half=1000).rate(1000)
             300000000000000.0
+            >>> Attention(peak=6e14, half=0, loss=0.1).rate(1 << 16) / 6e14  # 32 MiB, twice CACHED
+            0.9
         """
-        return self.peak / (1 + self.half / tokens) / max(1.0, 0.5 + 64 / head_dim)
+        rate = self.peak / (1 + self.half / tokens) / max(1.0, 0.5 + 64 / head_dim)
+        doublings = max(0.0, math.log2(4 * tokens * head_dim / CACHED))
+        return rate * max(0.5, 1.0 - self.loss * doublings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,8 +115,8 @@ _HOPPER = {
     "capability": (9, 0),
     "matrix_flops": SUSTAINED * 989e12,
     "link": 54e9,
-    "forward": Attention(peak=690e12, half=560),
-    "backward": Attention(peak=610e12, half=1300),
+    "forward": Attention(peak=690e12, half=560, loss=0.075),
+    "backward": Attention(peak=610e12, half=1300, loss=0.045),
     "measured": True,
 }
 
