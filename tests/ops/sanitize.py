@@ -199,9 +199,11 @@ def small_products(rows: int, k: int, rank: int, dtype: torch.dtype) -> None:
         for team, clustered in ((1, True), (2, True), (3, False)):
             for factor in (a.T, a.T.contiguous()):
                 out = x.new_full((rows, rank), torch.nan)
+                both = x.new_full((rows, k + rank), torch.nan) if team > 1 else None
                 chosen = small.Plan(shape, min(team, -(-k // shape.columns)))
-                small.run(x, factor, SCALE, out, chosen=chosen, clustered=clustered)
+                small.run(x, factor, SCALE, out, both=both, chosen=chosen, clustered=clustered)
                 assert (out - wanted).abs().max() <= bound, (rows, k, rank, shape, team)
+                assert both is None or torch.equal(both, torch.cat((x, out), dim=1))
 
 
 def linears(*strategies: str) -> int:

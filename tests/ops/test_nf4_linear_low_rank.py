@@ -106,6 +106,55 @@ def test_the_chosen_plan_matches_float64(m, k, r, turned):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("turned", [False, True], ids=["forward", "turned"])
+@pytest.mark.parametrize(("rank", "shape"), SHAPES, ids=str)
+def test_x_is_put_beside_the_product(rank, shape, turned):
+    """Bit for bit, once and completely, by teams too; what is behind it stays."""
+    for m, k in [(1, 8), (17, 200), (257, 1032), (shape.tokens + 1, 4104)]:
+        case = Case(m, k, rank, torch.bfloat16, turned, "cuda", scale=0.3)
+        alone = run_in_place(case, chosen=low_rank.Plan(shape, 1)).clone()
+        for team in (1, 3):
+            if team > -(-k // shape.columns):
+                continue
+            for clustered in (True, False):
+                wide = case.x.new_full((m, k + rank + 8), torch.nan)
+                both, out = wide[:, : k + rank], case.x.new_full((m, rank), torch.nan)
+                chosen = low_rank.Plan(shape, team)
+                low_rank.run(
+                    *(case.x, case.factor, case.scale, out),
+                    both=both,
+                    chosen=chosen,
+                    clustered=clustered,
+                )
+                case.check(out, f"beside, teams of {team}")
+                assert team > 1 or torch.equal(out, alone)
+                assert torch.equal(both[:, :k].view(torch.int16), case.x.view(torch.int16))
+                assert torch.equal(both[:, k:], out)
+                assert wide[:, k + rank :].isnan().all(), "values beyond were written"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("m", "k", "r"), [*LARGE[:3], (8192, 28_672, 16)])
+def test_beside_the_product_of_many_rows(m, k, r):
+    case = Case(m, k, r, torch.bfloat16, True, "cuda")
+    small, both = low_rank.product_beside(case.x, case.factor, case.scale)
+    case.check(small, "beside")
+    assert torch.equal(both, torch.cat((case.x, small), dim=1))
+
+
+@pytest.mark.parametrize("r", [8, 12])
+def test_side_by_side_without_a_gpu(r):
+    """Ranks are filled up with zeros."""
+    case = Case(40, 64, r, torch.float32, turned=False)
+    small, both = low_rank.product_beside(case.x, case.factor, case.scale)
+    case.check(small, "on a CPU")
+    filled = low_rank.to_eight(small)
+    assert filled.shape[1] % 8 == 0
+    assert not filled[:, r:].any()
+    assert torch.equal(both, torch.cat((case.x, filled), dim=1))
+
+
+@pytest.mark.gpu
 def test_repeats_have_the_same_bits():
     """And a cluster's sums those of a team that meets in memory: the order is the same."""
     for rank, shape in SHAPES:

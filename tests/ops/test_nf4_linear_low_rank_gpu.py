@@ -60,9 +60,9 @@ def test_a_small_product_wrong_in_one_rank_is_found(everywhere, monkeypatch):
     case = make_case(64, 512, 512, Options(rank=16), "cuda")
     run = low_rank.run
 
-    def wrong(x, factor, scale, out):
-        run(x, factor, scale, out)
-        out[:, 3] *= 2
+    def wrong(x, factor, scale, out, *, both):
+        run(x, factor, scale, out, both=both)
+        both[:, x.shape[1] + 3] *= 2
 
     monkeypatch.setattr(low_rank, "run", wrong)
     with pytest.raises(AssertionError, match="times the bound"):

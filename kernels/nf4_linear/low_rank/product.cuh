@@ -1,6 +1,7 @@
 // out = scale X F: LoRA's small product of many rows, at the rate at which memory gives X.
 // Shapes    X (m,k), F (k,r), out (m,r) in one dtype of bf16/fp16, any distance between rows. F is
-//           stored as its transpose (r,k), a forward's A, or as it is (`turned`), a backward's B
+//           stored as its transpose (r,k), a forward's A, or as it is (`turned`), a backward's B.
+//           `both` (m,k+r), if not null, becomes X with the result behind it: X is read once
 // Requires  sm_80+; k, r and all distances multiples of 8, 16-byte addresses, r <= RANK. Checked in
 //           qlora_kit/ops/nf4_linear/low_rank.py
 // Tile      TOKENS rows x RANK per team of blocks that share the contraction: COLUMNS of it a
@@ -25,12 +26,23 @@ struct Operands {
     const u16* x;
     const u16* f;
     u16* out;
+    u16* both;    // null, or where X and the result go side by side
     float* sums;  // null where a team is a cluster, or of one
     int m, k, r;
-    long long x_stride, f_stride, out_stride;
+    long long x_stride, f_stride, out_stride, both_stride;
     int team;  // blocks that share a contraction
     float scale;
 };
+
+// Four ranks of a row's sums, rounded once.
+template <typename T>
+__device__ __forceinline__ void write_four(const Operands& of, int row, int rank, float4 sum) {
+    const uint2 four = {T::pack(sum.x * of.scale, sum.y * of.scale),
+                        T::pack(sum.z * of.scale, sum.w * of.scale)};
+    *reinterpret_cast<uint2*>(of.out + row * of.out_stride + rank) = four;
+    if (of.both != nullptr)
+        *reinterpret_cast<uint2*>(of.both + row * of.both_stride + of.k + rank) = four;
+}
 
 // Where a 16-byte piece lies in a matrix of rows of PIECES: eight neighbouring rows of one column,
 // which an ldmatrix reads, lie in different banks.
@@ -86,6 +98,20 @@ struct Block {
                            of.f + line * of.f_stride + column + part * 8,
                            column + part * 8 < end && line < of.r);
             }
+        }
+    }
+
+    // A stage of X to `both`: each thread the pieces it brought.
+    __device__ __forceinline__ void pass_on(int column, int slot) const {
+        const int piece = t % PIECES, row = t / PIECES;
+        if (of.both == nullptr || column + piece * 8 >= end) return;
+        u16* to = of.both + (token + row) * of.both_stride + column + piece * 8;
+#pragma unroll
+        for (int i = 0; i < TOKENS; i += AT_ONCE) {
+            const u8* at = shared + slot * STAGE_BYTES + piece_at<PIECES>(row + i, piece);
+            if (token + row + i < of.m)
+                *reinterpret_cast<uint4*>(to + i * of.both_stride) =
+                    *reinterpret_cast<const uint4*>(at);
         }
     }
 
@@ -149,10 +175,7 @@ struct Block {
     }
 
     __device__ __forceinline__ void write(int row, int rank, float4 sum) const {
-        if (token + row >= of.m || rank >= of.r) return;
-        u16* to = of.out + (token + row) * of.out_stride + rank;
-        *reinterpret_cast<uint2*>(to) = {T::pack(sum.x * of.scale, sum.y * of.scale),
-                                         T::pack(sum.z * of.scale, sum.w * of.scale)};
+        if (token + row < of.m && rank < of.r) write_four<T>(of, token + row, rank, sum);
     }
 
     // Adds the team's sums up, each block a part of them, or leaves them to the second kernel.
@@ -218,6 +241,7 @@ struct Block {
             __syncthreads();  // this stage has arrived, the one before has been read by all
             load_next();
             multiply(slot);
+            pass_on(begin + i * COLUMNS, slot);
             slot = slot == STAGES - 1 ? 0 : slot + 1;
         }
 #if __CUDA_ARCH__ >= 900
@@ -247,8 +271,7 @@ __device__ __forceinline__ void add_sums(const Operands& of, int rank) {
         const float4 more = *reinterpret_cast<const float4*>(from + member * step);
         sum = {sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w};
     }
-    *reinterpret_cast<uint2*>(of.out + row * of.out_stride + first) = {
-        T::pack(sum.x * of.scale, sum.y * of.scale), T::pack(sum.z * of.scale, sum.w * of.scale)};
+    write_four<T>(of, row, first, sum);
 }
 
 // Blocks that a processor's registers are to hold.
@@ -257,12 +280,13 @@ constexpr int TOGETHER = RANK <= 16 ? 4 : 2;
 
 // Arguments in the order of qlora_kit/ops/nf4_linear/low_rank.py.
 #define PRODUCT_ARGUMENTS                                                                        \
-    const u16 *x, const u16 *f, u16 *out, float *sums, long long m, long long k, long long r,    \
-        long long x_stride, long long f_stride, long long out_stride, long long team, float scale
+    const u16 *x, const u16 *f, u16 *out, u16 *both, float *sums, long long m, long long k,      \
+        long long r, long long x_stride, long long f_stride, long long out_stride,               \
+        long long both_stride, long long team, float scale
 #define PRODUCT_OPERANDS                                                              \
-    {x,        f,        out,        sums,                                            \
+    {x,        f,        out,        both,        sums,                               \
      static_cast<int>(m), static_cast<int>(k), static_cast<int>(r),                   \
-     x_stride, f_stride, out_stride, static_cast<int>(team), scale}
+     x_stride, f_stride, out_stride, both_stride, static_cast<int>(team), scale}
 
 #define LOW_RANK_PRODUCT_ONE(NAME, T, TURNED, RANK, TOKENS, COLUMNS, STAGES)                       \
     extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER<RANK>)                          \

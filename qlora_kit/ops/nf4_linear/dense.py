@@ -4,19 +4,19 @@ The way for many rows, where the product hides the decoding, and for every case 
 other strategy serves (float32, odd sizes). The decoded weight is a temporary of the
 caching allocator, as large as one layer.
 
-LoRA joins the product as r more steps of its contraction: the activations are copied
-beside the small product, and B (or A) stands beside the decoded weight. Adding to a
+LoRA joins the product as r more steps of its contraction: the small product's kernel copies
+the activations beside its result, and B (or A) stands beside the decoded weight. Adding to a
 result written before would cost about the same and is less exact: measured on an H100
 (torch 2.11, CUDA 13.0), cuBLAS with beta = 1 rounds its product to 16 bits before it adds.
 Small results are summed in float32 (`reference.product`).
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_kit.ops.nf4_dequantize import cuda as nf4_dequantize
-from qlora_kit.ops.nf4_linear import reference
+from qlora_kit.ops.nf4_linear import low_rank, reference
+from qlora_kit.ops.nf4_linear.low_rank import to_eight
 from qlora_kit.quant.weight import NF4Weight
 
 
@@ -51,10 +51,28 @@ def multiply(
     if xa is None or lora_b is None:
         decoded = nf4_dequantize.dequantize(weight, x.dtype)
         return reference.product(x, decoded.T, bias, None, None)
-    columns = _to_eight(lora_b)
-    decoded = nf4_dequantize.dequantize(weight, x.dtype, columns=columns)
-    both = torch.cat((x, _to_eight(xa)), dim=1)
-    return reference.product(both, decoded.T, bias, None, None)
+    return _wider(torch.cat((x, to_eight(xa)), dim=1), weight, bias, lora_b)
+
+
+def multiply_low_rank(
+    x: Tensor, weight: NF4Weight, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Compute x·Wᵀ + (scale·x·Aᵀ)·Bᵀ + bias, reading x once for what LoRA needs of it.
+
+    Args:
+        x: (M, K), on a CUDA device.
+        weight: (N, K).
+        bias: (N,) in the dtype of x, or None.
+        a: (r, K) in the dtype of x.
+        b: (N, r) in the dtype of x.
+        scale: factor on the low-rank product.
+
+    Returns:
+        y: (M, N) in the dtype of x.
+        xa: (M, r) = scale·x·Aᵀ in the dtype of x.
+    """
+    xa, both = low_rank.product_beside(x, a.T, scale)
+    return _wider(both, weight, bias, b), xa
 
 
 def multiply_transposed(
@@ -74,15 +92,40 @@ def multiply_transposed(
     if dyb is None or lora_a is None:
         decoded = nf4_dequantize.dequantize(weight, dy.dtype)
         return reference.product(dy, decoded, None, None, None)
+    return _taller(torch.cat((dy, to_eight(dyb)), dim=1), weight, lora_a)
+
+
+def multiply_transposed_low_rank(
+    dy: Tensor, weight: NF4Weight, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Compute dy·W + (scale·dy·B)·A, reading dy once for what LoRA needs of it.
+
+    Args:
+        dy: (M, N), on a CUDA device.
+        weight: (N, K).
+        a: (r, K) in the dtype of dy.
+        b: (N, r) in the dtype of dy.
+        scale: factor on the low-rank product.
+
+    Returns:
+        dx: (M, K) in the dtype of dy.
+        dyb: (M, r) = scale·dy·B in the dtype of dy.
+    """
+    dyb, both = low_rank.product_beside(dy, b, scale)
+    return _taller(both, weight, a), dyb
+
+
+def _wider(both: Tensor, weight: NF4Weight, bias: Tensor | None, lora_b: Tensor) -> Tensor:
+    """[x, xa]·[W, B]ᵀ + bias."""
+    decoded = nf4_dequantize.dequantize(weight, both.dtype, columns=to_eight(lora_b))
+    return reference.product(both, decoded.T, bias, None, None)
+
+
+def _taller(both: Tensor, weight: NF4Weight, lora_a: Tensor) -> Tensor:
+    """[dy, dyb]·[W; A]."""
     n, k = weight.shape
-    rows = _to_eight(lora_a.T).T
-    decoded = dy.new_empty((n + rows.shape[0], k))
-    nf4_dequantize.dequantize(weight, dy.dtype, out=decoded[:n])
+    rows = to_eight(lora_a.T).T
+    decoded = both.new_empty((n + rows.shape[0], k))
+    nf4_dequantize.dequantize(weight, both.dtype, out=decoded[:n])
     decoded[n:] = rows
-    both = torch.cat((dy, _to_eight(dyb)), dim=1)
     return reference.product(both, decoded, None, None, None)
-
-
-def _to_eight(columns: Tensor) -> Tensor:
-    """The matrix with columns of zeros added up to a multiple of eight: 16-byte rows."""
-    return F.pad(columns, (0, -columns.shape[1] % 8))

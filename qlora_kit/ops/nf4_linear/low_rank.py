@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_kit.ops.jit import architecture_of
@@ -119,6 +120,43 @@ def product(x: Tensor, factor: Tensor, scale: float) -> Tensor:
     return out
 
 
+def product_beside(x: Tensor, factor: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Compute scale·x·factor, and put x and that side by side.
+
+    Args:
+        x: (M, K), on a CUDA device.
+        factor: (K, r), one of its dimensions contiguous.
+        scale: the factor on the result.
+
+    Returns:
+        product: (M, r) in the dtype of x.
+        both: (M, K + r'), x and the product; r' is r up to a multiple of eight, with zeros.
+    """
+    if not _serves(x, factor):
+        small = reference.scaled_product(x, factor, scale)
+        return small, torch.cat((x, to_eight(small)), dim=1)
+    (m, k), r = x.shape, factor.shape[1]
+    small, both = x.new_empty((m, r)), x.new_empty((m, k + r))
+    run(x, factor, scale, small, both=both)
+    return small, both
+
+
+def to_eight(columns: Tensor) -> Tensor:
+    """Add columns of zeros up to a multiple of eight: rows of whole 16-byte pieces.
+
+    Args:
+        columns: (M, r).
+
+    Returns:
+        (M, r').
+
+    Example:
+        >>> to_eight(torch.ones(2, 12)).shape
+        torch.Size([2, 16])
+    """
+    return F.pad(columns, (0, -columns.shape[1] % 8))
+
+
 def is_faster(x: Tensor, factor: Tensor) -> bool:
     """Tell whether the kernel can take a product, and is faster than cuBLAS.
 
@@ -129,9 +167,12 @@ def is_faster(x: Tensor, factor: Tensor) -> bool:
     Returns:
         What `FEWEST_ROWS` and `MOST_VALUES` say, where it fits.
     """
+    return x.numel() <= MOST_VALUES and _serves(x, factor)
+
+
+def _serves(x: Tensor, factor: Tensor) -> bool:
     return (
         x.shape[0] >= FEWEST_ROWS
-        and x.numel() <= MOST_VALUES
         and x.dtype in _DTYPES
         and fits(x, factor)
         and architecture_of(x.device) == "sm_90a"
@@ -218,6 +259,7 @@ def run(
     scale: float,
     out: Tensor,
     *,
+    both: Tensor | None = None,
     chosen: Plan | None = None,
     clustered: bool | None = None,
 ) -> None:
@@ -228,6 +270,8 @@ def run(
         factor: (K, r).
         scale: the factor on the result.
         out: (M, r), written; its rows whole 16-byte pieces at 16-byte addresses, too.
+        both: (M, K + r), written: x and the result side by side, as a product wants them whose
+            contraction goes on over the ranks; x is read once for both. Rows as those of `out`.
         chosen: how to cut it into blocks; by default what `plan` says.
         clustered: whether teams are clusters; by default where the GPU has clusters.
     """
@@ -245,8 +289,9 @@ def run(
     if team > 1 and not clustered:
         sums = x.new_empty((team, m, rank), dtype=torch.float32)
     arguments = (
-        *(x, stored, out, sums, m, k, r),
-        *(x.stride(0), stored.stride(0), out.stride(0), team, float(scale)),
+        *(x, stored, out, both, sums, m, k, r),
+        *(x.stride(0), stored.stride(0), out.stride(0), 0 if both is None else both.stride(0)),
+        *(team, float(scale)),
     )
     kernels = _KERNELS[x.dtype, rank]
     kernels.launch(
