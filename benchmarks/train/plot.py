@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.harness.record import RESULTS, ROOT
 from benchmarks.ops.plot_nf4_linear import COLOURS
 from benchmarks.train.cases import CASES, Case
-from benchmarks.train.table import counted
+from benchmarks.train.table import counted, how
 from qlora_kit.bench.rows import mark_disagreements, peak_gib, status
 
 STYLES = {
@@ -74,7 +74,7 @@ def draw_case(axes: Any, case: Case, rows: Sequence[dict[str, Any]]) -> None:
             )
             for row in mine if impl == "qlora_kit" else ():
                 axes.annotate(
-                    row["policy"].replace("recompute_", "re-"),
+                    how(row).replace("recompute_", "re-"),
                     (peak_gib(row), row["tokens_per_s"] / 1e3),
                     xytext=(4, -9),
                     textcoords="offset points",

@@ -1,8 +1,10 @@
 """The table of a train record: every row by case, and the targets met or missed.
 
-    python -m benchmarks.train.table RECORD.json [MORE.json ...] [--predict] [--merge OUT.json]
+    python -m benchmarks.train.table RECORD.json [MORE.json ...] [--beside PEERS.json ...]
+                                     [--predict] [--merge OUT.json]
 
 Several records of one commit and card (a long benchmark run in parts) become one with `--merge`;
+`--beside` adds peers' rows that another commit measured on such a card, each with that commit;
 `--predict` adds the planner's peaks, for which no GPU is needed. Rows of one shape are from the
 same checkpoint and the same first batch, so their first losses have to agree; a row that does not
 is marked, and meets no target.
@@ -215,10 +217,9 @@ def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if len(values) > 1:
             sys.exit(f"these records differ in {key}: {', '.join(map(str, values))}")
     rows: dict[tuple[Any, ...], Row] = {}
-    keys = ("impl", "variant", "model", "batch", "seq", "method", "rank", "policy", "cap_gib")
     for record in records:
         for row in record["rows"]:
-            rows[tuple(row.get(key) for key in (*keys, *_SETTINGS))] = row
+            rows[_key(row)] = row
     peaks = {
         key: statistics.mean(r["peaks"][key] for r in records if key in r["peaks"])
         for key in {key for record in records for key in record["peaks"]}
@@ -231,15 +232,47 @@ def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**records[0], "command": commands, "peaks": peaks, "rows": list(rows.values())}
 
 
+def with_peers(record: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A record with peers' rows of others, where it has none of its own.
+
+    Args:
+        record: of this commit.
+        others: of such a card.
+
+    Returns:
+        A new record; rows that were added say `commit`, and keep the MFU of their own run.
+
+    Raises:
+        SystemExit: another card.
+    """
+    if any(other["gpu"] != record["gpu"] for other in others):
+        sys.exit("these records are of different cards")
+    rows = {_key(row): row for row in record["rows"]}
+    for other in others:
+        for row in other["rows"]:
+            if row["impl"] != "qlora_kit" and "tokens_per_s" in row:
+                rows.setdefault(_key(row), row | {"commit": row.get("commit", other["commit"])})
+    return {**record, "rows": list(rows.values())}
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    """What makes a row a measurement of its own."""
+    keys = ("impl", "variant", "model", "batch", "seq", "method", "rank", "policy", "cap_gib")
+    settings = _SETTINGS if row["impl"] == "qlora_kit" else ()
+    return tuple(row.get(key) for key in (*keys, *settings))
+
+
 def main(argv: list[str] | None = None) -> None:
     """Print the table of one or more records."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("records", type=Path, nargs="+")
     parser.add_argument("--merge", type=Path, default=None, help="write them as one")
+    parser.add_argument("--beside", type=Path, nargs="+", default=[], help="peers of other commits")
     parser.add_argument("--predict", action="store_true", help="ours by the planner, too")
     arguments = parser.parse_args(argv)
     found = [json.loads(file.read_text(encoding="utf-8")) for file in arguments.records]
-    record = merge(found)
+    beside = [json.loads(file.read_text(encoding="utf-8")) for file in arguments.beside]
+    record = with_peers(merge(found), beside)
     if arguments.predict:
         if "gpu_memory_bytes" not in record:
             sys.exit("this record is too old to be predicted: it does not say how large the GPU is")

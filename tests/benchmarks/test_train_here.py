@@ -171,3 +171,24 @@ def test_a_record_gets_the_planners_peaks(tmp_path: Path, capsys: Any) -> None:
     file.write_text(json.dumps(about | {"peaks": {}, "rows": rows}))
     with pytest.raises(SystemExit, match="too old"):
         table.main([str(file), "--predict"])
+
+
+def test_peers_of_another_commit_say_so() -> None:
+    """What this commit measured itself stays; ours of another one is not taken."""
+    point = Point(batch=4, seq=512, policy="save")
+    rows = {}
+    for impl in ("qlora_kit", "unsloth", "peft"):
+        build = Build(impl=impl, model="tiny", checkpoint="")
+        rows[impl] = first_fields(build, point) | {"tokens_per_s": 1.0}
+    own = {"commit": "b", "gpu": "H100", "rows": [rows["qlora_kit"], rows["peft"]]}
+    other = {
+        "commit": "a",
+        "gpu": "H100",
+        "rows": [r | {"tokens_per_s": 2.0} for r in rows.values()],
+    }
+    found = table.with_peers(own, [other])["rows"]
+    assert [row["impl"] for row in found] == ["qlora_kit", "peft", "unsloth"]
+    assert [row.get("commit") for row in found] == [None, None, "a"]
+    assert [row["tokens_per_s"] for row in found] == [1.0, 1.0, 2.0]
+    with pytest.raises(SystemExit, match="different cards"):
+        table.with_peers(own, [other | {"gpu": "H200"}])
