@@ -357,18 +357,22 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(grid)} points, about {expected:.0f} s (at least {least:.0f}, full {most:.0f})")
     rows: list[dict[str, object]] = []
     end, case, made = time.perf_counter() + arguments.seconds, None, (0, 0)
-    for index, (n, k, which, m) in enumerate(grid):
-        if case is None or made != (n, k):
-            case = None  # the old weights go before the new ones come
-            case, made = Case(n, k), (n, k)
-        case.operands(m)
-        share = (end - time.perf_counter()) / (len(grid) - index)
-        found = measure(case, m, which, limits, share, arguments.strategies)
-        rows += found
-        verdict = "" if arguments.strategies else judge(found)
-        print(line(found, arguments.strategies), verdict, flush=True)
-        if device() == "cuda" and torch.cuda.memory_reserved() > 16 << 30:
-            torch.cuda.empty_cache()
+    try:
+        for index, (n, k, which, m) in enumerate(grid):
+            if case is None or made != (n, k):
+                case = None  # the old weights go before the new ones come
+                case, made = Case(n, k), (n, k)
+            case.operands(m)
+            share = (end - time.perf_counter()) / (len(grid) - index)
+            found = measure(case, m, which, limits, share, arguments.strategies)
+            rows += found
+            verdict = "" if arguments.strategies else judge(found)
+            print(line(found, arguments.strategies), verdict, flush=True)
+            if device() == "cuda" and torch.cuda.memory_reserved() > 16 << 30:
+                torch.cuda.empty_cache()
+    except KeyboardInterrupt:
+        grid = grid[:index]
+        print(f"cut short after {index} points")
     print(strategy_table(rows) if arguments.strategies else summary(rows))
     bench = "nf4_linear_strategies" if arguments.strategies else "nf4_linear"
     wrong = any("wrong_by" in row for row in rows)
