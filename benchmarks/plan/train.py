@@ -7,7 +7,8 @@ Every run is the command itself on a model of random weights, in a process of it
 included: held-out rows in batches asked to be eight times as large as training's. On the whole
 card and under budgets, which torch enforces, it must end well, within 3% of the peak it
 predicted. A run without a plan must run out of memory and stop with the planner's table, and with
-settings that fit; one that does not fit must be refused before its model is loaded.
+settings that fit; one that does not fit must be refused before its model is loaded, with settings
+that do or a word that none near it does.
 
 Importing the libraries takes longer than a run, so all processes import at once and then wait
 for their turn; each has the GPU for itself while it runs.
@@ -257,8 +258,10 @@ def complaint(row: Row) -> str | None:
     if row["exit"] != row["expected_exit"]:
         return f"exit status {row['exit']} instead of {row['expected_exit']}"
     if row["exit"]:
-        lacks = not any("needed on the GPU" in line for line in row["printed"])
-        return "no table" if lacks else None if row["settings_that_fit"] else "no settings that fit"
+        if not any("needed on the GPU" in line for line in row["printed"]):
+            return "no table"
+        said = row["settings_that_fit"] or any("nothing near" in line for line in row["printed"])
+        return None if said else "no settings that fit"
     if not row["evaluations"]:
         return "nothing was evaluated"
     plan = row.get("plan")

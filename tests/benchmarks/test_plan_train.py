@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from torch import nn
 
+from benchmarks.harness.record import RESULTS
 from benchmarks.plan import coverage, methods, train
 from benchmarks.plan.cases import GRID, jobs, of_sizes
 from qlora_kit.bench.shapes import config_of
@@ -104,6 +105,28 @@ def test_what_a_library_holds_on_to_is_let_go():
     assert not held.module_weight_config_triple
 
 
+@pytest.mark.slow
+def test_peaks_of_own_code_and_of_full_fine_tuning_are_as_measured():
+    """Recorded predictions came first; today's are held to the same 1%."""
+    (file,) = (RESULTS / "plan_methods").glob("*.json")
+    record = json.loads(file.read_text(encoding="utf-8"))
+    rows = [row for row in record["rows"] if row.get("peak_allocated_gib")]
+    assert len(rows) >= 14
+    assert {row["run"]["case"] for row in rows} >= {"pfeiffer", "prefix", "glora", "full"}
+    kind = record["gpu"], record["gpu_memory_bytes"]
+    for row in rows:
+        peak, run = row["peak_allocated_gib"], methods.Run(**row["run"])
+        again = methods.predicted(run, *kind)
+        assert row["left_before_gib"] == 0
+        for said in (row["predicted_gib"], again["predicted_gib"]):
+            assert abs(said / peak - 1) < 0.01, str(run)
+        wrong = replace(run, recompute=not run.recompute)
+        if run.case == "full":  # whose update is the peak, recomputed or not
+            wrong = replace(run, optimizer="adamw_torch_fused")
+        other = methods.predicted(wrong, *kind)
+        assert abs(other["predicted_gib"] / peak - 1) > 0.01, "another run's plan would pass"
+
+
 def test_a_run_is_planned_as_train_plans_it():
     """Recomputation asked for, the method's own settings, the base's bits."""
     for run in methods.RUNS:
@@ -161,7 +184,23 @@ def test_what_a_run_out_of_memory_says_is_kept(tmp_path):
     table = [line for line in row["printed"] if not line.startswith("  --")]
     without = told("\n".join(table), tmp_path) | {"exit": 2}
     assert train.complaint(without) == "no settings that fit"
+    none = {**without, "printed": [*table, "nothing near fits 2.00 GiB: a smaller model"]}
+    assert train.complaint(none) is None
     assert "2 settings" in train.table([{**row, "settings_that_fit": 2}])
+
+
+def test_the_recorded_runs_ended_as_they_must():
+    """On a GPU: within 3% of what was said, evaluation included; out of memory; refused."""
+    (file,) = (RESULTS / "plan_train").glob("*.json")
+    record = json.loads(file.read_text(encoding="utf-8"))
+    rows = {row["run"]: row for row in record["rows"]}
+    assert set(rows) >= {"whole card", "6GiB", "out of memory", "refused"}
+    assert record["gpu"] is not None
+    assert [train.complaint(row) for row in rows.values()] == [None] * len(rows)
+    planned = [row for row in rows.values() if row.get("plan")]
+    assert all(row["evaluations"] == 2 and row["growing_segments"] for row in planned)
+    assert rows["out of memory"]["settings_that_fit"] >= 2
+    assert "load" not in rows["refused"].get("stages", {})
 
 
 def test_what_a_planned_run_recorded_is_judged(tmp_path):
