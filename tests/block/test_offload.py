@@ -99,6 +99,19 @@ def test_what_was_put_comes_back(ahead: bool) -> None:
     assert store.host_bytes % BLOCK == 0
 
 
+@pytest.mark.parametrize("ahead", [True, False])
+def test_the_layer_before_is_asked_for_ahead(ahead: bool) -> None:
+    """Its copies are on their way when the layer behind is computed again, if that is wanted."""
+    store = CpuStore()
+    tickets = [store.put(layer, tensors(100 + layer)) for layer in range(3)]
+    store.take(tickets[2], ahead=ahead)
+    assert (tickets[1].arrived is not None) == ahead
+    assert tickets[0].arrived is None  # one layer at a time
+    moved = store.moved_bytes
+    store.take(tickets[1], ahead=False)
+    assert (store.moved_bytes == moved) == ahead
+
+
 def test_pages_serve_other_lengths() -> None:
     """The memory of the longest batch is enough for all that come after."""
     store = CpuStore()

@@ -17,6 +17,7 @@ from qlora_kit.train.data.collate import PackedCollator, PadCollator
 from qlora_kit.train.repeatable import CUBLAS, WORKSPACE
 from qlora_kit.train.trainer import Trainer
 from tests import tiny_models
+from tests.adapters.bases import quantize
 from tests.train.helpers import arguments
 
 
@@ -205,3 +206,17 @@ def test_the_same_bits_are_asked_of_the_layers(tmp_path, monkeypatch, determinis
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def test_decoded_layers_reach_the_fused_ones(tmp_path):
+    """`train.keep_decoded`: the first layers' weights are there before the first step."""
+    found = []
+    for kept in (0, 1):
+        model = tiny_models.build("llama")
+        quantize(model)
+        adapter = attach(model, LoRA(rank=2))
+        options = {"train_dataset": rows(False), "step": "fused", "keep_decoded": kept}
+        trainer = Trainer(model, adapter, arguments(tmp_path), **options)
+        found.append(len(trainer.fused.blocks.kept_decoded()))
+        trainer.fused.remove()
+    assert found == [0, 4]  # qkv, o, gate and up, down of the first layer

@@ -216,6 +216,8 @@ def test_accumulation_weighs_tokens_alike(tmp_path: Path, smoothing: float) -> N
     model, _ = adapted()
     naive = torch.stack([causal_lm_loss(model, collate([row])) for row in four]).mean()
     assert abs(naive.item() - losses[0]) > 1e-3  # averaging batches would be another number
+    wanted = causal_lm_loss(model, collate(four), label_smoothing=smoothing)
+    assert losses[0] == pytest.approx(wanted.item(), rel=1e-4)
 
 
 def test_evaluation_weighs_tokens_and_ignores_batch_size(tmp_path: Path) -> None:
@@ -291,6 +293,8 @@ def test_logs_carry_throughput_and_memory(tmp_path: Path) -> None:
     assert len(records) == 3
     assert all(r["tokens_per_s"] > 0 and r["memory_gib"] > 0 for r in records)
     assert records[-1]["tokens"] == trainer.state.num_input_tokens_seen
+    order = list(trainer._get_train_sampler())[: 3 * trainer.args.per_device_train_batch_size]
+    assert records[-1]["tokens"] == sum(len(rows(20)[i]["input_ids"]) for i in order)  # no padding
     stored = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
     assert stored["num_input_tokens_seen"] == records[-1]["tokens"]
 
