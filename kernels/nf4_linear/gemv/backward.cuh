@@ -18,7 +18,7 @@
 
 template <typename T, int TOKEN_TILES, int WARPS>
 struct Backward {
-    static constexpr int THREADS = 32 * WARPS, TOKENS = 8 * TOKEN_TILES, DEPTH = 4;
+    static constexpr int THREADS = 32 * WARPS, TOKENS = 8 * TOKEN_TILES, AHEAD = 2;
     static constexpr int COLUMNS = 128, PITCH = COLUMNS + 4;
     static constexpr int SUM_BYTES = WARPS * TOKENS * PITCH * 4;
     static constexpr int SHARED =
@@ -37,7 +37,7 @@ struct Backward {
     const int lane, warp, g, q;
     float mean;
     float c[8][TOKEN_TILES][4];
-    Step steps[DEPTH];
+    Step now[AHEAD], next[AHEAD];  // copied at once, as in forward.cuh
 
     __device__ __forceinline__ Backward(const Problem& problem, u8* memory)
         : p(problem),
@@ -69,7 +69,7 @@ struct Backward {
         const u8* from = at.bytes + static_cast<u64>(here) * static_cast<u32>(8 * p.k);
 #pragma unroll
         for (int i = 0; i < 4; ++i) to.w[i] = stream8(from + i * static_cast<u64>(p.k / 2));
-        to.scale = p.scales.load_block(at.block + line * (p.k / 4));
+        to.scale = stream_scale(p.scales, at.block + line * (p.k / 4));
 #pragma unroll
         for (int tile = 0; tile < TOKEN_TILES; ++tile) {
             const int token = 8 * tile + g;
@@ -202,12 +202,13 @@ struct Backward {
         const int end = static_cast<int>(static_cast<long long>(all) * (rank + 1) / ranks);
         int step = begin + warp / groups;
         const Place at = place(first);
+        // While the last blocks of the kernel ahead end.
+        fill_tables<THREADS>(memory, memory + SHARED - MAP_BYTES, threadIdx.x);
         wait_for_previous();
 #pragma unroll
-        for (int d = 0; d < DEPTH; ++d)
-            if (step + d * stride < end) load(steps[d], step + d * stride, at);
+        for (int d = 0; d < AHEAD; ++d)
+            if (step + d * stride < end) load(next[d], step + d * stride, at);
         mean = p.scales.mean();
-        fill_tables<THREADS>(memory, memory + SHARED - MAP_BYTES, threadIdx.x);
         prefetch_factor(block_first, groups * COLUMNS);
 #pragma unroll
         for (int i = 0; i < 8 * TOKEN_TILES * 4; ++i)
@@ -215,21 +216,26 @@ struct Backward {
         meet<THREADS>();
 
 #pragma unroll 1
-        for (; step < end; step += DEPTH * stride) {
+        for (; step < end; step += AHEAD * stride) {
 #pragma unroll
-            for (int d = 0; d < DEPTH; ++d) {
-                const int now = step + d * stride, after = now + DEPTH * stride;
-                if (now < end) multiply(steps[d]);
-                if (after < end) load(steps[d], after, at);
+            for (int d = 0; d < AHEAD; ++d) now[d] = next[d];
+            __syncwarp();
+#pragma unroll
+            for (int d = 0; d < AHEAD; ++d) {
+                const int after = step + (AHEAD + d) * stride;
+                if (after < end) load(next[d], after, at);
             }
+#pragma unroll
+            for (int d = 0; d < AHEAD; ++d)
+                if (step + d * stride < end) multiply(now[d]);
         }
         meet<THREADS>();  // the table has done its work
         store();
         if (small.factor != nullptr && warp == 0)
             wait_for_small<T, true>(small, p.x, p.m, p.n, p.rank);
         meet<THREADS>();
+        if (small.factor != nullptr && threadIdx.x == THREADS - 1) leave_small(small);
         write(block_first, groups, rank, ranks);
-        if (small.factor != nullptr && threadIdx.x == 0) leave_small(small);
         if (ranks > 1) meet_peers();  // nobody leaves while its sums are being read
     }
 };

@@ -3,33 +3,28 @@
 // Format    qlora_kit/quant/nf4.py and double_quant.py, block size 64
 // Requires  sm_80+, K % 64 == 0, N % 8 == 0, 16-byte alignment; checked in
 //           qlora_kit/ops/nf4_linear/gemv.py
-// Tile      16 rows of W x 128 of the contraction per warp and step; up to four such tiles with the
-//           same columns share the fragments of X. Warps of a block, and blocks of a cluster, share
-//           the contraction; a block goes over its rows of W in passes of up to four tiles.
+// Tile      16 rows of W x 128 of the contraction per warp and step; two such tiles with the same
+//           columns share the fragments of X. Warps of a block, and blocks of a cluster, share the
+//           contraction; a block goes over its rows of W in passes of two tiles.
 // Fragments W is the 16-row operand of mma.m16n8k16, X the 8-column one. The order of the
 //           contraction is free: lane 4g+q takes 32 neighbours q of each 128 on both sides, which
 //           are 16 bytes of W in each of its rows g and g+8. No byte is read twice, none goes
 //           through shared memory.
 // Decode    one look-up per byte, 256 pairs of f32 once per lane: 2.5 instructions and 1/32 of a
 //           shared-memory wavefront per weight. A step of 16 x 128 takes 64 wavefronts of look-ups,
-//           8 of W, 4 of X (16 over four tiles), 3 for the map of 8-bit scales, 2 to hand scales
-//           round, 3 to load them
-// Latency   each tile's bytes are asked for as soon as those before have been decoded, across
-//           passes: 4 KiB a warp on their way
+//           8 of W, 1 to 8 of X, 3 for the map of 8-bit scales, 2 to hand scales round, 3 to load
+//           them
 // Numerics  W rounded to the compute dtype as everywhere, f32 accumulate, fixed order: repeatable
 // Truth     qlora_kit/ops/nf4_linear/reference.py
 // Idea      swapped operands for skinny products: FLUTE, arXiv:2407.10960; Machete (vLLM)
 #pragma once
 #include "nf4_linear/gemv/small.cuh"
 
-constexpr int MOST_TILES = 4;  // of a pass
+constexpr int MOST_TILES = 2;  // of a pass
 
-// TILES of a pass, and the chunks of the contraction on their way: four tiles of the next one, or
-// two tiles and X of the next two.
-template <typename T, int TOKEN_TILES, int WARPS, int TILES>
+template <typename T, int TOKEN_TILES, int WARPS>
 struct Forward {
-    static constexpr int THREADS = 32 * WARPS, TOKENS = 8 * TOKEN_TILES;
-    static constexpr int DEPTH = MOST_TILES / TILES;
+    static constexpr int THREADS = 32 * WARPS, TOKENS = 8 * TOKEN_TILES, TILES = MOST_TILES;
     static constexpr int PITCH = 16 * MOST_TILES + 4;
     static constexpr int SHARED = TABLE_BYTES + WARPS * TOKENS * PITCH * 4 + MAP_BYTES;
 
@@ -45,8 +40,14 @@ struct Forward {
     const int lane, warp, g, q;
     float mean;
     float c[TILES][TOKEN_TILES][4];
-    Tile tiles[DEPTH][TILES];
-    u32 x[DEPTH][TOKEN_TILES][16];
+    // What a step multiplies, and what is on its way for the next one. One copy of all there is
+    // waits for all that was asked for: a warp has too few scoreboards to wait for tiles one by one,
+    // and would wait for those asked for last.
+    struct Stage {
+        Tile tiles[TILES];
+        u32 x[TOKEN_TILES][16];
+    };
+    Stage now, next;
 
     __device__ __forceinline__ Forward(const Problem& problem, u8* memory)
         : p(problem),
@@ -75,7 +76,7 @@ struct Forward {
         const u32 octet_bytes = 4 * p.k;
         to.w[0] = stream16(at.bytes + static_cast<u64>(first) * octet_bytes);
         to.w[1] = stream16(at.bytes + static_cast<u64>(second) * octet_bytes);
-        to.scale = p.scales.load_block(at.block + (q & 1 ? second : first) * (p.k / 8));
+        to.scale = stream_scale(p.scales, at.block + (q & 1 ? second : first) * (p.k / 8));
     }
 
     __device__ __forceinline__ void load_x(u32 (&x)[TOKEN_TILES][16], int chunk) const {
@@ -91,6 +92,15 @@ struct Forward {
                 *reinterpret_cast<uint4*>(&x[tile][4 * i]) =
                     present ? __ldg(from + i) : uint4{0, 0, 0, 0};
         }
+    }
+
+    __device__ __forceinline__ void load(Stage& to, int first, int count, int chunk) const {
+        if (count <= 0) return;
+        const Place at = place(chunk);
+#pragma unroll
+        for (int t = 0; t < TILES; ++t)
+            if (t < count) load(to.tiles[t], first + t, at);
+        load_x(to.x, chunk);
     }
 
     __device__ __forceinline__ void multiply(float (&sum)[TOKEN_TILES][4], const Tile& tile,
@@ -180,20 +190,14 @@ struct Forward {
         const int begin = chunks * rank / ranks + warp, end = chunks * (rank + 1) / ranks;
         int passes = (last - first + TILES - 1) / TILES;
         int count = passes > 0 ? (last - first + passes - 1) / passes : 0;
-        wait_for_previous();
-#pragma unroll
-        for (int d = 0; d < DEPTH; ++d) {
-            const int chunk = begin + d * WARPS;
-#pragma unroll
-            for (int t = 0; t < TILES; ++t)
-                if (t < count && chunk < end) load(tiles[d][t], first + t, place(chunk));
-            if (DEPTH > 1 && chunk < end) load_x(x[d], chunk);
-        }
-        mean = p.scales.mean();
+        // While the last blocks of the kernel ahead end.
         fill_tables<THREADS>(memory, memory + SHARED - MAP_BYTES, threadIdx.x);
+        wait_for_previous();
+        if (begin < end) load(next, first, count, begin);
+        mean = p.scales.mean();
         prefetch_factor(first, last);
         meet<THREADS>();
-        bool waiting = small.factor != nullptr && warp == 0;
+        bool waiting = small.factor != nullptr;
 
 #pragma unroll 1
         for (; passes > 0; --passes) {
@@ -203,35 +207,27 @@ struct Forward {
             for (int i = 0; i < TILES * TOKEN_TILES * 4; ++i)
                 c[i / (4 * TOKEN_TILES)][i / 4 % TOKEN_TILES][i % 4] = 0.f;
 #pragma unroll 1
-            for (int chunk = begin; chunk < end; chunk += DEPTH * WARPS) {
+            for (int chunk = begin; chunk < end; chunk += WARPS) {
+                now = next;
+                __syncwarp();
+                const bool more = chunk + WARPS < end;
+                load(next, more ? first : first + count, more ? count : next_count,
+                     more ? chunk + WARPS : begin);
 #pragma unroll
-                for (int d = 0; d < DEPTH; ++d) {
-                    const int now = chunk + d * WARPS;
-                    if (d > 0 && now >= end) break;
-                    if (DEPTH == 1) load_x(x[d], now);
-                    const bool more = now + DEPTH * WARPS < end;
-                    const int after = more ? now + DEPTH * WARPS : begin + d * WARPS;
-                    const int after_first = more ? first : first + count;
-                    const int after_count = more ? count : after < end ? next_count : 0;
-                    const Place at = place(after);
-#pragma unroll
-                    for (int t = 0; t < TILES; ++t) {
-                        if (t < count) multiply(c[t], tiles[d][t], x[d]);
-                        if (t < after_count) load(tiles[d][t], after_first + t, at);
-                    }
-                    if (DEPTH > 1 && after_count > 0) load_x(x[d], after);
-                }
+                for (int t = 0; t < TILES; ++t)
+                    if (t < count) multiply(c[t], now.tiles[t], now.x);
             }
             store();
-            if (waiting) wait_for_small<T, false>(small, p.x, p.m, p.k, p.rank);
-            waiting = false;
+            if (waiting && warp == 0)
+                wait_for_small<T, false>(small, p.x, p.m, p.k, p.rank);
             meet<THREADS>();
+            if (waiting && threadIdx.x == THREADS - 1) leave_small(small);
+            waiting = false;
             write(first, count, rank, ranks);
             if (passes > 1) meet<THREADS>();
             first += count;
             count = next_count;
         }
-        if (small.factor != nullptr && threadIdx.x == 0) leave_small(small);
         if (ranks > 1) meet_peers();  // nobody leaves while its sums are being read
     }
 };
@@ -245,11 +241,7 @@ __device__ __forceinline__ void forward(const Problem& p, const Small& small) {
         make_small<T, false>(small, p.x, p.m, p.k, p.rank);
         return;
     }
-    const int groups = static_cast<int>(gridDim.x) / peers();
-    if (p.n > 32 * groups)
-        Forward<T, TOKEN_TILES, WARPS, 4>(p, memory).run(memory, small);
-    else
-        Forward<T, TOKEN_TILES, WARPS, 2>(p, memory).run(memory, small);
+    Forward<T, TOKEN_TILES, WARPS>(p, memory).run(memory, small);
 }
 
 #define GEMV_FORWARD(NAME, T, TOKEN_TILES, WARPS)                                                 \

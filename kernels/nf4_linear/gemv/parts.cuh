@@ -80,6 +80,16 @@ __device__ __forceinline__ uint2 stream8(const u8* from) {
     return v;
 }
 
+// What memory holds for a block's scale, by the same two loads with and without double quantization:
+// loads of which one or the other happens would wait for each other.
+__device__ __forceinline__ NF4Scales::Stored stream_scale(const NF4Scales& scales, u32 block) {
+    const u8* codes = static_cast<const u8*>(scales.absmax) + block;
+    const float* group = scales.nested != nullptr
+                             ? scales.nested + (block >> 8)
+                             : static_cast<const float*>(scales.absmax) + block;
+    return {__ldg(group), __ldg(codes)};
+}
+
 __device__ __forceinline__ void prefetch_l2(const void* from) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }

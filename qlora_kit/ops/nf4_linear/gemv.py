@@ -29,7 +29,7 @@ _BACKWARD = {d: Kernels(f"nf4_linear/gemv/{name}_backward.cu") for d, name in _N
 _WARPS = {False: {8: 11, 16: 7}, True: {8: 10, 16: 8}}
 """That multiply W, by direction and the tokens a block takes."""
 _TABLE_BYTES, _MAP_BYTES = 256 * 32 * 8, 256 * 4
-_PASS = 4
+_PASS = 2
 """Tiles of 16 rows of W that a block takes at once, forward."""
 _MAKERS, _MAKERS_TOKENS = 32, 16
 """Parts that the small product is made in, and their rows."""
