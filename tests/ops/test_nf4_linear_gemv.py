@@ -2,7 +2,8 @@
 
 What every strategy must do is tested in test_nf4_linear_gpu.py; here is what this one
 does besides: the small product that runs beside the large one, kernels that start
-before those ahead of them have ended, and how products are cut into blocks.
+before those ahead of them have ended, how products are cut into blocks, and where it
+is chosen.
 """
 
 import itertools
@@ -12,9 +13,8 @@ import pytest
 import torch
 
 from qlora_kit.ops import jit
-from qlora_kit.ops.nf4_linear import cuda, gemv
+from qlora_kit.ops.nf4_linear import cuda, gemv, hopper
 from qlora_kit.ops.nf4_linear.op import nf4_linear
-from qlora_kit.ops.nf4_linear.words import Words
 from qlora_kit.quant.weight import NF4Weight
 from tests.ops.helpers import SCALE, Options, float32_sums, make_case, poison, truth
 from tests.ops.test_nf4_linear_gpu import check_decoding, strategy_arguments
@@ -271,6 +271,42 @@ def test_serves_what_the_kernels_can_take():
         assert not gemv.serves(bfloat16(3, k), other)
 
 
+def empty_weight(n, k):
+    """Of that shape; nobody reads its values."""
+    return NF4Weight(
+        packed=torch.empty(n * k // 2, 1, dtype=torch.uint8),
+        absmax=torch.empty(n * k // 64, dtype=torch.uint8),
+        nested_absmax=torch.empty(-(-n * k // 64 // 256)),
+        offset=torch.empty(()),
+        shape=(n, k),
+        block_size=64,
+        dtype=torch.bfloat16,
+    )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "n", "k", "m", "forward", "backward"),
+    [
+        ("sm_90a", 4096, 4096, 1, "gemv", "gemv"),
+        ("sm_90a", 4096, 4096, 8, "gemv", "gemv"),
+        ("sm_90a", 4096, 4096, 16, "gemv", "hopper"),
+        ("sm_90a", 4096, 4096, 17, "hopper", "hopper"),
+        ("sm_90a", 14336, 4096, 1, "hopper", "gemv"),
+        ("sm_90a", 14336, 4096, 9, "hopper", "hopper"),
+        ("sm_90a", 64, 192, 4, "gemv", "gemv"),
+        ("sm_90a", 64, 192, 17, "dense", "dense"),
+        ("sm_80", 4096, 4096, 1, "small_m", "portable"),
+    ],
+)
+def test_where_it_is_chosen(monkeypatch, architecture, n, k, m, forward, backward):
+    """On Hopper: small layers forward, few rows of dY; nowhere else."""
+    for module in (cuda, hopper):
+        monkeypatch.setattr(module, "architecture_of", lambda device: architecture)
+    weight = empty_weight(n, k)
+    assert cuda.strategy_for(bfloat16(m, k), weight) == forward
+    assert cuda.strategy_for(bfloat16(m, n), weight, "multiply_transposed") == backward
+
+
 @pytest.mark.parametrize("clusters", [HOPPER, (108,), (16,), (148, 74, 48, 36, 0, 0, 0, 0)])
 @pytest.mark.parametrize("tokens", [8, 16])
 def test_tiling_covers_the_product(clusters, tokens):
@@ -347,28 +383,3 @@ def test_launches(monkeypatch, m, words):
         if words:
             assert any(value is state for value in arguments)
             assert partial[-1].numel() == 32 * 16 * rank
-
-
-def test_words_of_streams_and_graphs(monkeypatch):
-    """A stream's launches share theirs, each captured launch has its own; none means no words."""
-    words, device = Words(), torch.device("cpu")
-    now = [1, True]
-    monkeypatch.setattr(words, "_stream", lambda device: tuple(now))
-    monkeypatch.setattr(words, "_finish", lambda device: None)
-    assert words.take(device) is None  # nothing can be made while capturing
-    now[:] = 1, False
-    first = words.take(device)
-    assert not first.any()
-    assert words.take(device).data_ptr() == first.data_ptr()
-    now[:] = 2, False
-    second = words.take(device)
-    now[:] = 1, True
-    taken = [first, second, *(words.take(device) for _ in range(5))]
-    places = sorted(tensor.data_ptr() for tensor in taken)
-    assert all(b - a >= 32 for a, b in itertools.pairwise(places))
-    while words.take(device) is not None:
-        pass
-    now[:] = 1, False
-    assert words.take(device).data_ptr() == first.data_ptr()
-    now[:] = 1, True
-    assert words.take(device) is not None  # another pool was made outside the capture
