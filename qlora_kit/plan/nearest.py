@@ -1,9 +1,10 @@
 """What to change in a run that does not fit, from what nobody would notice to what all would.
 
 First what changes no result: how activations are kept, how rows are divided among passes. Then
-what changes it by rounding: an 8-bit state that can leave the GPU, tiles, the model's ends made
-small. Then what changes what is trained: the base in 4 bits, a lower rank at the same scale, at
-last shorter rows. Of each kind there is one, the nearest, and each was predicted to fit.
+what changes it by rounding: a fused optimizer where that takes less, an 8-bit state that can leave
+the GPU, tiles, the model's ends made small. Then what changes what is trained: the base in 4 bits,
+a lower rank at the same scale, at last shorter rows. Of each kind there is one, the nearest, and
+each was predicted to fit.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from dataclasses import replace
 from qlora_kit.plan.changes import PAGED, leaner, with_rank
 from qlora_kit.plan.predict import Prediction
 from qlora_kit.plan.search import Planner
-from qlora_kit.plan.setup import Setup
+from qlora_kit.plan.setup import FULL, Setup
 
 LOWEST_RANK = 4
 """Below this an adapter is hardly smaller, and learns hardly anything."""
@@ -35,7 +36,10 @@ def nearest(planner: Planner, setup: Setup) -> tuple[Prediction, ...]:
     if same is None:
         lean = leaner(setup, planner.config)
         paged = replace(setup, optimizer=PAGED)
-        made += [_fitting(planner, one) for one in (paged, lean) if one != setup]
+        others = [paged, lean]
+        if setup.method == FULL and setup.optimizer == "adamw_torch":
+            others = [replace(setup, optimizer="adamw_torch_fused"), *others]
+        made += [_fitting(planner, one) for one in others if one != setup]
         made += [_four_bits(planner, setup), _lower_rank(planner, setup)]
         made += _shorter(planner, setup)
     for one in made:

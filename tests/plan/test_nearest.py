@@ -99,3 +99,16 @@ def test_what_a_change_costs_is_said():
     assert made.costs(one) == -speed_change(made.run, one) != 0
     assert f"({-made.costs(one):+.0%})" in str(made)
     assert made.to_dict()["nearest"][0]["costs"] == made.costs(one)
+
+
+def test_a_fused_optimizer_is_offered_to_full_fine_tuning():
+    """Torch's other AdamW has the denominators of all weights at once; flat ones never do."""
+    plain = Setup(method=FULL, bits=16, seq=64, optimizer="adamw_torch")
+    fused = replace(plain, optimizer="adamw_torch_fused")
+    made = under(between(fused, plain))
+    first = nearest(made, plain)[0]
+    assert changes(plain, first.setup)["train.optimizer"] == "adamw_torch_fused"
+    assert made.budget.fits(first)
+    adapter = Setup(seq=8192, optimizer="adamw_torch")
+    found = nearest(under(700 << 20), adapter)
+    assert all("fused" not in one.setup.optimizer for one in found)
