@@ -10,6 +10,7 @@ output require a gradient is needed. `without_gradient` names what a backward pa
 not reach, for a trainer to check once instead of training in vain.
 """
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -72,7 +73,8 @@ class AttachedAdapter:
         self.config = config
         self.name = name
         self.pieces = tuple(pieces)
-        self._frozen = tuple(frozen)
+        # weak: embeddings that move to the host would otherwise stay on the GPU as well
+        self._frozen = tuple(weakref.ref(parameter) for parameter in frozen)
         self._installed = True
 
     @property
@@ -187,8 +189,9 @@ class AttachedAdapter:
             raise AdapterError(f"the adapter {self.name!r} is not on the model any more.")
         for piece in reversed(self.pieces):
             piece.uninstall(self.model)
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
+        for reference in self._frozen:
+            if (parameter := reference()) is not None:
+                parameter.requires_grad_(True)
         delattr(self.model, ATTACHED)
         self._installed = False
 

@@ -1,12 +1,16 @@
 """Embeddings in host memory give the model's own rows, stay where they are, and are saved."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qlora_kit.adapters.inject import attach
+from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.nn import host_embedding
 from qlora_kit.nn.host_embedding import (
@@ -139,3 +143,18 @@ def test_lookups_from_a_gpu() -> None:
     assert found.device == ids.device
     assert torch.equal(found.cpu(), table.weight[ids.cpu()])
     assert table.to("cuda").weight.device.type == "cpu"
+
+
+def test_nothing_keeps_the_table_where_it_was() -> None:
+    """An adapter that was there before, as in a run, holds no second copy on the GPU."""
+    model = tiny_models.build("llama", tie_word_embeddings=False)
+    adapter = attach(model, LoRA(rank=2))
+    before = weakref.ref(model.get_input_embeddings().weight)
+    norm = model.model.norm.weight
+    assert before() is not None
+    keep_embeddings_on_host(model)
+    gc.collect()
+    assert before() is None
+    assert not norm.requires_grad
+    adapter.detach_from_model()  # what is still there is trained again
+    assert norm.requires_grad
