@@ -270,7 +270,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--beside", type=Path, nargs="+", default=[], help="peers of other commits")
     parser.add_argument("--predict", action="store_true", help="ours by the planner, too")
     arguments = parser.parse_args(argv)
-    found = [json.loads(file.read_text(encoding="utf-8")) for file in arguments.records]
+    there = [file for file in arguments.records if file.exists()]
+    for file in arguments.records:
+        if file not in there:  # of a part that was cut short before its first row
+            print(f"there is no {file}")
+    if not there:
+        sys.exit("no record to read")
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in there]
     beside = [json.loads(file.read_text(encoding="utf-8")) for file in arguments.beside]
     record = with_peers(merge(found), beside)
     if arguments.predict:

@@ -164,13 +164,16 @@ def test_a_record_gets_the_planners_peaks(tmp_path: Path, capsys: Any) -> None:
         rows += [row | {"step": "fused"} | extra for extra in more]
     about = {"bench": "train", "commit": "a", "gpu": "NVIDIA H100 80GB HBM3", "command": "c"}
     file.write_text(json.dumps(about | {"peaks": {}, "rows": rows, "gpu_memory_bytes": 80 << 30}))
-    table.main([str(file), "--predict", "--merge", str(out)])
+    table.main([str(file), str(tmp_path / "cut-short.json"), "--predict", "--merge", str(out)])
+    assert "there is no" in capsys.readouterr().out
     peaks = [row["predicted_gib"] for row in json.loads(out.read_text())["rows"]]
     assert peaks[3:] == [None] * 2  # settings are ours alone
     assert peaks[1] < peaks[0] < peaks[2]
     file.write_text(json.dumps(about | {"peaks": {}, "rows": rows}))
     with pytest.raises(SystemExit, match="too old"):
         table.main([str(file), "--predict"])
+    with pytest.raises(SystemExit, match="no record"):
+        table.main([str(tmp_path / "cut-short.json")])
 
 
 def test_peers_of_another_commit_say_so() -> None:
