@@ -3,9 +3,9 @@
     python -m benchmarks.plan.coverage               # the newest records of every kind of card
     python -m benchmarks.plan.coverage RECORD ...
 
-The nouns are those that plans are promised for: shapes, rows of a batch, tokens of a row, activation policies,
-optimizers, methods; and the pairs of method and policy, method and optimizer, where there can be
-a run of both. A cell is covered by a row that was measured and predicted.
+The nouns are those that plans are promised for: shapes, rows of a batch, tokens of a row,
+activation policies, optimizers, methods; and the pairs of method and policy, where there can be a
+run of both. A cell is covered by a row that was measured and predicted.
 """
 
 import argparse
