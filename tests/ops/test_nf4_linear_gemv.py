@@ -296,12 +296,15 @@ def empty_weight(n, k):
         ("sm_90a", 8192, 28672, 1, "hopper", "hopper"),
         ("sm_90a", 2048, 4096, 1, "hopper", "hopper"),
         ("sm_90a", 4096, 2048, 1, "hopper", "hopper"),
+        ("sm_90a", 14336, 4096, 1024, "hopper", "hopper"),
+        ("sm_90a", 14336, 4096, 1025, "dense", "dense"),
+        ("sm_90a", 4096, 14336, 2048, "hopper", "dense"),
         ("sm_90a", 64, 192, 4, "dense", "dense"),
         ("sm_80", 4096, 4096, 1, "small_m", "portable"),
     ],
 )
-def test_where_it_is_chosen(monkeypatch, architecture, n, k, m, forward, backward):
-    """On Hopper, where it is faster and its results have been checked; nowhere else."""
+def test_where_it_and_others_are_chosen(monkeypatch, architecture, n, k, m, forward, backward):
+    """It on Hopper, where it is faster and its results have been checked; nowhere else."""
     for module in (cuda, hopper):
         monkeypatch.setattr(module, "architecture_of", lambda device: architecture)
     weight, x, dy = empty_weight(n, k), bfloat16(m, k), bfloat16(m, n)
