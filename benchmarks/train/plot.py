@@ -9,6 +9,7 @@ the newest record that this benchmark wrote. The same record gives the same byte
 
 import argparse
 import json
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,7 @@ def newest_record() -> Path:
     Raises:
         SystemExit: there is none.
     """
-    files = sorted(
-        (RESULTS / "train").glob("*.json"),
-        key=lambda file: (file.stem.split("-")[-2], file.stat().st_mtime),
-    )
+    files = sorted((RESULTS / "train").glob("*.json"), key=_age)
     for file in reversed(files):
         rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
         if rows and all("cases" in row for row in rows):
@@ -53,6 +51,18 @@ def points(rows: Sequence[dict[str, Any]], case: str, impl: str) -> list[dict[st
     """Rows of a case and library that have both numbers, the smallest first."""
     found = [r for r in counted(rows, case, impl) if peak_gib(r) is not None]
     return sorted(found, key=lambda row: peak_gib(row) or 0.0)
+
+
+def _age(file: Path) -> tuple[str, float]:
+    """Its day, and the time of its commit: of the file itself where there is no git."""
+    *_, day, commit = file.stem.split("-")
+    words = ["git", "show", "-s", "--format=%ct", commit]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
+    except FileNotFoundError:
+        return day, file.stat().st_mtime
+    text = done.stdout.strip()
+    return day, float(text) if text else file.stat().st_mtime
 
 
 def name_points(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
