@@ -74,7 +74,7 @@ clean() {
       continue
     fi
     code=0 begin=$SECONDS
-    check "$tool" "$part" "${how[@]}" >"$WORK/log" 2>&1 || code=$?
+    check "$tool" "${how[@]}" "$part" >"$WORK/log" 2>&1 || code=$?
     if [ "$code" -eq 0 ] && grep -Eq ': [1-9][0-9]* checks right' "$WORK/log" && grep -Eq 'SUMMARY: 0 (errors|hazards)' "$WORK/log"; then
       echo "== $tool, $part: clean, $((SECONDS - begin)) s"
       continue

@@ -89,6 +89,7 @@ def test_both_tools_clean(sanitize):
     made = [call.split()[-1] for call in calls]
     assert made == ["overrun", *PARTS, "race", "hopper", "losses"]
     assert "== racecheck, dense: left out" in output
+    assert ["--every-lane" in call for call in calls] == [False] * 5 + [True] * 2
     for call in calls:
         assert f"--report-api-errors no --error-exitcode {FOUND}" in call or (
             f"--error-exitcode {FOUND} --report-api-errors no" in call
