@@ -10,12 +10,7 @@ from pathlib import Path
 import torch
 
 from qlora_kit.bench.child import run_job
-from qlora_kit.bench.random_checkpoint import (
-    Storage,
-    checkpoint_bytes,
-    roomy_folder,
-    write_checkpoint,
-)
+from qlora_kit.bench.random_checkpoint import Storage, write_checkpoint
 from qlora_kit.bench.session import Session, read_rows
 from qlora_kit.bench.subject import Job, Point, Stage, first_fields
 from qlora_kit.bench.timing import device, peaks
@@ -35,27 +30,10 @@ class Here(Session):
         if not self.peaks:
             self.peaks = peaks()
 
-    def checkpoint(
-        self, model: str, *, storage: Storage, dtype: str, work: Path | None = None
-    ) -> Path:
-        """Make a model's checkpoint of random weights, unless a whole one is there.
-
-        Args:
-            model: a name as `shapes.config_of` takes it.
-            storage: `nf4` or `bf16`.
-            dtype: name of the dtype of what is not quantized.
-            work: folder for checkpoints; None for one with enough room.
-
-        Returns:
-            Its folder.
-        """
-        base = work or roomy_folder(checkpoint_bytes(model, storage))
-        folder = Path(base).resolve() / f"{Path(model).name}-{storage}"
-        if not (folder / "config.json").exists():
-            print(f"checkpoint: making {folder.name}", flush=True)
-            made = getattr(torch, dtype)
-            write_checkpoint(model, folder, storage=storage, device=device(), dtype=made)
-        return folder
+    def _make(self, model: str, folder: Path, storage: Storage, dtype: str) -> None:
+        """Write a checkpoint in this process."""
+        made = getattr(torch, dtype)
+        write_checkpoint(model, folder, storage=storage, device=device(), dtype=made)
 
     def run(self, job: Job) -> None:
         """Run a job; one that fails is rows with the reason, and the next one follows.

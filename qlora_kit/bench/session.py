@@ -135,6 +135,11 @@ class Session:
             print(f"checkpoint: {folder}", flush=True)
             return folder
         print(f"checkpoint: making {folder}", flush=True)
+        self._make(model, folder, storage, dtype)
+        return folder
+
+    def _make(self, model: str, folder: Path, storage: Storage, dtype: str) -> None:
+        """Write a checkpoint in a process of its own."""
         words = [sys.executable, "-m", "qlora_kit.bench.random_checkpoint", model, str(folder)]
         words += ["--storage", storage, "--dtype", dtype]
         outcome = self.start(words)
@@ -142,7 +147,6 @@ class Session:
             shutil.rmtree(folder, ignore_errors=True)
             text = "\n".join(outcome.tail)
             raise StepFailedError(f"no checkpoint of {model}: {outcome.reason}\n{text}")
-        return folder
 
     def run(self, job: Job) -> None:
         """Run a job; a point that ends the process is a row, and the next ones start anew.

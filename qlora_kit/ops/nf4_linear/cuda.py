@@ -133,7 +133,8 @@ def _is_taken(name: str, x: Tensor, weight: NF4Weight, product: str) -> bool:
 
     `hopper` decodes again for every 256 rows of x, so that weights with more rows than columns
     are better decoded once from 1,025 rows of x on: 14336 x 4096 takes 1.22 of a dense bf16
-    linear's time at 2,048 rows then, and 1.30 by `hopper`; 4096 x 14336 1.28 and 1.21 (H200).
+    linear's time at 2,048 rows then, and 1.30 by `hopper`; 4096 x 14336 1.28 and 1.21 (on an
+    H200, no record).
     """
     if name == "gemv":
         return _gemv_is_taken(x, weight, product)
