@@ -15,15 +15,12 @@ from dataclasses import dataclass
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.core.units import parse_bytes
 from qlora_kit.plan.gpus import Gpu
-from qlora_kit.plan.predict import CONTEXT, Prediction
+from qlora_kit.plan.predict import CONTEXT, MOVING, Prediction
 
 MARGIN = 0.04
 """Of what a step takes for itself, the share that has to stay free besides."""
 SPARE = 128 << 20
 """Bytes that have to stay free in any case."""
-
-STEP = ("saved activations", "working set", "decoded weights", "loss chunk", "kernel workspace")
-"""Components that come and go with every step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +112,7 @@ def step_bytes(prediction: Prediction) -> int:
     Returns:
         Bytes, of its peak.
     """
-    return sum(prediction.components.get(name, 0) for name in STEP)
+    return sum(prediction.components.get(name, 0) for name in MOVING)
 
 
 def margin_bytes(prediction: Prediction) -> int:

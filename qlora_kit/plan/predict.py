@@ -87,7 +87,7 @@ class Prediction:
     @property
     def reserved_bytes(self) -> int:
         """What torch will have taken from the driver, fragments included: an estimate."""
-        moving = sum(self.components.get(name, 0) for name in _MOVING)
+        moving = sum(self.components.get(name, 0) for name in MOVING)
         share = FRAGMENTS if self.setup.growing_segments else FIXED_FRAGMENTS
         return self.peak_bytes + int(share * moving)
 
@@ -108,7 +108,8 @@ benchmarks/results/context, where segments grow."""
 FIXED_FRAGMENTS = 0.25
 """The same with torch's allocator as it comes: the most that lay idle in the 24 runs of
 benchmarks/results/plan_edge that ran out of memory."""
-_MOVING = ("saved activations", "working set", "decoded weights", "loss chunk", "kernel workspace")
+MOVING = ("saved activations", "working set", "decoded weights", "loss chunk", "kernel workspace")
+"""Components that come and go with every step."""
 
 
 def predict(config: PreTrainedConfig, setup: Setup, gpu: Gpu) -> Prediction:
