@@ -24,8 +24,9 @@ def repeat_cheaply(args: TrainingArguments) -> None:
         args: of the run.
 
     Example:
+        >>> before = torch.utils.deterministic.fill_uninitialized_memory
         >>> repeat_cheaply(TrainingArguments(use_cpu=True))  # not asked for: nothing changes
-        >>> torch.utils.deterministic.fill_uninitialized_memory
+        >>> torch.utils.deterministic.fill_uninitialized_memory == before
         True
     """
     if not args.full_determinism:
