@@ -23,6 +23,7 @@ from unittest import mock
 import torch
 
 from qlora_kit.bench.subject import Stage
+from qlora_kit.bench.turns import alone, prepares, taken
 from qlora_kit.core.memory import PeakMemory
 
 GIB = 2**30
@@ -225,7 +226,7 @@ def measure(job: dict[str, Any], stage: Stage) -> dict[str, object]:
     if job["breakdown"] and gpu:
         profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
     phases = timed_phases() if job["breakdown"] else contextlib.nullcontext()
-    with profiler, phases as timers, PeakMemory() as host:
+    with alone(), profiler, phases as timers, PeakMemory() as host:
         if timers is not None:
             timers.start()
         began = time.perf_counter()
@@ -235,6 +236,7 @@ def measure(job: dict[str, Any], stage: Stage) -> dict[str, object]:
         seconds = time.perf_counter() - began
     stage("loaded", f"{seconds:.2f} s")
     row: dict[str, object] = {
+        "turns": taken(),
         "import_s": imported,
         "context_s": ready - imported,
         "load_s": seconds,
@@ -257,6 +259,7 @@ def measure(job: dict[str, Any], stage: Stage) -> dict[str, object]:
 def main() -> None:
     """Measure the job in a file and write the row beside it."""
     stage = Stage()
+    prepares()
     path = Path(sys.argv[1])
     job = json.loads(path.read_text())
     path.with_suffix(".row").write_text(json.dumps(measure(job, stage)))

@@ -1,6 +1,7 @@
 """How long a model takes from files to a GPU, and where the time goes.
 
     python -m benchmarks.load.load [--peers] [--limit-seconds 540] [--out FOLDER]
+    python -m benchmarks.load.load --peers --ways bf16-nf4 --runs 1 --together    # two minutes
 
 Makes a random checkpoint of a real shape once, in 16 bits and as stored NF4, puts its files
 into the page cache before every load, and loads it in processes of their own:
@@ -14,6 +15,9 @@ Seconds do not include imports and the making of a CUDA context, which have colu
 own. Host memory is what grows in anonymous memory during the load; pinned buffers, which are
 the driver's, are not in it (ours are 128 MiB). Ours is measured once more with timers and a
 trace: that row says where time goes, not how long it takes. `--cold` adds a load from the disk.
+With `--together` the processes of a round import at once and load one at a time
+(qlora_kit/bench/turns.py); rows say `turns`, and their `import_s` compares nothing. A run that is
+interrupted writes a record of the rows it has.
 """
 
 import argparse
@@ -24,18 +28,21 @@ import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+from benchmarks.harness.interrupt import interruptible
 from benchmarks.harness.record import ROOT, write_record
 from benchmarks.load.rates import rates
 from qlora_kit.bench.process import run_process
-from qlora_kit.bench.random_checkpoint import checkpoint_bytes, write_checkpoint
+from qlora_kit.bench.random_checkpoint import Storage, checkpoint_bytes, write_checkpoint
 from qlora_kit.bench.shapes import MODELS
+from qlora_kit.bench.turns import VARIABLE as TURNS
 
 RUNS = 3
 CHILD_SECONDS = 120.0
@@ -51,7 +58,7 @@ class Case:
 
     impl: str
     """A key of `child.WAYS`."""
-    source: str
+    source: Storage
     """What the folder holds: bf16 or nf4."""
     target: str
     """What the base becomes: bf16 or nf4."""
@@ -61,9 +68,31 @@ class Case:
     cold: bool = False
     """Files are dropped from the page cache first."""
 
+    @property
+    def way(self) -> str:
+        """From what into what."""
+        return f"{self.source}-{self.target}"
 
-def cases(peers: bool, cold: bool) -> list[Case]:
-    """What is run, the question first: if time runs out, the rest is left."""
+
+def cases(
+    peers: bool,
+    cold: bool,
+    ways: Sequence[str] = (),
+    runs: int = RUNS,
+    impls: Sequence[str] = (),
+) -> list[Case]:
+    """What is run, the question first: if time runs out, the rest is left.
+
+    Args:
+        peers: theirs as well.
+        cold: from the disk, too.
+        ways: those alone, as `bf16-nf4`; none for all.
+        runs: at most so many of each.
+        impls: those alone; none for all.
+
+    Returns:
+        One case per row of the table.
+    """
     found = [
         Case("qlora_kit", "bf16", "nf4"),
         Case("qlora_kit", "bf16", "nf4", 1, breakdown=True),
@@ -79,7 +108,9 @@ def cases(peers: bool, cold: bool) -> list[Case]:
         found += [Case("peft", "nf4", "nf4", 1), Case("peft", "bf16", "bf16", 1)]
     if cold:
         found += [Case("qlora_kit", "bf16", "nf4", 1, cold=True)]
-    return found
+    chosen = [case for case in found if not ways or case.way in ways]
+    chosen = [case for case in chosen if not impls or case.impl in impls]
+    return [replace(case, runs=min(case.runs, runs)) for case in chosen]
 
 
 def warm(folder: Path) -> float:
@@ -107,10 +138,12 @@ def drop(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def make(model: str, root: Path, device: str) -> dict[str, Path]:
+def make(
+    model: str, root: Path, device: str, sources: Sequence[Storage] = ("bf16", "nf4")
+) -> dict[str, Path]:
     """The checkpoints by what they hold; one that is whole is kept."""
-    folders = {}
-    for source in ("bf16", "nf4"):
+    folders: dict[str, Path] = {}
+    for source in sources:
         folder = root / f"{model}-{source}"
         if not (folder / "config.json").is_file():
             needed = checkpoint_bytes(model, source)
@@ -132,13 +165,15 @@ def make(model: str, root: Path, device: str) -> dict[str, Path]:
     return folders
 
 
-def run(case: Case, folder: Path, device: str, seconds: float, scratch: Path) -> Row:
-    """One load in a process of its own."""
+def run(
+    case: Case, folder: Path, device: str, seconds: float, scratch: Path, *, turns: bool = False
+) -> Row:
+    """One load in a process of its own, which takes turns with others if so asked."""
     if case.cold:
         drop(folder)
     else:
         warm(folder)
-    job = scratch / "job.json"
+    job = scratch / (f"{case.impl}-{case.way}-{case.breakdown}.json" if turns else "job.json")
     answer = job.with_suffix(".row")
     answer.unlink(missing_ok=True)
     fields = {"impl": case.impl, "target": case.target, "breakdown": case.breakdown}
@@ -147,7 +182,8 @@ def run(case: Case, folder: Path, device: str, seconds: float, scratch: Path) ->
         [sys.executable, "-m", "benchmarks.load.child", str(job)],
         limit_seconds=seconds,
         folder=ROOT,
-        environment={"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        environment={"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        | ({TURNS: str(scratch / "turns")} if turns else {}),
         show=False,
     )
     row: Row = {
@@ -210,40 +246,88 @@ def summary(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Make the checkpoints, run every case while there is time, print and record."""
+def in_order(
+    chosen: Sequence[Case], one: Callable[..., Row], left: Callable[[], float]
+) -> Iterator[Row]:
+    """Rows of one load after the other; what there is no time for is left out."""
+    for case in chosen:
+        for _ in range(case.runs):
+            if left() < CHILD_SECONDS / 6:
+                print(f"no time left for {case.impl} {case.way}")
+                break
+            row = one(case, min(CHILD_SECONDS, left()))
+            yield row
+            if "failed" in row:
+                break
+
+
+def together(
+    chosen: Sequence[Case], one: Callable[..., Row], left: Callable[[], float]
+) -> Iterator[Row]:
+    """Rows of rounds: a process of each case, which load one at a time."""
+    for count in range(max(case.runs for case in chosen)):
+        if left() < CHILD_SECONDS / 6:
+            print(f"no time left for round {count + 1}")
+            return
+        pool = ThreadPoolExecutor(len(chosen))
+        try:
+            begun = [
+                pool.submit(one, case, left(), turns=True) for case in chosen if count < case.runs
+            ]
+            yield from (done.result() for done in as_completed(begun))
+        finally:  # of an interrupted run nobody waits for the rest
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=list(MODELS), default="Llama-3.1-8B")
     parser.add_argument("--peers", action="store_true", help="bitsandbytes, and Unsloth if here")
     parser.add_argument("--cold", action="store_true", help="also from the disk")
+    ways = sorted({case.way for case in cases(peers=True, cold=True)})
+    parser.add_argument("--impls", nargs="+", default=[], help="these alone, of those above")
+    parser.add_argument("--ways", nargs="+", choices=ways, default=[], help="these alone")
+    parser.add_argument("--runs", type=int, default=RUNS, help="of each, at most")
+    parser.add_argument("--together", action="store_true", help="import at once, load in turns")
     parser.add_argument("--limit-seconds", type=float, default=540.0)
     parser.add_argument("--folder", type=Path, default=None, help="where checkpoints go")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints there")
     parser.add_argument("--out", type=Path, default=None, help="of the record")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Make the checkpoints, run every case while there is time, print and record."""
+    arguments = parse()
     end = time.monotonic() + arguments.limit_seconds - KEPT_SECONDS
     device = "cuda" if torch.cuda.is_available() else "cpu"
     root = arguments.folder or Path(tempfile.gettempdir()) / "qlora-kit-bench-load"
-    folders = make(arguments.model, root, device)
-    print(f"into the page cache at {warm(folders['bf16']):.1f} GB/s", flush=True)
-    peaks = rates(folders["bf16"])
+    chosen = cases(arguments.peers, arguments.cold, arguments.ways, arguments.runs, arguments.impls)
+    if not chosen:
+        sys.exit("nothing is left to be loaded")
+    sources: dict[Storage, None] = dict.fromkeys(case.source for case in chosen)
+    folders = make(arguments.model, root, device, list(sources))
+    first = folders[chosen[0].source]
+    print(f"into the page cache at {warm(first):.1f} GB/s", flush=True)
+    peaks = rates(first)
     if device == "cuda":
         torch.cuda.empty_cache()
     print("  ".join(f"{name} {value:.1f}" for name, value in peaks.items()), flush=True)
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for case in cases(arguments.peers, arguments.cold):
-            for _ in range(case.runs):
-                left = end - time.monotonic()
-                if left < CHILD_SECONDS / 6:
-                    print(f"no time left for {case.impl} {case.source} -> {case.target}")
-                    break
-                seconds = min(CHILD_SECONDS, left)
-                row = run(case, folders[case.source], device, seconds, Path(scratch))
-                rows.append({"model": arguments.model, **row})
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+
+        def one(case: Case, seconds: float, *, turns: bool = False) -> Row:
+            row = run(case, folders[case.source], device, seconds, Path(scratch), turns=turns)
+            return {"model": arguments.model, **row}
+
+        ways = together if arguments.together else in_order
+        try:
+            for row in ways(chosen, one, lambda: end - time.monotonic()):
+                rows.append(row)
                 print(line(row), flush=True)
-                if "failed" in row:
-                    break
+        except KeyboardInterrupt:
+            print("stopped: interrupted", flush=True)
     for folder in () if arguments.keep else folders.values():
         shutil.rmtree(folder)
     print(write_record("load", rows, peaks=peaks, folder=arguments.out))
@@ -254,4 +338,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    interruptible()
     main()

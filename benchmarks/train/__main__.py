@@ -14,7 +14,6 @@ as they come, so a run that is cut short still writes a record of what it has.
 import argparse
 import json
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.harness.interrupt import interruptible
 from benchmarks.harness.record import write_record
 from benchmarks.train.cases import CAP_GIB, CASES, IMPLS, UNSLOTH_VARIANTS, Options, plan
 from benchmarks.train.here import Here
@@ -56,13 +56,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     names = [case.name for case in CASES]
-    add("--cases", nargs="+", default=names, choices=names)
+    add("--cases", nargs="+", default=names, choices=names, help="run in this order")
     add("--impls", nargs="+", default=list(IMPLS), choices=IMPLS)
     add("--model", choices=list(MODELS), help="instead of the cases' own")
     add("--batch", type=int, help="rows per step, instead of the cases' own")
     add("--seq", type=int, help="tokens per row, instead of the cases' own")
     add("--policies", nargs="+", default=[], help="ours, instead of the cases' own")
     add("--unsloth-variants", nargs="+", default=list(UNSLOTH_VARIANTS))
+    add("--unsloth-rows", nargs="+", default=[], help="of its rows these, as compile/save")
     add("--step", choices=["auto", "fused", "eager"], default="auto", help="ours")
     add("--optimizer", default="adamw_8bit")
     add("--warmup", type=int, default=3)
@@ -98,6 +99,7 @@ def options(arguments: argparse.Namespace) -> Options:
         seq=arguments.seq or (32 if tiny else None),
         policies=tuple(arguments.policies),
         unsloth_variants=tuple(arguments.unsloth_variants),
+        unsloth_rows=tuple(arguments.unsloth_rows),
         cap_gib=arguments.cap_gib or None,
         optimizer=arguments.optimizer,
         step=arguments.step,
@@ -114,7 +116,8 @@ def options(arguments: argparse.Namespace) -> Options:
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan, run every job, print and record."""
     arguments = parse(argv)
-    chosen = [case for case in CASES if case.name in arguments.cases]
+    cases = {case.name: case for case in CASES}
+    chosen = [cases[name] for name in dict.fromkeys(arguments.cases)]
     jobs = plan(chosen, options(arguments))
     if not torch.cuda.is_available() and arguments.model != "tiny":
         sys.exit("there is no GPU here: only --model tiny makes sense without one")
@@ -159,16 +162,6 @@ def measure(session: Session, jobs: Sequence[Job], arguments: argparse.Namespace
             session.run(replace(job, build=replace(job.build, checkpoint=str(folder))))
         if not arguments.keep:
             shutil.rmtree(folder)
-
-
-def interruptible() -> None:
-    """Let whoever ends this process, by whichever signal, still have a record of its rows."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-    signal.signal(signal.SIGINT, interrupt)  # which shells switch off for what they do not wait for
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ CASES: tuple[Case, ...] = (
         ours=tuple(Ours(policy) for policy in POLICIES),
     ),
 )
-"""In the order they are run."""
+"""In the order they are run, unless another one is asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,6 +179,8 @@ class Options:
     policies: tuple[str, ...] = ()
     """Ours, instead of the case's."""
     unsloth_variants: tuple[str, ...] = UNSLOTH_VARIANTS
+    unsloth_rows: tuple[str, ...] = ()
+    """`variant/policy` of its rows that are wanted; empty: all."""
     cap_gib: float | None = CAP_GIB
     optimizer: str = "adamw_8bit"
     step: str = "auto"
@@ -263,6 +265,9 @@ def _builds(case: Case, options: Options) -> Iterable[tuple[Build, Point]]:
         variants = options.unsloth_variants if peer.impl == "unsloth" else ("",)
         for variant in variants:
             switches = "+".join(filter(None, (variant, *peer.switches)))
+            name, wanted = f"{switches}/{peer.policy}", options.unsloth_rows
+            if peer.impl == "unsloth" and wanted and name not in wanted:
+                continue
             yield (
                 replace(
                     build,

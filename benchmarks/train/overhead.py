@@ -16,8 +16,8 @@ Last, some steps of the Trainer with a line after each are profiled (trace.py): 
 graph, calls in which the host waits, idle time of the GPU and what the host did meanwhile.
 
 That the Trainer and the bare loop compute the same is tested (tests/train, tests/step). Turns that
-would begin after `--total-seconds` are left out. Without a GPU all of it runs on a tiny model,
-which tests the benchmark and nothing else.
+would begin after `--total-seconds` are left out; a run that is interrupted writes what it has.
+Without a GPU all of it runs on a tiny model, which tests the benchmark and nothing else.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from benchmarks.harness.interrupt import interruptible
 from benchmarks.harness.record import write_record
 from benchmarks.train.trace import lines, summary
 from qlora_kit.bench.ours import InTrainer, build
@@ -248,7 +249,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     point = Point(batch=arguments.batch, seq=arguments.seq, policy=arguments.policy)
     bench = Bench(subject, subject.trainer, point, arguments.steps, device)
     loops = [one for one in all_loops() if not (arguments.without_past and one.as_it_was)]
-    profile = take_turns(bench, loops, arguments.rounds, began + arguments.total_seconds)
+    profile = None
+    try:
+        profile = take_turns(bench, loops, arguments.rounds, began + arguments.total_seconds)
+    except KeyboardInterrupt:
+        print("stopped: interrupted", flush=True)
+        if not loops[0].turn_ms:
+            return 1
     common = {
         "model": built.model,
         "batch": point.batch,
@@ -269,4 +276,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    interruptible()
     sys.exit(main())

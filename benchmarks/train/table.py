@@ -201,7 +201,7 @@ def report(rows: Sequence[Row]) -> str:
 
 
 def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One record of several; a point measured again counts in its last version.
+    """One record of several; a point measured again counts in its last version that was measured.
 
     Args:
         records: of the same benchmark, commit and card, oldest first.
@@ -219,7 +219,8 @@ def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     rows: dict[tuple[Any, ...], Row] = {}
     for record in records:
         for row in record["rows"]:
-            rows[_key(row)] = row
+            if "error" not in row or "error" in rows.get(_key(row), row):
+                rows[_key(row)] = row
     peaks = {
         key: statistics.mean(r["peaks"][key] for r in records if key in r["peaks"])
         for key in {key for record in records for key in record["peaks"]}

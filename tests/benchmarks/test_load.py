@@ -2,12 +2,14 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks.load import child
-from benchmarks.load.load import breakdown, cases, line, make, run, summary
+from benchmarks.load import load as command
+from benchmarks.load.load import breakdown, cases, line, make, run, summary, together
 from benchmarks.load.rates import rates
 from qlora_kit.bench.subject import Stage
 from qlora_kit.load import hf_quantizer
@@ -68,6 +70,51 @@ def test_a_load_that_fails_says_so(folders, tmp_path):
     assert row["failed"]
     assert "failed" in line(row)
     assert not summary([row])
+
+
+def test_ways_and_runs_are_chosen():
+    every = cases(peers=True, cold=True)
+    assert {case.way for case in every} == {"bf16-nf4", "nf4-nf4", "bf16-bf16"}
+    some = cases(peers=True, cold=False, ways=["bf16-nf4"], runs=1)
+    assert {"qlora_kit", "peft"} <= {case.impl for case in some}
+    assert {(case.way, case.runs) for case in some} == {("bf16-nf4", 1)}
+    assert {case.impl for case in cases(True, False, impls=["peft"])} == {"peft"}
+
+
+def test_a_round_has_a_process_of_each_case():
+    chosen = [command.Case("a", "bf16", "nf4", 2), command.Case("b", "bf16", "nf4", 1)]
+    rows = list(together(chosen, lambda case, *_, **more: {"impl": case.impl} | more, lambda: 90.0))
+    assert sorted(row["impl"] for row in rows) == ["a", "a", "b"]
+    assert all(row["turns"] for row in rows)
+    assert not list(together(chosen, lambda *_: {}, lambda: 1.0))
+
+
+@pytest.mark.slow
+def test_the_command_with_processes_that_take_turns(tmp_path, monkeypatch, capsys):
+    two = [replace(case, runs=1) for case in cases(False, False) if case.way == "nf4-nf4"]
+    monkeypatch.setattr(command, "cases", lambda *_, **__: two)
+    words = ["load.py", "--model", "tiny", "--together", "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path)])
+    command.main()
+    (file,) = (tmp_path / "load").glob("*.json")
+    rows = json.loads(file.read_text())["rows"]
+    assert [row.get("turns") for row in rows] == [True] * 2, rows
+    assert "into the page cache" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_has_the_rows_it_measured(tmp_path, monkeypatch):
+    def interrupted(case, *_, **__):
+        if case.breakdown:
+            raise KeyboardInterrupt
+        return {"impl": case.impl, "failed": "as if measured"}
+
+    monkeypatch.setattr(command, "run", interrupted)
+    monkeypatch.setattr(command, "line", lambda row: row["impl"])
+    words = ["load.py", "--model", "tiny", "--folder", str(tmp_path), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    command.main()
+    (file,) = (tmp_path / "load").glob("*.json")
+    assert [row["impl"] for row in json.loads(file.read_text())["rows"]] == ["qlora_kit"]
 
 
 def test_rates_are_rates(folders):

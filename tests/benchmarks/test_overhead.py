@@ -193,3 +193,16 @@ def test_overhead_is_over_the_bare_loops_around_it(monkeypatch: pytest.MonkeyPat
     found = child.in_trainer(subject, [], job, point, "fused", Stage())
     assert found["trainer_overhead"] == pytest.approx(12 / 11 - 1)
     assert found["trainer_tokens_per_s"] == pytest.approx(48 / 12e-3)
+
+
+def test_an_interrupted_run_has_the_turns_it_took(tmp_path: Path, monkeypatch: Any) -> None:
+    def interrupted(bench: Any, loops: Any, *_: Any) -> None:
+        if taken:
+            loops[0].turn_ms.append(1.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(overhead, "take_turns", interrupted)
+    for taken, status in ((True, 0), (False, 1)):
+        out = tmp_path / str(taken)
+        assert overhead.main(["--model", "tiny", "--steps", "1", "--out", str(out)]) == status
+        assert taken == bool(list(out.rglob("*.json")))

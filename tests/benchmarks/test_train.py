@@ -78,6 +78,18 @@ def test_unsloth_gets_a_process_for_each_shape():
     assert all(len(job.points) == 1 for job in fresh)
 
 
+def test_cases_are_run_in_the_order_that_was_asked_for(monkeypatch, tmp_path):
+    """What is worth most comes first, where a run may be cut short."""
+    seen = []
+    monkeypatch.setattr(command, "measure", lambda _session, jobs, _arguments: seen.extend(jobs))
+    monkeypatch.setattr(command, "finish", lambda *_: 0)
+    command.main(["--model", "tiny", "--cases", "lean", "small", "--impls", "qlora_kit"])
+    assert [job.points[0].cases[0] for job in seen] == ["lean", "small"]
+    seen.clear()
+    command.main(["--model", "tiny", "--cases", "small", "lean", "--impls", "qlora_kit"])
+    assert [job.points[0].cases[0] for job in seen] == ["small", "lean"]
+
+
 @pytest.mark.parametrize(
     ("policy", "layers", "wanted"),
     [

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.train import __main__ as command
 from benchmarks.train import table
+from benchmarks.train.cases import CASES, Options, plan
 from benchmarks.train.here import Here
 from qlora_kit.bench.child import run_job
 from qlora_kit.bench.random_checkpoint import write_checkpoint
@@ -195,3 +196,26 @@ def test_peers_of_another_commit_say_so() -> None:
     assert [row["tokens_per_s"] for row in found] == [1.0, 1.0, 2.0]
     with pytest.raises(SystemExit, match="different cards"):
         table.with_peers(own, [other | {"gpu": "H200"}])
+
+
+def test_what_was_measured_outlives_a_later_failure() -> None:
+    """A part that ran out of time says nothing of a point that another one has."""
+    about = {"bench": "train", "commit": "a", "gpu": "x", "command": "c", "peaks": {}}
+    build = Build(impl="unsloth", model="tiny", checkpoint="")
+    row = first_fields(build, Point(batch=1, seq=8, policy="save"))
+    good, bad = row | {"tokens_per_s": 1.0}, row | {"error": "no time left in this run"}
+    for order in ([good, bad], [bad, good], [bad, good, bad]):
+        (kept,) = table.merge([about | {"rows": [one]} for one in order])["rows"]
+        assert kept.get("tokens_per_s") == 1.0
+    assert table.merge([about | {"rows": [bad]}])["rows"] == [bad]
+
+
+def test_one_row_of_unsloth_may_be_asked_for() -> None:
+    """Ours and other peers are what they were."""
+    rows = ("compile+tiled/unsloth", "compile/save")
+    jobs = plan(CASES, Options(impls=("unsloth", "peft"), unsloth_rows=rows))
+    found = {(j.build.impl, j.build.variant, p.policy) for j in jobs for p in j.points}
+    assert {f"{variant}/{policy}" for impl, variant, policy in found if impl == "unsloth"} == set(
+        rows
+    )
+    assert ("peft", "", "recompute_all") in found
