@@ -102,7 +102,7 @@ CASES: tuple[Case, ...] = (
         name="lean",
         ours=(
             Ours("offload", tile=4096, embeddings_on_host=True),
-            Ours("offload_attention", tile=4096, embeddings_on_host=True),
+            Ours("offload_attention", tile=4096, embeddings_on_host=True, profile=True),
         ),
         peers=_CHECKPOINTING[:1],
         target=Target(tokens_per_s=10_600, over_unsloth=1.0, peak_gib=6.5),
