@@ -1,6 +1,7 @@
 """What every test can rely on: no network, caches of its own, GPU tests only with a GPU."""
 
 import ctypes
+import gc
 import os
 import sys
 import tempfile
@@ -37,6 +38,17 @@ COMPAT_FOLDERS = {
     "train",
 }
 """Folders whose tests all run with the oldest supported transformers as well."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def old_objects_are_not_searched_again() -> None:
+    """Set apart what there is before a file's tests, so that collecting garbage looks at theirs.
+
+    accelerate collects in every training run. In a process that has imported everything, and
+    holds every test, that took a second each time, and much of the suite's time.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header(config: pytest.Config) -> str:
