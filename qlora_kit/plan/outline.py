@@ -4,7 +4,7 @@ Everything is done by the code that does it to real models, on the meta device, 
 outline has the modules, parameters and layers of the run, and no weight.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -35,8 +35,8 @@ class Outline:
     """None where everything is trained."""
     blocks: FusedBlocks | None
     """None where the model runs its own code."""
-    own_code: OwnCode
-    """What that code has to run under."""
+    own_code: AbstractContextManager[object]
+    """What that code has to run under; nothing where layers run as one step each."""
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -92,17 +92,20 @@ def outline(config: PreTrainedConfig, setup: Setup) -> Outline:
     model.train()
     if setup.method != PREFIX:  # which has attention of its own
         model.set_attn_implementation(register())
-    blocks, own_code = None, OwnCode(setup)
+    blocks = None
+    own_code: AbstractContextManager[object] = OwnCode(setup)
     if setup.step == "fused" and why_not_fused(model) is None:
         blocks = fuse_blocks(model, setup.activations, tile=tile_tokens(setup.tile))
         if setup.keep_decoded and setup.bits == 4:
             blocks.keep_decoded(setup.keep_decoded, dtype)
+        if setup.method != FULL:  # no autocast, and no mask: each call would be seen for nothing
+            own_code = nullcontext()
     elif setup.activations in ("recompute_all", "offload"):
         checkpointing(model, own_code)
     return Outline(model, adapter, blocks, own_code)
 
 
-def checkpointing(model: PreTrainedModel, own_code: OwnCode) -> None:
+def checkpointing(model: PreTrainedModel, own_code: AbstractContextManager[object]) -> None:
     """Turn transformers' own recomputation on, by the name that this version has for it.
 
     Args:

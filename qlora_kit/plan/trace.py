@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from qlora_kit.plan.costs import cost_of, launch_seconds
+from qlora_kit.plan.costs import cost_of, launch_seconds, tensors_of
 from qlora_kit.plan.gpus import Gpu
 
 BACKWARD = "backward"
@@ -26,6 +25,10 @@ BACKWARD = "backward"
 
 _SOON = 4
 """Changes after which a tensor that was added to would be gone, were it added to in place."""
+
+_INTO_OUT = (torch.ops.aten.mm.out, torch.ops.aten.addmm.out)
+"""Products that write where they are told to. There is nothing to run, and torch would take each
+apart in Python to see that: a third of a millisecond, thousands of times in a long row's step."""
 
 _MIB = 1 << 20
 _STEP, _SMALL, _SEGMENT, _LARGE = 512, _MIB, 2 * _MIB, 10 * _MIB
@@ -125,13 +128,19 @@ class Trace(TorchDispatchMode):
         finally:
             self.phase = before
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled under a trace: torch need not keep its compiler off, op by op."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an op and take note of it."""
-        result = func(*args, **(kwargs or {}))
+        into = kwargs["out"] if func in _INTO_OUT else None
+        known = into is not None and into.is_meta
+        result = into if known else func(*args, **(kwargs or {}))
         cost = cost_of(func, (args, kwargs), result, self.gpu)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._see(tensor)
+        for tensor in tensors_of(result):
+            self._see(tensor)
         if cost.kind != "nothing":
             self.launching += launch_seconds(func, cost, self.gpu)
             self.seconds[cost.kind] += cost.seconds
@@ -146,7 +155,7 @@ class Trace(TorchDispatchMode):
         return result
 
     def _see(self, tensor: Tensor) -> None:
-        if tensor.device.type != "meta":
+        if not tensor.is_meta:
             return
         storage = tensor.untyped_storage()
         key = storage._cdata

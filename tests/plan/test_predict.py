@@ -1,5 +1,6 @@
 """Predictions: every family and policy, against arithmetic and against real modules."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 
@@ -16,7 +17,15 @@ from qlora_kit.core.errors import ConfigError
 from qlora_kit.optim.create import FLAT_NAMES, make_flat_optimizer
 from qlora_kit.plan.gpus import find_gpu
 from qlora_kit.plan.outline import components, outline
-from qlora_kit.plan.predict import FIXED_FRAGMENTS, FRAGMENTS, RECORDING, Prediction, predict
+from qlora_kit.plan.own_code import OwnCode
+from qlora_kit.plan.predict import (
+    FIXED_FRAGMENTS,
+    FRAGMENTS,
+    RECORDING,
+    Prediction,
+    predict,
+    run_step,
+)
 from qlora_kit.plan.setup import Setup
 from qlora_kit.plan.state import optimizer_bytes
 from qlora_kit.quant.config import QuantConfig
@@ -209,3 +218,19 @@ def _kind(name: str) -> tuple[type, dict[str, object]]:
 def test_an_unknown_optimizer_is_refused():
     with pytest.raises(ConfigError, match="lion"):
         optimizer_bytes([], "lion_8bit")
+
+
+def test_fused_layers_need_nothing_of_own_code():
+    """What it would see of them, it leaves as it is: the same step, without being asked."""
+    setup = Setup(rank=8, seq=256)
+    traces = []
+    for own_code in (None, OwnCode(setup)):
+        made = outline(tiny_models.FAMILIES["llama"](), setup)
+        assert isinstance(made.own_code, nullcontext)
+        made.own_code = own_code or made.own_code
+        traces.append(run_step(made, setup, GPU))
+    without, under = traces
+    assert without.peak_bytes() == under.peak_bytes() > 0
+    assert without.seconds == under.seconds
+    eager = outline(tiny_models.FAMILIES["llama"](), Setup(rank=8, seq=256, step="eager"))
+    assert isinstance(eager.own_code, OwnCode)

@@ -99,3 +99,24 @@ def test_a_decoded_weight_is_known_as_one():
     assert [block.decoded for block in trace.blocks] == [True, False]
     assert trace.seconds["decode"] > 0
     del out, other
+
+
+def test_products_that_are_not_run_cost_what_they_do():
+    """Into `out`, the result is `out` itself; the same arithmetic without it costs the same."""
+    bfloat16 = torch.bfloat16
+    x, w, c, out = (meta(256, 256, dtype=bfloat16) for _ in range(4))
+    for into, made in (
+        (lambda: torch.mm(x, w, out=out), lambda: torch.mm(x, w)),
+        (lambda: torch.addmm(c, x, w, out=out), lambda: torch.addmm(c, x, w)),
+    ):
+        with Trace(GPU) as one:
+            assert into() is out
+        with Trace(GPU) as other:
+            made()
+        assert one.seconds == other.seconds
+        assert one.seconds["product"] > 0
+        assert one.launching == other.launching
+    real = torch.ones(2, 2)
+    with Trace(GPU):
+        torch.mm(torch.full((2, 2), 3.0), real.clone(), out=real)
+    assert real.tolist() == [[6.0, 6.0], [6.0, 6.0]]
