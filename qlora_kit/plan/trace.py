@@ -135,9 +135,10 @@ class Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an op and take note of it."""
-        into = kwargs["out"] if func in _INTO_OUT else None
-        known = into is not None and into.is_meta
-        result = into if known else func(*args, **(kwargs or {}))
+        if func in _INTO_OUT and kwargs["out"].is_meta:
+            result = kwargs["out"]
+        else:
+            result = func(*args, **(kwargs or {}))
         cost = cost_of(func, (args, kwargs), result, self.gpu)
         for tensor in tensors_of(result):
             self._see(tensor)
