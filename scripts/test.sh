@@ -52,7 +52,9 @@ BIN=$(dirname "$PY")
 
 # Two test processes of one thread each are faster on small models than one of two threads.
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-workers=${QLORA_KIT_TEST_WORKERS:-2}
+# A file's tests stay in one process; files come in the order of tests/conftest.py, slow ones first
+# (xdist would take those with the most tests first, and end with few tests of a minute each).
+processes=(-n "${QLORA_KIT_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder)
 
 step "lint: ruff"
 "$BIN/ruff" check .
@@ -73,14 +75,14 @@ step "generated documentation is up to date"
 
 if [ -n "$fast" ]; then
   step "tests, without the slow ones"
-  "$PY" -m pytest -q -n "$workers" --dist loadfile -m "not slow" --doctest-modules qlora_kit tests "$@"
+  "$PY" -m pytest -q "${processes[@]}" -m "not slow" --doctest-modules qlora_kit tests "$@"
   step "passed"
   exit 0
 fi
 
 step "tests and doctests, with coverage"
 "$PY" -m coverage erase
-"$PY" -m pytest -q -n "$workers" --dist loadfile --durations 15 --doctest-modules \
+"$PY" -m pytest -q "${processes[@]}" --durations 15 --doctest-modules \
   --cov --cov-report= qlora_kit tests "$@"
 
 step "coverage of the core rooms, each at least $CORE_COVERAGE%"
@@ -97,6 +99,6 @@ if [ ! -f "$OLD_FOLDER/.installed" ]; then
   touch "$OLD_FOLDER/.installed"
 fi
 PYTHONPATH="$PWD/$OLD_FOLDER" QLORA_KIT_EXPECT_TRANSFORMERS=$OLD_TRANSFORMERS \
-  "$PY" -m pytest -q -n "$workers" --dist loadfile -m "transformers_compat and not slow" tests
+  "$PY" -m pytest -q "${processes[@]}" -m "transformers_compat and not slow" tests
 
 step "everything passed"
