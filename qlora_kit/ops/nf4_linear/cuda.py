@@ -22,6 +22,7 @@ from qlora_kit.core.log import log_once
 from qlora_kit.ops.jit import architecture_of
 from qlora_kit.ops.nf4_dequantize import cuda as nf4_dequantize
 from qlora_kit.ops.nf4_linear import (
+    ahead,
     dense,
     gemv,
     hopper,
@@ -37,22 +38,24 @@ STRATEGIES: dict[str, ModuleType] = {
     "gemv": gemv,
     "portable": portable,
     "hopper": hopper,
+    "ahead": ahead,
     "dense": dense,
 }
 """Each has `serves`, `multiply` and, where it has a transposed product, `multiply_transposed`."""
 
 ROWS: dict[tuple[str, str], tuple[tuple[int, str], ...]] = {
-    ("hopper", "multiply"): ((16, "gemv"), (2048, "hopper")),
-    ("hopper", "multiply_transposed"): ((8, "gemv"), (1024, "hopper")),
+    ("hopper", "multiply"): ((16, "gemv"), (1024, "hopper"), (2**30, "ahead")),
+    ("hopper", "multiply_transposed"): ((8, "gemv"), (768, "hopper"), (2**30, "ahead")),
     ("other", "multiply"): ((16, "small_m"), (256, "portable")),
     ("other", "multiply_transposed"): ((256, "portable"),),
 }
-"""Per architecture and product: up to so many rows, this strategy; beyond, `dense`.
+"""Per architecture and product: up to so many rows, this strategy; beyond, and where it cannot
+serve, `dense`.
 
-Where the weight's shape matters as well, `_is_taken` says so."""
+Where the weight's shape matters as well, `_gemv_is_taken` says so."""
 
 _GEMV_SIZES = (4096, 8192, 14336, 28672)
-"""Rows and columns of the weights that `gemv` has been checked on."""
+"""Rows and columns of the weights that `gemv` has been timed on."""
 
 ENVIRONMENT_VARIABLE = "QLORA_KIT_NF4_LINEAR"
 
@@ -110,7 +113,7 @@ def strategy_for(x: Tensor, weight: NF4Weight, product: str = "multiply") -> str
             )
         return forced
     for most, name in ROWS[_architecture(x.device), product]:
-        taken = x.shape[0] <= most and _is_taken(name, x, weight, product)
+        taken = x.shape[0] <= most and (name != "gemv" or _gemv_is_taken(weight, product))
         if taken and _can_serve(name, x, weight, product):
             return name
     return "dense"
@@ -128,32 +131,15 @@ def _can_serve(name: str, x: Tensor, weight: NF4Weight, product: str) -> bool:
     return hasattr(module, product) and bool(module.serves(x, weight))
 
 
-def _is_taken(name: str, x: Tensor, weight: NF4Weight, product: str) -> bool:
-    """Whether a strategy of `ROWS` is the one for a weight of this shape.
-
-    `hopper` decodes again for every 256 rows of x, so that weights with more rows than columns
-    are better decoded once from 1,025 rows of x on: 14336 x 4096 takes 1.22 of a dense bf16
-    linear's time at 2,048 rows then, and 1.30 by `hopper`; 4096 x 14336 1.28 and 1.21 (on an
-    H200, no record).
-    """
-    if name == "gemv":
-        return _gemv_is_taken(x, weight, product)
-    if name == "hopper" and product == "multiply":
-        return x.shape[0] <= 1024 or weight.shape[0] <= weight.shape[1]
-    return True
-
-
-def _gemv_is_taken(x: Tensor, weight: NF4Weight, product: str) -> bool:
-    """Whether `gemv` is faster than `hopper`, and its results have been checked on a GPU.
+def _gemv_is_taken(weight: NF4Weight, product: str) -> bool:
+    """Whether `gemv` is faster than `hopper`, as far as both have been timed.
 
     It costs less to begin and more per weight. Forward it takes 0.55 to 0.68 of the time on
     4096 x 4096 and more on 28672 x 8192; dX, 0.83 to 1.00 with up to 14,336 columns and 1.07
-    to 1.17 with 28,672. As it is now it has been checked for bfloat16 and `_GEMV_SIZES`, LoRA
-    of rank 16 or none, without bias, by the norm of its error; `test_nf4_linear_gemv.py` has
-    passed on a GPU with the version before.
+    to 1.17 with 28,672.
     """
     n, k = weight.shape
-    if x.dtype != torch.bfloat16 or n not in _GEMV_SIZES or k not in _GEMV_SIZES:
+    if n not in _GEMV_SIZES or k not in _GEMV_SIZES:
         return False
     return k <= 14336 if product == "multiply_transposed" else n * k <= 4096 * 4096
 

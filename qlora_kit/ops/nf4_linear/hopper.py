@@ -139,7 +139,7 @@ def multiply(
         (M, N) in the dtype of x.
     """
     if xa is not None and lora_b is not None:
-        xa, lora_b = _in_eights(xa), _in_eights(lora_b)
+        xa, lora_b = in_eights(xa), in_eights(lora_b)
     return _launch("", x, weight, bias, xa, lora_b, False)
 
 
@@ -158,7 +158,7 @@ def multiply_transposed(
         (M, K) in the dtype of dy.
     """
     if dyb is not None and lora_a is not None:
-        dyb, lora_a = _in_eights(dyb), _in_eights(lora_a.T).T.contiguous()
+        dyb, lora_a = in_eights(dyb), in_eights(lora_a.T).T.contiguous()
     return _launch("_transposed", dy, weight, None, dyb, lora_a, False)
 
 
@@ -183,7 +183,7 @@ def multiply_low_rank(
     Returns:
         (M, N) and xa, (M, r), in the dtype of x.
     """
-    xa = _small_product("", x, lora_a, lora_a.shape[0], scale)
+    xa = small_product("", x, lora_a, lora_a.shape[0], scale)
     return _launch("", x, weight, bias, xa, lora_b, True), xa
 
 
@@ -202,19 +202,42 @@ def multiply_transposed_low_rank(
     Returns:
         (M, K) and dyb, (M, r), in the dtype of dy.
     """
-    dyb = _small_product("_transposed", dy, lora_b, lora_b.shape[1], scale)
+    dyb = small_product("_transposed", dy, lora_b, lora_b.shape[1], scale)
     return _launch("_transposed", dy, weight, None, dyb, lora_a, True), dyb
 
 
-def _in_eights(matrix: Tensor) -> Tensor:
-    """The matrix with zero columns up to a multiple of eight, aligned to 16 bytes."""
+def in_eights(matrix: Tensor) -> Tensor:
+    """Make rows whole 16-byte pieces at 16-byte addresses.
+
+    Args:
+        matrix: (M, r), 16-bit.
+
+    Returns:
+        (M, r'), r' the next multiple of eight, zeros in the columns that were added.
+
+    Example:
+        >>> in_eights(torch.ones(2, 12)).shape
+        torch.Size([2, 16])
+    """
     columns = -matrix.shape[1] % 8
     if columns:
         return torch.nn.functional.pad(matrix, (0, columns))
     return matrix if matrix.data_ptr() % 16 == 0 else matrix.clone()
 
 
-def _small_product(kind: str, x: Tensor, factor: Tensor, rank: int, scale: float) -> Tensor:
+def small_product(kind: str, x: Tensor, factor: Tensor, rank: int, scale: float) -> Tensor:
+    """Compute LoRA's small product by the faster way, so that the next kernel may begin early.
+
+    Args:
+        kind: empty, or `_transposed`.
+        x: (M, K), on a Hopper GPU, contiguous.
+        factor: (r, K), or (K, r) if transposed, contiguous.
+        rank: r, a multiple of eight.
+        scale: the factor on the result.
+
+    Returns:
+        (M, r) in the dtype of x.
+    """
     if x.shape[0] >= low_rank.FEWEST_ROWS:
         return low_rank.product(x, factor if kind else factor.T, scale)
     small = x.new_empty((x.shape[0], rank))

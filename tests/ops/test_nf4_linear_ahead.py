@@ -1,0 +1,129 @@
+"""The product for many rows whose weights are decoded in the same launch, ahead of tensor cores.
+
+What every strategy must do is tested in test_nf4_linear_gpu.py; here is what this one does besides:
+blocks that wait for others' weights, launches at once, and how a product is cut into blocks.
+"""
+
+import pytest
+import torch
+
+from qlora_kit.ops import jit
+from qlora_kit.ops.nf4_linear import ahead, cuda
+from qlora_kit.ops.nf4_linear.op import nf4_linear
+from tests.ops.helpers import SCALE, Options, float32_sums, make_case, poison, truth
+
+CASES = [  # M, N, K, options: either width of blocks, edges of tiles, chunks and ranks
+    (1, 8, 256, Options(rank=8)),
+    (127, 264, 512, Options(rank=0, bias=False)),
+    (129, 1000, 256, Options(rank=24, nested=False)),
+    (256, 4096, 1024, Options(rank=16, dtype=torch.float16)),
+    (300, 8200, 768, Options(rank=64, bias=False)),
+    (513, 136, 1280, Options(rank=72, nested=False, dtype=torch.float16)),
+    (1025, 5120, 2560, Options(rank=17)),
+    (2049, 1024, 4096, Options(rank=128, bias=False)),
+    (4097, 2048, 1536, Options(rank=16, nested=False)),
+]
+
+
+@pytest.fixture(autouse=True)
+def _sums():
+    with float32_sums():
+        yield
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("m", "n", "k", "options"), CASES, ids=str)
+def test_against_float64(m, n, k, options):
+    """All gradients, over memory filled with NaN, the decoded weight's among it; twice the same."""
+    case = make_case(m, n, k, options, "cuda")
+    wanted = truth(case)
+    found = []
+    with cuda.force_strategy("ahead"):
+        for _ in "ab":
+            for leaf in case.leaves().values():
+                leaf.grad = None
+            poison("cuda", (m, n), (m, k), (n, k), (m, max(1, options.rank)), dtype=options.dtype)
+            y = nf4_linear(
+                case.x, case.weight, case.bias, lora_a=case.a, lora_b=case.b, scale=SCALE
+            )
+            poison("cuda", (m, n), (m, k), (n, k), (m, max(1, options.rank)), dtype=options.dtype)
+            y.backward(case.dy)
+            grads = {name: leaf.grad for name, leaf in case.leaves().items()}
+            found.append({"y": y.detach()} | grads)
+    for name, got in found[0].items():
+        wanted.check(name, got, str(case))
+        assert torch.equal(got, found[1][name]), name
+
+
+@pytest.mark.gpu
+def test_a_tile_waits_for_its_weights(monkeypatch):
+    """Again and again, over what the last launch decoded; and with strips said to be there."""
+    case = make_case(700, 4096, 2048, Options(rank=16, bias=False), "cuda")
+    other = make_case(700, 4096, 2048, Options(rank=16, bias=False, nested=False), "cuda")
+    first = [ahead.multiply(c.x.detach(), c.weight, None, None, None) for c in (case, other)]
+    for _ in range(50):  # both decode into the same memory, in turn
+        for c, wanted in zip((case, other), first, strict=True):
+            assert torch.equal(ahead.multiply(c.x.detach(), c.weight, None, None, None), wanted)
+    spaces = ahead._workspace
+
+    def too_early(*arguments):
+        """Counts that are full before anything is decoded."""
+        space = spaces(*arguments)
+        space.decoded.fill_(float("nan"))
+        strips = space.columns * 128 // (32 * 128)
+        space.state[ahead._WORDS_BEFORE :] = strips
+        return space
+
+    monkeypatch.setattr(ahead, "_workspace", too_early)
+    wrong = ahead.multiply(case.x.detach(), case.weight, None, None, None)
+    assert not torch.equal(wrong, first[0])
+
+
+@pytest.mark.gpu
+def test_two_at_once_on_two_streams():
+    """Each launch wants the whole chip and waits for its own strips only."""
+    cases = [make_case(1100, 8192, 2048, Options(rank=16, bias=False), "cuda") for _ in "ab"]
+    streams = [torch.cuda.Stream() for _ in cases]
+
+    def run(case):
+        with cuda.force_strategy("ahead"), torch.no_grad():
+            return nf4_linear(case.x, case.weight, lora_a=case.a, lora_b=case.b, scale=SCALE)
+
+    wanted = [run(case) for case in cases]
+    torch.cuda.synchronize()
+    results = [[], []]
+    for _ in range(20):
+        for case, stream, kept in zip(cases, streams, results, strict=True):
+            with torch.cuda.stream(stream):
+                kept.append(run(case))
+    torch.cuda.synchronize()
+    for kept, right in zip(results, wanted, strict=True):
+        assert all(torch.equal(got, right) for got in kept)
+
+
+def test_blocks_are_wide_unless_narrow_ones_fill_the_chip():
+    for m in (1, 100, 256, 512, 1000, 4096, 300_000):
+        for width in (8, 1024, 4096, 28672):
+            for pairs in (1, 54, 66):
+                columns = ahead.columns_of(m, width, pairs)
+                assert columns in (128, 256)
+                if width > 128 and -(-m // 256) * -(-width // 128) > 4 * pairs:
+                    assert columns == 256
+    assert ahead.columns_of(2048, 1024, 66) == 128
+
+
+def test_its_memory_is_what_the_kernel_lays_out():
+    """Sizes are said in two languages; both blocks fit a processor of Hopper."""
+    text = (jit.kernels_folder() / "nf4_linear/hopper/ahead/parts.cuh").read_text()
+    for name, value in {
+        "DEPTH": ahead._DEPTH,
+        "CELL_DEPTH": ahead._CELL_DEPTH,
+        "TOKENS": ahead._TOKENS,
+        "DECODERS": ahead._DECODERS,
+        "WORDS_BEFORE": ahead._WORDS_BEFORE,
+    }.items():
+        assert f"constexpr int {name} = {value};" in text, name
+    for columns, stages in ahead._STAGES.items():
+        file = jit.kernels_folder() / f"nf4_linear/hopper/ahead/bfloat16_{columns}.cu"
+        assert f"NF4_AHEAD(BFloat16, {columns}, {stages})" in file.read_text()
+        assert ahead._shared_bytes(columns) <= 227 * 1024
