@@ -93,7 +93,7 @@ clean() {
 
 echo "== without a tool"
 "$PY" -m tests.ops.sanitize
-"$PY" -m tests.ops.sanitize --every-lane hopper
+"$PY" -m tests.ops.sanitize --every-lane hopper ahead
 PARTS=$("$PY" -m tests.ops.sanitize --list)
 tools=("$@")
 if [ ${#tools[@]} -eq 0 ]; then tools=(memcheck racecheck); fi
