@@ -113,7 +113,7 @@ class Step(torch.autograd.Function):
         flat, fused = x.reshape(rows, -1), runner.fused
         ctx.fused, ctx.tile, ctx.operands = fused, fused.tile, runner.operands
         several = tiles_of(runner.description, rows, fused.tile).several
-        settle = fused.host.settle if several and waits_on_host(runner.policy) else None
+        settle = fused.host.settle_large if several and waits_on_host(runner.policy) else None
         with fused.rounded(runner.operands, fused.tile, x.dtype):
             y, kept = forward(
                 runner.description, flat, call, runner.policy, fused.tile, getting_wide=settle
@@ -142,7 +142,7 @@ class Step(torch.autograd.Function):
         ctx.spent = ctx.policy != "recompute_all"
         rows = call.batch * call.length
         host, away = ctx.fused.host, ctx.away
-        late = away is not None and tiles_of(ctx.description, rows, ctx.tile).several
+        late = away is not None and away.late and tiles_of(ctx.description, rows, ctx.tile).several
         twice = away is not None and away.twice
         kept = Kept.of(host.take(away, ahead=not late) if away else list(ctx.saved_tensors))
         owned = ctx.fused.handed_out(dy)

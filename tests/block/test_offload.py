@@ -112,6 +112,24 @@ def test_the_layer_before_is_asked_for_ahead(ahead: bool) -> None:
     assert (store.moved_bytes == moved) == ahead
 
 
+def test_large_ones_and_inputs_alone_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The computing stream waits for those before the next layer gets wide; for others it does not."""
+    waits: list[Any] = []
+    monkeypatch.setattr(CpuStore, "_wait", lambda self, event: waits.append(event))
+    store = CpuStore()
+    first = store.put(0, tensors(100))
+    store.settle_large()
+    assert not first.late
+    assert waits == []
+    inputs = store.put(1, [torch.randn(100, 33)], twice=True)
+    store.settle_large()
+    assert inputs.late
+    assert len(waits) == 2
+    monkeypatch.setattr(offload, "LATE_BYTES", 20_000)
+    assert not store.put(2, tensors(10)).late
+    assert store.put(3, tensors(1000)).late
+
+
 def test_pages_serve_other_lengths() -> None:
     """The memory of the longest batch is enough for all that come after."""
     store = CpuStore()
