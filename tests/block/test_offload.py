@@ -113,7 +113,7 @@ def test_the_layer_before_is_asked_for_ahead(ahead: bool) -> None:
 
 
 def test_large_ones_and_inputs_alone_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The computing stream waits for those before the next layer gets wide; for others it does not."""
+    """The computing stream waits for those before the next layer gets wide, and for no others."""
     waits: list[Any] = []
     monkeypatch.setattr(CpuStore, "_wait", lambda self, event: waits.append(event))
     store = CpuStore()
