@@ -1,7 +1,7 @@
 """`nf4_linear` by decoding the whole weight in one launch and multiplying with cuBLAS.
 
-The way for many rows, where the product hides the decoding, and for every case no
-other strategy serves (float32, odd sizes). The decoded weight is a temporary of the
+The way for many rows on GPUs before and after Hopper, and for every case no other
+strategy serves (float32, odd sizes). The decoded weight is a temporary of the
 caching allocator, as large as one layer.
 
 LoRA joins the product as r more steps of its contraction: the small product's kernel copies
