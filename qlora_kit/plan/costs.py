@@ -243,7 +243,11 @@ def _whole_decode(inputs: Any, gpu: Gpu) -> Cost:
 
 
 def _linear(inputs: Any, gpu: Gpu) -> Cost:
-    """`nf4_linear`: decoded into a temporary, multiplied, LoRA as more of the contraction."""
+    """`nf4_linear`: decoded into a temporary, multiplied, LoRA as more of the contraction.
+
+    As `dense` does it, a copy of x for LoRA included, which is what the plans were measured with. On
+    Hopper `ahead` makes no such copy, so that plans of a model's own layers are that much too high.
+    """
     x, packed, _absmax, _nested, _offset, (n, k), _block, _bias, a, *_ = _arguments(inputs)
     rank = 0 if a is None else -(-a.shape[0] // 8) * 8
     return _linear_pass(x, packed, n, k, rank, gpu, beside=x.shape[0] * (k + rank) if rank else 0)
