@@ -245,7 +245,7 @@ def _whole_decode(inputs: Any, gpu: Gpu) -> Cost:
 def _linear(inputs: Any, gpu: Gpu) -> Cost:
     """`nf4_linear`: decoded into a temporary, multiplied, LoRA as more of the contraction.
 
-    As `dense` does it, a copy of x for LoRA included, which is what the plans were measured with. On
+    As `dense` does it, a copy of x for LoRA included, which is what plans were measured with. On
     Hopper `ahead` makes no such copy, so that plans of a model's own layers are that much too high.
     """
     x, packed, _absmax, _nested, _offset, (n, k), _block, _bias, a, *_ = _arguments(inputs)
