@@ -207,7 +207,8 @@ def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         records: of the same benchmark, commit and card, oldest first.
 
     Returns:
-        The record; peaks are means.
+        The record; peaks are means. Rows of a part that had other versions of libraries name them
+        in `env`.
 
     Raises:
         SystemExit: they do not belong together.
@@ -219,8 +220,8 @@ def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     rows: dict[tuple[Any, ...], Row] = {}
     for record in records:
         for row in record["rows"]:
-            if "error" not in row or "error" in rows.get(_key(row), row):
-                rows[_key(row)] = row
+            if "error" not in row or "error" in rows.get(key_of(row), row):
+                rows[key_of(row)] = row | _other_versions(record, records[0])
     peaks = {
         key: statistics.mean(r["peaks"][key] for r in records if key in r["peaks"])
         for key in {key for record in records for key in record["peaks"]}
@@ -231,6 +232,13 @@ def merge(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
             row["mfu"] = mfu(row["tokens_per_s"], flops, peaks["bf16_tflops"])
     commands = "; ".join(dict.fromkeys(record["command"] for record in records))
     return {**records[0], "command": commands, "peaks": peaks, "rows": list(rows.values())}
+
+
+def _other_versions(record: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
+    """`env`: what a record's libraries have for versions where the first one's differ."""
+    known = first.get("env", {}).items()
+    other = {name: is_ for name, is_ in record.get("env", {}).items() if (name, is_) not in known}
+    return {"env": other} if other else {}
 
 
 def with_peers(record: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -248,16 +256,23 @@ def with_peers(record: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict
     """
     if any(other["gpu"] != record["gpu"] for other in others):
         sys.exit("these records are of different cards")
-    rows = {_key(row): row for row in record["rows"]}
+    rows = {key_of(row): row for row in record["rows"]}
     for other in others:
         for row in other["rows"]:
             if row["impl"] != "qlora_kit" and "tokens_per_s" in row:
-                rows.setdefault(_key(row), row | {"commit": row.get("commit", other["commit"])})
+                rows.setdefault(key_of(row), row | {"commit": row.get("commit", other["commit"])})
     return {**record, "rows": list(rows.values())}
 
 
-def _key(row: Row) -> tuple[Any, ...]:
-    """What makes a row a measurement of its own."""
+def key_of(row: Row) -> tuple[Any, ...]:
+    """What makes a row a measurement of its own.
+
+    Args:
+        row: of a record.
+
+    Returns:
+        Equal for two measurements of the same settings, whatever the case or commit.
+    """
     keys = ("impl", "variant", "model", "batch", "seq", "method", "rank", "policy", "cap_gib")
     settings = _SETTINGS if row["impl"] == "qlora_kit" else ()
     return tuple(row.get(key) for key in (*keys, *settings))
