@@ -43,7 +43,8 @@ LARGE_BYTES = 512 << 20
 LATE_BYTES = 2 << 30
 """Of a layer of a batch in tiles: from here on memory counts, below it what waits for copies. On
 32,768 tokens of an 8B model under `offload_attention`, 1.16 GiB a layer, a step that waited took
-4.94 s of which the planner knew 3.76, where nothing waits (an H100)."""
+4.94 s, one that does not 3.89 in 1.1 GiB more; the planner, where nothing waits, says 3.82 (an
+H100, records of `benchmarks/train`)."""
 
 _ALIGNMENT_BYTES = 512
 
