@@ -61,6 +61,9 @@ def test_a_tile_waits_for_its_weights(monkeypatch):
     case = make_case(700, 4096, 2048, Options(rank=16, bias=False), "cuda")
     other = make_case(700, 4096, 2048, Options(rank=16, bias=False, nested=False), "cuda")
     first = [ahead.multiply(c.x.detach(), c.weight, None, None, None) for c in (case, other)]
+    for c, got in zip((case, other), first, strict=True):
+        right = c.x.detach().double() @ c.weight.dequantize(c.options.dtype).double().T
+        assert (got - right).norm() < 0.005 * right.norm()
     for _ in range(50):  # both decode into the same memory, in turn
         for c, wanted in zip((case, other), first, strict=True):
             assert torch.equal(ahead.multiply(c.x.detach(), c.weight, None, None, None), wanted)
@@ -82,7 +85,8 @@ def test_a_tile_waits_for_its_weights(monkeypatch):
 @pytest.mark.gpu
 def test_two_at_once_on_two_streams():
     """Each launch wants the whole chip and waits for its own strips only."""
-    cases = [make_case(1100, 8192, 2048, Options(rank=16, bias=False), "cuda") for _ in "ab"]
+    cases = [make_case(1100 + i, 8192, 2048, Options(rank=16, bias=False), "cuda") for i in (0, 1)]
+    assert not torch.equal(cases[0].weight.packed, cases[1].weight.packed)
     streams = [torch.cuda.Stream() for _ in cases]
 
     def run(case):
@@ -99,6 +103,48 @@ def test_two_at_once_on_two_streams():
     torch.cuda.synchronize()
     for kept, right in zip(results, wanted, strict=True):
         assert all(torch.equal(got, right) for got in kept)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [16, 48])
+def test_a_graph_runs_on_new_inputs(rank):
+    """Counters are zero again in every replay, behind either way of making the small product."""
+    case = make_case(600, 4096, 1024, Options(rank=rank, bias=False), "cuda")
+    inputs, side = case.x.detach().clone(), torch.cuda.Stream()
+
+    def run():
+        with cuda.force_strategy("ahead"), torch.no_grad():
+            return nf4_linear(inputs, case.weight, lora_a=case.a, lora_b=case.b, scale=SCALE)
+
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for seed in range(3):
+        inputs.normal_(generator=torch.Generator("cuda").manual_seed(seed))
+        captured.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(captured, run())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strategy", ["ahead", "hopper", "gemv", "dense"])
+def test_a_bias_at_any_address_and_no_ranks(strategy):
+    case = make_case(5, 256, 512, Options(rank=0), "cuda")
+    bias = torch.cat((case.bias.detach().new_zeros(1), case.bias.detach()))[1:].requires_grad_()
+    none = {"lora_a": torch.zeros(0, 512).cuda(), "lora_b": torch.zeros(256, 0).cuda()}
+    wanted = truth(case)
+    with cuda.force_strategy(strategy):
+        for lora in ({}, {name: value.requires_grad_() for name, value in none.items()}):
+            case.x.grad = bias.grad = None
+            y = nf4_linear(case.x, case.weight, bias, **lora)
+            wanted.check("y", y.detach(), strategy)
+            y.backward(case.dy)
+            wanted.check("dx", case.x.grad, strategy)
+            assert all(value.grad.shape == value.shape for value in lora.values())
 
 
 def test_blocks_are_wide_unless_narrow_ones_fill_the_chip():
@@ -124,6 +170,7 @@ def test_its_memory_is_what_the_kernel_lays_out():
     }.items():
         assert f"constexpr int {name} = {value};" in text, name
     for columns, stages in ahead._STAGES.items():
-        file = jit.kernels_folder() / f"nf4_linear/hopper/ahead/bfloat16_{columns}.cu"
-        assert f"NF4_AHEAD(BFloat16, {columns}, {stages})" in file.read_text()
+        for name, dtype in (("bfloat16", "BFloat16"), ("float16", "Float16")):
+            file = jit.kernels_folder() / f"nf4_linear/hopper/ahead/{name}_{columns}.cu"
+            assert f"NF4_AHEAD({dtype}, {columns}, {stages})" in file.read_text()
         assert ahead._shared_bytes(columns) <= 227 * 1024

@@ -2,9 +2,10 @@
 
 A launch of `kernels/nf4_linear/hopper/ahead/` decodes W to 16 bits, in memory, while it
 multiplies: three warps of each block decode strips in the order in which tiles want
-them, and a tile begins as soon as its first weights are there. So decoding costs the
-time of the first strips, not of the whole weight. LoRA is a few more steps of the
-contraction. The decoded weight is a temporary of the caching allocator, as large as one layer.
+them, and a tile begins as soon as its first weights are there. So decoding runs beside
+the products; how much of it that hides is in docs/kernels.md. LoRA is a few more steps
+of the contraction. The decoded weight is a temporary of the caching allocator, as large
+as one layer.
 """
 
 from functools import lru_cache
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.ops.launch import Kernels, tensor_map
-from qlora_kit.ops.nf4_linear import hopper
+from qlora_kit.ops.nf4_linear import hopper, low_rank
 from qlora_kit.quant.weight import NF4Weight
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -49,6 +50,8 @@ class _Workspace(NamedTuple):
     """Zeros."""
     columns: int
     """Of a block."""
+    out: Tensor
+    """(M, N) or, transposed, (M, K)."""
 
 
 def multiply(
@@ -59,7 +62,7 @@ def multiply(
     Args:
         x: (M, K), on a Hopper GPU, aligned to 16 bytes.
         weight: (N, K).
-        bias: (N,) in the dtype of x, or None.
+        bias: (N,) in the dtype of x, aligned to 16 bytes, or None.
         xa: (M, r) in the dtype of x, or None.
         lora_b: (N, r) in the dtype of x, or None.
 
@@ -104,9 +107,9 @@ def multiply_low_rank(
     Args:
         x: (M, K), on a Hopper GPU, aligned to 16 bytes.
         weight: (N, K).
-        bias: (N,) in the dtype of x, or None.
-        lora_a: (r, K) in the dtype of x, r a multiple of 8, aligned to 16 bytes.
-        lora_b: (N, r) in the dtype of x.
+        bias: (N,) in the dtype of x, aligned to 16 bytes, or None.
+        lora_a: (r, K) in the dtype of x, r a multiple of 8, contiguous, aligned to 16 bytes.
+        lora_b: (N, r) in the dtype of x, likewise.
         scale: factor on the low-rank product.
 
     Returns:
@@ -123,8 +126,8 @@ def multiply_transposed_low_rank(
     Args:
         dy: (M, N), on a Hopper GPU, aligned to 16 bytes.
         weight: (N, K).
-        lora_a: (r, K) in the dtype of dy, r a multiple of 8.
-        lora_b: (N, r) in the dtype of dy, aligned to 16 bytes.
+        lora_a: (r, K) in the dtype of dy, r a multiple of 8, contiguous, aligned to 16 bytes.
+        lora_b: (N, r) in the dtype of dy, likewise.
         scale: factor on the low-rank product.
 
     Returns:
@@ -143,10 +146,13 @@ def _multiply_low_rank(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The factor that meets x comes first."""
-    # Before any other launch: one that overlaps another may not follow a copy.
+    # The small product's kernel is launched without overlap: all before it, the zeros and whatever
+    # used this memory, has ended when the next one begins. Of cuBLAS's kernels that is not known.
     space = _workspace(x, weight, bool(kind))
     small = hopper.small_product(kind, x, first, first.shape[1 if kind else 0], scale)
-    return _launch(kind, x, weight, bias, small, second, space, True), small
+    few = x.shape[0] < low_rank.FEWEST_ROWS
+    overlap = few or low_rank.is_faster(x, first if kind else first.T)
+    return _launch(kind, x, weight, bias, small, second, space, overlap), small
 
 
 def _workspace(x: Tensor, weight: NF4Weight, transposed: bool) -> _Workspace:
@@ -155,7 +161,8 @@ def _workspace(x: Tensor, weight: NF4Weight, transposed: bool) -> _Workspace:
     columns = columns_of(x.shape[0], width, _pairs(x.device))
     cells = -(-width // columns) * -(-contraction // _CELL_DEPTH)
     state = torch.zeros(_WORDS_BEFORE + cells, dtype=torch.int32, device=x.device)
-    return _Workspace(x.new_empty((n, k)), state, columns)
+    out = x.new_empty((x.shape[0], width))
+    return _Workspace(x.new_empty((n, k)), state, columns, out)
 
 
 def _launch(
@@ -171,7 +178,6 @@ def _launch(
     n, k = weight.shape
     m = x.shape[0]
     columns = space.columns
-    out = x.new_empty((m, k if kind else n))
     pairs = _pairs(x.device)
     group = min(_PAIRS_TOGETHER, -(-m // (2 * _TOKENS)))
     left = _TOKENS, _DEPTH
@@ -187,7 +193,7 @@ def _launch(
             x_map if small is None else tensor_map(small, left, 128),
             x_map if factor is None else tensor_map(factor, right, 128),
             *(weight.packed, weight.absmax, weight.nested_absmax, weight.offset),
-            *(space.decoded, bias, out, space.state),
+            *(space.decoded, bias, space.out, space.state),
             *(m, n, k, 0 if small is None else small.shape[1], group, -(-pairs // group)),
         ),
         device=x.device,
@@ -195,7 +201,7 @@ def _launch(
         cluster=2,
         overlap=overlap,
     )
-    return out
+    return space.out
 
 
 def _shared_bytes(columns: int) -> int:

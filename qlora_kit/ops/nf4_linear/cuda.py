@@ -177,11 +177,11 @@ def forward(
         xa: (M, r) = scale·x·Aᵀ in the dtype of x; (M, 0) without LoRA.
     """
     x = _ready(x)
-    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    bias = None if bias is None else _ready(bias.to(x.dtype))
     name = strategy_for(x, weight)
     log_once(f"nf4_linear: {name}")
     module = STRATEGIES[name]
-    if lora_a is None or lora_b is None:
+    if lora_a is None or lora_b is None or not lora_a.shape[0]:
         y = module.multiply(x, weight, bias, None, None)
         return y, x.new_empty((x.shape[0], 0))
     a, b = _ready(lora_a.to(x.dtype)), _ready(lora_b.to(x.dtype))
@@ -245,6 +245,9 @@ def _input_gradient(
     module = STRATEGIES[name]
     if lora_a is None or lora_b is None:
         return module.multiply_transposed(dy, weight, None, None), None
+    if not lora_a.shape[0]:
+        empty = dy.new_empty((dy.shape[0], 0))
+        return module.multiply_transposed(dy, weight, None, None), empty
     a, b = _ready(lora_a.to(dy.dtype)), _ready(lora_b.to(dy.dtype))
     if hasattr(module, "multiply_transposed_low_rank") and a.shape[0] % 8 == 0:
         dx, dyb = module.multiply_transposed_low_rank(dy, weight, a, b, scale)

@@ -1,7 +1,8 @@
 // The warps that decode W into memory, ahead of the tensor cores of all blocks. See product.cuh.
 //
-// A scheduler has one such warp, so that no other hides what it waits for: bytes arrive in shared
-// memory a strip ahead, and a strip is asked for before the one ahead of it is decoded.
+// Three of four schedulers have one such warp each, so that no other hides what it waits for: bytes
+// arrive in shared memory a strip ahead, and a strip is asked for before the one ahead of it is
+// decoded.
 #pragma once
 #include "nf4_linear/hopper/ahead/parts.cuh"
 
@@ -164,6 +165,7 @@ struct Decoder {
             copy_wait<1>();
             __syncwarp();
             write(now, side);
+            __syncwarp();  // what it read may be written over
             finish(now);
             now = after;
             side ^= 1;

@@ -11,7 +11,7 @@ constexpr int STRIP = 32 * 128;   // weights that a warp decodes at once
 constexpr int TOKENS = 128;       // of a block; a pair of blocks takes neighbours
 constexpr int DECODERS = 3;        // warps that decode
 constexpr int MOST_AT_ONCE = 4;   // strips that a warp says are there
-constexpr int WORDS_BEFORE = 32;  // of the state, before the cells
+constexpr int WORDS_BEFORE = 32;  // of the state, before the cells: the count has its own line
 
 template <bool TRANSPOSED_, int COLUMNS_, int STAGES_>
 struct Shape {
@@ -72,8 +72,8 @@ struct Place {
     }
 };
 
-// For one lane, which need not wait for the answer before it reads it: the compiler makes of
-// additions one for the warp, whose lanes then wait to share its answer.
+// `atom.inc` and not `atom.add`: the compiler merges a warp's additions into one and passes its
+// answer round at once, so that the lane would wait for it here instead of where it is used.
 __device__ __forceinline__ u32 take_one(u32* from) {
     u32 before;
     asm volatile("atom.inc.relaxed.gpu.global.u32 %0, [%1], 0x7fffffff;"

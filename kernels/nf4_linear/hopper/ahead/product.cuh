@@ -4,8 +4,8 @@
 //           (r,K) | out (M,R)
 //           C, the contraction, is K and R, the result's columns, is N; in the transpose N and K
 // Format    qlora_kit/quant/nf4.py and double_quant.py, block size 64
-// Requires  sm_90a, K % 256 == 0, N % 8 == 0, r % 8 == 0, 16-byte alignment; checked in
-//           qlora_kit/ops/nf4_linear/ahead.py
+// Requires  sm_90a, K % 256 == 0, N % 8 == 0, r % 8 == 0, 16-byte alignment; seen to in
+//           qlora_kit/ops/nf4_linear/hopper.py (serves) and cuda.py
 // Tile      128 rows of the activations x COLUMNS of the result a block; two blocks that are
 //           neighbours along the rows are a pair, which brings the weights in once. Blocks stay
 //           for all tiles. Warp 0 brings tiles in with the copy engine, three warps decode, two
@@ -15,7 +15,7 @@
 //           that is given out is always finished, so that no block waits for one that has not begun
 // Numerics  W rounded to the compute dtype as everywhere, f32 accumulate, fixed order: repeatable
 // Truth     qlora_kit/ops/nf4_linear/reference.py
-// Idea      warp-specialised, persistent products: CUTLASS 3
+// Idea      warp-specialised, persistent products: https://github.com/NVIDIA/cutlass
 #pragma once
 #include "nf4_linear/hopper/ahead/decode.cuh"
 
@@ -47,7 +47,7 @@ struct Producer {
         const u32* cell = grid.cells + column * grid.chunks + mine;
         u32 missing;
         do {
-            const bool there = mine >= grid.chunks || read_relaxed(cell) == S::STRIPS;
+            const bool there = mine >= grid.chunks || read_relaxed(cell) >= S::STRIPS;
             missing = ~__ballot_sync(0xffffffffu, there);
         } while (missing & 1);
         const int known = missing == 0 ? 32 : __ffs(missing) - 1;
@@ -217,6 +217,9 @@ __device__ __forceinline__ void ahead(const TensorMap& left, const TensorMap& ri
                                       const TensorMap& small, const TensorMap& factor,
                                       const Problem& p) {
     extern __shared__ __align__(1024) u8 memory[];
+    static_assert(sizeof(Stage<S>) == S::LEFT_BYTES + S::RIGHT_BYTES && sizeof(NF4Table) == 2048 &&
+                      sizeof(Desk) == 2 * 2048 + 256,
+                  "as ahead.py counts them: _shared_bytes");
     Stage<S>* stages = reinterpret_cast<Stage<S>*>(memory);
     NF4Table* table = reinterpret_cast<NF4Table*>(memory + S::STAGES * sizeof(Stage<S>));
     Desk* desks = reinterpret_cast<Desk*>(table + 1);
@@ -253,6 +256,7 @@ __device__ __forceinline__ void ahead(const TensorMap& left, const TensorMap& ri
         Consumer<T, S> consumer{{}, p, grid, stages, full, empty, group, warp % 4, lane, half};
         consumer.run(first, step);
     }
+    __syncwarp();    // lanes that went ways of their own
     sync_cluster();  // nobody leaves while its memory or barriers are in use
 }
 
