@@ -6,8 +6,10 @@ layer of an 8B model computes for about 5 ms forward and 15 ms in a backward pas
 and its input, 64 MiB, should take 1.3 ms each way at the 54 GB/s that the record of
 `benchmarks/load` has for pinned memory. Copies grow with the tokens, attention with their
 square: on 300,000 an input, 2.3 GiB, takes 45 ms each way and the layer's attention seconds. So
-large inputs wait for each other, and come back late, to lie on the GPU for a shorter time; and
-twice, so that they need not lie there between their two uses.
+large inputs wait for each other. Inputs of batches in tiles come twice, so that they need not lie
+on the GPU between their two uses. They, and whatever takes `LATE_BYTES`, have left before the next
+layer's attention begins, and come back only after that of the layer behind: so they lie on the GPU
+for a shorter time, and less of their copies hides.
 
 Host memory is taken in blocks (`core/pinned.py`) and divided into pages, which are kept for the
 next step: pinning is slow. A layer's tensors lie one behind the other in pages from anywhere, so

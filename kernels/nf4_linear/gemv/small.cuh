@@ -13,6 +13,7 @@
 //           words back to zero.
 // Truth     qlora_kit/ops/low_rank_product/reference.py: scaled_product
 #pragma once
+#include "common/counters.cuh"
 #include "nf4_linear/gemv/parts.cuh"
 
 constexpr int MOST_MAKERS = 32;
@@ -98,19 +99,6 @@ __device__ __forceinline__ void multiply_small(float (&c)[2][4], const Operands&
     }
 }
 
-__device__ __forceinline__ u32 add_at(u32* to) {
-    u32 before;
-    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(to) : "memory");
-    return before;
-}
-__device__ __forceinline__ u32 read_at(const u32* from) {
-    u32 value;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
-    return value;
-}
-__device__ __forceinline__ void write_at(u32* to, u32 value) {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
-}
 __device__ __forceinline__ float2 read_pair(const float* from) {
     float2 v;
     asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(from));
@@ -169,7 +157,7 @@ __device__ __forceinline__ void add_parts(const Small& s, int m, int rank) {
 
 // Each block's warps that multiply W once, and each warp that makes a part: it is done.
 __device__ __forceinline__ void leave_small(const Small& s) {
-    if (add_at(s.state + 2) != gridDim.x + s.makers - 1) return;
+    if (add_in_order(s.state + 2) != gridDim.x + s.makers - 1) return;
     s.state[0] = s.state[1] = s.state[2] = 0;
 }
 
@@ -180,11 +168,11 @@ __device__ __forceinline__ void make_small(const Small& s, const u16* x, int m, 
     const int lane = threadIdx.x % 32;
     if (blockIdx.x >= s.makers) return;
     make_part<T, TRANSPOSED, 2>(s, x, m, contraction, rank, blockIdx.x);
-    const u32 before = __shfl_sync(0xffffffffu, lane == 0 ? add_at(s.state) : 0u, 0);
+    const u32 before = __shfl_sync(0xffffffffu, lane == 0 ? add_in_order(s.state) : 0u, 0);
     if (before == s.makers - 1) {
         __threadfence();
         add_parts<T, 16>(s, m, rank);
-        if (lane == 0) write_at(s.state + 1, 1);
+        if (lane == 0) write_released(s.state + 1, 1);
     }
     if (lane == 0) leave_small(s);
 }
@@ -196,7 +184,7 @@ __device__ __forceinline__ void wait_for_small(const Small& s, const u16* x, int
     int ready = 0;
     if (threadIdx.x % 32 == 0) {
         const long long start = clock64();
-        do ready = read_at(s.state + 1);
+        do ready = read_acquired(s.state + 1);
         while (!ready && clock64() - start < PATIENCE);
     }
     if (__shfl_sync(0xffffffffu, ready, 0)) return;

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.ops.launch import Kernels, tensor_map
-from qlora_kit.ops.nf4_linear import hopper, low_rank
+from qlora_kit.ops.nf4_linear import hopper
 from qlora_kit.quant.weight import NF4Weight
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -32,6 +32,7 @@ _STAGES = {256: 4, 128: 6}
 
 _PAIRS_TOGETHER = 8
 """Pairs of blocks along the rows that work on the same columns at once."""
+
 _KERNELS = {
     (dtype, columns): Kernels(f"nf4_linear/hopper/ahead/{name}_{columns}.cu")
     for dtype, name in _NAMES.items()
@@ -150,8 +151,7 @@ def _multiply_low_rank(
     # used this memory, has ended when the next one begins. Of cuBLAS's kernels that is not known.
     space = _workspace(x, weight, bool(kind))
     small = hopper.small_product(kind, x, first, first.shape[1 if kind else 0], scale)
-    few = x.shape[0] < low_rank.FEWEST_ROWS
-    overlap = few or low_rank.is_faster(x, first if kind else first.T)
+    overlap = hopper.makes_small_product(kind, x, first)
     return _launch(kind, x, weight, bias, small, second, space, overlap), small
 
 

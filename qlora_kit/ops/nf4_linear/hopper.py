@@ -245,6 +245,21 @@ def small_product(kind: str, x: Tensor, factor: Tensor, rank: int, scale: float)
     return small
 
 
+def makes_small_product(kind: str, x: Tensor, factor: Tensor) -> bool:
+    """Tell whether `small_product` launches a kernel of ours, and not one of cuBLAS.
+
+    Args:
+        kind: as there.
+        x: as there.
+        factor: as there.
+
+    Returns:
+        True below `low_rank.FEWEST_ROWS`; above, where `low_rank` has a kernel that is faster.
+    """
+    few = x.shape[0] < low_rank.FEWEST_ROWS
+    return few or low_rank.is_faster(x, factor if kind else factor.T)
+
+
 def product_of_few_rows(kind: str, x: Tensor, factor: Tensor, scale: float, small: Tensor) -> None:
     """Compute scale·x·factorᵀ, or scale·x·factor, by a kernel that lets the next one begin.
 

@@ -1,6 +1,7 @@
 // What the warps of the product that decodes ahead share: sizes, the problem, where a tile lies.
 // See product.cuh.
 #pragma once
+#include "common/counters.cuh"
 #include "common/mma.cuh"
 #include "common/nf4.cuh"
 #include "common/wgmma_shared.cuh"
@@ -9,7 +10,7 @@ constexpr int DEPTH = 64;         // of the contraction, per stage
 constexpr int CELL_DEPTH = 128;   // of the contraction: decoded before it is said to be there
 constexpr int STRIP = 32 * 128;   // weights that a warp decodes at once
 constexpr int TOKENS = 128;       // of a block; a pair of blocks takes neighbours
-constexpr int DECODERS = 3;        // warps that decode
+constexpr int DECODERS = 3;       // warps that decode
 constexpr int MOST_AT_ONCE = 4;   // strips that a warp says are there
 constexpr int WORDS_BEFORE = 32;  // of the state, before the cells: the count has its own line
 
@@ -72,29 +73,6 @@ struct Place {
     }
 };
 
-// `atom.inc` and not `atom.add`: the compiler merges a warp's additions into one and passes its
-// answer round at once, so that the lane would wait for it here instead of where it is used.
-__device__ __forceinline__ u32 take_one(u32* from) {
-    u32 before;
-    asm volatile("atom.inc.relaxed.gpu.global.u32 %0, [%1], 0x7fffffff;"
-                 : "=r"(before)
-                 : "l"(from)
-                 : "memory");
-    return before;
-}
-__device__ __forceinline__ void add_one_released(u32* to) {
-    asm volatile("red.add.release.gpu.global.u32 [%0], 1;" ::"l"(to) : "memory");
-}
-__device__ __forceinline__ u32 read_relaxed(const u32* from) {
-    u32 value;
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
-    return value;
-}
-__device__ __forceinline__ u32 read_acquired(const u32* from) {
-    u32 value;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
-    return value;
-}
 // Between what threads have written to memory and what the copy engine reads.
 __device__ __forceinline__ void fence_copy_engine() {
     asm volatile("fence.proxy.async.global;" ::: "memory");
