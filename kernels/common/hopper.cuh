@@ -65,6 +65,11 @@ __device__ __forceinline__ void fence_barrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+// Between what threads have read and written in shared memory and what the copy engine writes there.
+__device__ __forceinline__ void fence_shared_copies() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // Copies the box at (row, column) of a matrix to shared memory; `full` counts its bytes.
 __device__ __forceinline__ void copy_box(void* to, const TensorMap& from, int row, int column,
                                          Barrier& full) {

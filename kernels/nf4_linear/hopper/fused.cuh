@@ -10,8 +10,9 @@
 //           Warpgroup 0 brings tiles in with the copy engine and decodes the nested scales; each
 //           other warpgroup decodes weights of 64 or 128 columns while its last product runs. For
 //           few tokens there are four of them, two sharing each stage, to hide the look-ups.
-//           Blocks of a cluster share the contraction; their sums meet in shared memory. Blocks of
-//           128 columns come in pairs that bring in half of their common activations each.
+//           Blocks of a cluster share the contraction, and their sums meet in shared memory; or
+//           clusters take stretches of it, as in stretch.cuh. Blocks of 128 columns come in pairs
+//           that bring in half of their common activations each.
 // Decode    one look-up per byte: 256 pairs of f32 in shared memory, once per lane (no conflicts);
 //           a permute makes the address, two products, one rounding: 2.5 instructions per weight
 // Transpose a byte holds two neighbours along K, which are rows of the result there: rows of a
@@ -22,6 +23,7 @@
 #pragma once
 #include "nf4_linear/hopper/decode.cuh"
 #include "nf4_linear/hopper/produce.cuh"
+#include "nf4_linear/hopper/stretch.cuh"
 
 template <typename T, typename Way, typename S>
 struct Consumer {
@@ -79,18 +81,20 @@ struct Consumer {
 
     // While a product runs, the next one's weights are rounded and those after it looked up.
     __device__ __forceinline__ void run(const Problem& p, const Work& w, Stage<S>* stages,
-                                        Barrier* full, Barrier* empty) {
+                                        Barrier* full, Barrier* empty, u32 before) {
 #pragma unroll
         for (int i = 0; i < TILES * TOKENS / 2; ++i) c[i % TILES][i / TILES] = 0.f;
         int waiting = -1;  // the stage to give back once its products are done
         if (w.steps > 0) {
-            full[0].wait(0);
-            way.template load<0>(stages[0].packed, PARTS == 1 ? 0 : part);
+            const u32 slot = before % STAGES;
+            full[slot].wait(before / STAGES & 1);
+            way.template load<0>(stages[slot].packed, PARTS == 1 ? 0 : part);
             look_up<0, 0>(pairs[0]);
         }
 #pragma unroll 1
         for (int step = 0; step < w.steps; ++step) {
-            const int slot = step % STAGES, after = (step + 1) % STAGES;
+            const u32 next = before + step + 1;
+            const int slot = (before + step) % STAGES, after = next % STAGES;
             const Stage<S>& stage = stages[slot];
             const u64 b = tile_descriptor(stage.activations);
             if (PARTS == 1) way.template load<1>(stage.packed, 1);
@@ -99,7 +103,7 @@ struct Consumer {
             product<0, 1>(stage, b, 0);
             give_back(empty, waiting);
             if (PARTS == 1) product<1, 0>(stage, b, 1);
-            if (step + 1 < w.steps) full[after].wait(((step + 1) / STAGES) & 1);
+            if (step + 1 < w.steps) full[after].wait(next / STAGES & 1);
             way.template load<0>(stages[after].packed, PARTS == 1 ? 0 : part);
             if (PARTS == 1) product<1, 1>(stage, b, 2);
             product<0, 0>(stage, b, S::PRODUCTS - 1);
@@ -110,8 +114,8 @@ struct Consumer {
         f[1].keep_all();
 #pragma unroll 1
         for (int step = 0; step < w.low_rank_steps; ++step) {
-            const int slot = (w.steps + step) % STAGES;
-            full[slot].wait(((w.steps + step) / STAGES) & 1);
+            const u32 at = before + w.steps + step, slot = at % STAGES;
+            full[slot].wait(at / STAGES & 1);
             const u64 b = tile_descriptor(stages[slot].activations);
 #pragma unroll
             for (int i = 0; i < S::PRODUCTS; ++i) {
@@ -132,6 +136,7 @@ struct Consumer {
         wgmma_wait<0>();
 #pragma unroll
         for (int i = 0; i < TILES * TOKENS / 2; ++i) keep(c[i % TILES][i / TILES]);
+        give_back(empty, waiting);
     }
 
     // Sums to shared memory as [part][token][column].
@@ -200,27 +205,11 @@ __device__ __forceinline__ void fused(const TensorMap& activations, const Tensor
     float* map = reinterpret_cast<float*>(after);
     Barrier* full = reinterpret_cast<Barrier*>(after + MAP_BYTES);
     Barrier* empty = full + S::STAGES;
+    u32* word = reinterpret_cast<u32*>(empty + S::STAGES);
     float* sums = reinterpret_cast<float*>(stages);  // once the stages have done their work
     static_assert(S::STAGES * sizeof(Stage<S>) >= S::PARTS * S::TOKENS * S::PITCH * 4, "no room");
-
-    // Blocks of a cluster: pairs with neighbouring columns, if they share, for each split.
-    const u32 in_cluster = cluster_rank(), blocks = cluster_size();
-    const u32 half = in_cluster % S::SHARING, rank = in_cluster / S::SHARING;
-    const u32 ranks = blocks / S::SHARING;
-    const int contraction = Way::TRANSPOSED ? p.n : p.k, columns = Way::TRANSPOSED ? p.k : p.n;
-    // Tiles in groups of eight along the tokens: neighbours in time share both operands.
-    constexpr int WIDTH = S::COLUMNS * S::SHARING;
-    const int rows = (columns + WIDTH - 1) / WIDTH, tokens = (p.m + S::TOKENS - 1) / S::TOKENS;
-    const int tile = blockIdx.x / blocks, group = tile / (8 * rows);
-    const int width = min(8, tokens - 8 * group), inside = tile - group * 8 * rows;
-    const int token = (8 * group + inside % width) * S::TOKENS;
-    const int first = inside / width * WIDTH + half * S::COLUMNS;
-    // This block's share of the contraction; the last also adds the low-rank product.
-    const int all = (contraction + DEPTH - 1) / DEPTH, quads = (all + QUAD - 1) / QUAD;
-    const int begin = QUAD * static_cast<int>(quads * rank / ranks);
-    const int end = min(all, QUAD * static_cast<int>(quads * (rank + 1) / ranks));
-    const bool adds = p.factor != nullptr && rank == ranks - 1;
-    const Work work{first, token, begin, end - begin, adds ? (p.rank + DEPTH - 1) / DEPTH : 0, half};
+    const Grid<S, Way::TRANSPOSED> grid(p);
+    Stretch stretch(grid.tiles, grid.quads);
 
     if (threadIdx.x == 0) {
         prefetch_map(activations);
@@ -237,25 +226,38 @@ __device__ __forceinline__ void fused(const TensorMap& activations, const Tensor
         __syncthreads();
     if (threadIdx.x < 128) {
         give_registers<56>();
-        produce<Way::TRANSPOSED, S>(activations, packed, small, p, work, stages, full, empty, map);
-        if (blocks > 1) {
-            sync_cluster();
-            sync_cluster();
+        map[threadIdx.x] = DYNAMIC_MAP_VALUES[threadIdx.x];
+        map[threadIdx.x + 128] = DYNAMIC_MAP_VALUES[threadIdx.x + 128];
+        sync_threads<2, 128>();
+        for (u32 before = 0; !stretch.done(); stretch.advance()) {
+            const Work w = grid.work(stretch);
+            produce<Way::TRANSPOSED, S>(activations, packed, small, p, w, stages, full, empty, map,
+                                        before);
+            before += w.steps + w.low_rank_steps;
+            if (grid.ranks > 1) sync_cluster();
+            grid.sync_all();
         }
     } else {
         take_registers<S::GROUPS == 2 ? 224 : 104>();
         fill_table<S::THREADS>(table, threadIdx.x - 128);
         sync_threads<1, S::THREADS>();
         Consumer<T, Way, S> consumer(shared_address(table));
-        consumer.run(p, work, stages, full, empty);
-        sync_threads<1, S::THREADS>();  // every stage has been read
-        consumer.store(sums);
-        if (blocks > 1)
-            sync_cluster();
-        else
-            sync_threads<1, S::THREADS>();
-        consumer.write_out(p, sums, work, columns, rank, ranks);
-        if (blocks > 1) sync_cluster();  // nobody leaves while its memory is in use
+        for (u32 before = 0; !stretch.done(); stretch.advance()) {
+            const Work w = grid.work(stretch);
+            consumer.run(p, w, stages, full, empty, before);
+            before += w.steps + w.low_rank_steps;
+            sync_threads<1, S::THREADS>();  // every stage has been read
+            if (Meeting<S>(p, stretch, w.half, word).has_all(consumer.c)) {
+                consumer.store(sums);
+                if (grid.ranks > 1)
+                    sync_cluster();
+                else
+                    sync_threads<1, S::THREADS>();
+                consumer.write_out(p, sums, w, grid.columns, grid.rank, grid.ranks);
+                fence_shared_copies();  // which come next
+            }
+            grid.sync_all();  // nobody's memory is used any more
+        }
     }
 }
 
@@ -265,13 +267,16 @@ __device__ __forceinline__ void fused(const TensorMap& activations, const Tensor
              const __grid_constant__ TensorMap packed_map,                                        \
              const __grid_constant__ TensorMap small, const u8* packed, const void* absmax,       \
              const float* nested, const float* offset, const u16* bias, const u16* factor,        \
-             u16* out, long long m, long long n, long long k, long long rank) {                   \
+             u16* out, float* partial, u32* arrived, long long m, long long n, long long k,       \
+             long long rank) {                                                                    \
         typedef Shape<__VA_ARGS__> S;                                                             \
         const Problem p{packed,                                                                   \
                         NF4Scales{absmax, nested, offset, 6},                                     \
                         bias,                                                                     \
                         factor,                                                                   \
                         out,                                                                      \
+                        partial,                                                                  \
+                        arrived,                                                                  \
                         static_cast<int>(m),                                                      \
                         static_cast<int>(n),                                                      \
                         static_cast<int>(k),                                                      \

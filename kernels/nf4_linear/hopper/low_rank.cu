@@ -1,6 +1,7 @@
 // The low-rank factor's own product: small = scale * activations F, begun early so that the fused
 // product that follows can start beside it.
-// Shapes    activations (M,C) | factor (r,C), or transposed (C,r) | small (M,r)
+// Shapes    activations (M,C) | factor (r,C), or transposed (C,r) | small (M,r) | words that are set
+//           to zero, counters of the kernel that follows
 // Requires  sm_90a, C % 8 == 0, 16-byte alignment; checked in qlora_kit/ops/nf4_linear/hopper.py
 // Tile      32 tokens x 16 ranks per cluster, whose warps share the contraction, 32 a step each. A
 //           thread takes 8 neighbours of a row on both sides: the same permutation of the sum's
@@ -32,12 +33,15 @@ __device__ __forceinline__ uint4 read_factor(const u16* factor, int contraction,
 
 template <typename T, bool TRANSPOSED>
 __device__ __forceinline__ void low_rank_product(const u16* x, const u16* factor, u16* small,
-                                                 int m, int contraction, int rank, float scale) {
+                                                 u32* zeros, int words, int m, int contraction,
+                                                 int rank, float scale) {
     __shared__ float sums[WARPS][TOKENS][RANKS];
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
     const u32 block = cluster_rank(), blocks = cluster_size();
     const int token = blockIdx.x / blocks * TOKENS, first = blockIdx.y * RANKS;
     launch_next_kernel();
+    if (blockIdx.x + blockIdx.y == 0)
+        for (int i = threadIdx.x; i < words; i += 32 * WARPS) zeros[i] = 0;
     float c[TOKENS / 16][2][4] = {};
     const int stride = 32 * WARPS * blocks;
 #pragma unroll 2
@@ -98,12 +102,18 @@ __device__ __forceinline__ void low_rank_product(const u16* x, const u16* factor
 
 #define LOW_RANK(NAME, T, TRANSPOSED)                                                             \
     extern "C" __global__ void __launch_bounds__(32 * WARPS)                                \
-        NAME(const u16* x, const u16* factor, u16* small, long long m, long long contraction,     \
-             long long rank, float scale) {                                                       \
-        low_rank_product<T, TRANSPOSED>(x, factor, small, static_cast<int>(m),                    \
-                                        static_cast<int>(contraction), static_cast<int>(rank),    \
-                                        scale);                                                   \
+        NAME(const u16* x, const u16* factor, u16* small, u32* zeros, long long words,            \
+             long long m, long long contraction, long long rank, float scale) {                   \
+        low_rank_product<T, TRANSPOSED>(x, factor, small, zeros, static_cast<int>(words),         \
+                                        static_cast<int>(m), static_cast<int>(contraction),       \
+                                        static_cast<int>(rank), scale);                           \
     }
+
+// Counters alone; the kernel that follows begins at once and waits before it counts.
+extern "C" __global__ void __launch_bounds__(32 * WARPS) nf4_zeros(u32* zeros, long long words) {
+    launch_next_kernel();
+    for (int i = threadIdx.x; i < words; i += 32 * WARPS) zeros[i] = 0;
+}
 
 LOW_RANK(nf4_low_rank_bfloat16, BFloat16, false)
 LOW_RANK(nf4_low_rank_transposed_bfloat16, BFloat16, true)

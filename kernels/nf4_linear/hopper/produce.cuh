@@ -76,32 +76,33 @@ __device__ __forceinline__ void bring_tiles(const TensorMap& activations, const 
     }
 }
 
-// Warpgroup 0: one thread keeps the copy engine busy, all of them decode scales.
+// Warpgroup 0: one thread keeps the copy engine busy, all of them decode scales. `before` stages have
+// gone through the ring, and all of them are empty.
 template <bool TRANSPOSED, typename S>
 __device__ __forceinline__ void produce(const TensorMap& activations, const TensorMap& packed,
                                         const TensorMap& small, const Problem& p, const Work& w,
                                         Stage<S>* stages, Barrier* full, Barrier* empty,
-                                        float* map) {
+                                        const float* map, u32 before) {
     const int t = threadIdx.x, total = w.steps + w.low_rank_steps;
     const int at_once = min(S::STAGES, w.steps);
     if (t == 0)
-        for (int step = 0; step < at_once; ++step)
-            bring_tiles<TRANSPOSED, S>(activations, packed, small, w, stages[step], full[step],
+        for (int step = 0; step < at_once; ++step) {
+            const int slot = (before + step) % S::STAGES;
+            bring_tiles<TRANSPOSED, S>(activations, packed, small, w, stages[slot], full[slot],
                                        step);
+        }
     StoredScales<TRANSPOSED, S::TILES> now, next;
     now.load(p, w.first, w.begin * DEPTH);
-    map[t] = DYNAMIC_MAP_VALUES[t];
-    map[t + 128] = DYNAMIC_MAP_VALUES[t + 128];
     const float mean = p.scales.mean();
-    sync_threads<2, 128>();
     for (int base = 0; base < total; base += QUAD) {
         const int depth = (w.begin + base) * DEPTH;
         if (base + QUAD < w.steps) next.load(p, w.first, depth + QUAD * DEPTH);
 #pragma unroll
         for (int s = 0; s < QUAD; ++s) {
-            const int step = base + s, slot = step % S::STAGES;
+            const int step = base + s;
             if (step >= total) break;
-            empty[slot].wait(((step / S::STAGES) & 1) ^ 1);
+            const u32 at = before + step, slot = at % S::STAGES;
+            empty[slot].wait((at / S::STAGES & 1) ^ 1);
             if (t == 0 && step >= at_once)
                 bring_tiles<TRANSPOSED, S>(activations, packed, small, w, stages[slot], full[slot],
                                            step);

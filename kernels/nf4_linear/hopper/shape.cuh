@@ -37,6 +37,8 @@ struct Problem {
     const u16* bias;    // null without
     const u16* factor;  // null without LoRA
     u16* out;
+    float* partial;  // sums of tiles that several clusters make: Meeting
+    u32* arrived;    // of a block's tile: how many of its clusters have left their sums there
     int m, n, k, rank;
 };
 

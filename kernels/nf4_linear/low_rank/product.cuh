@@ -32,6 +32,8 @@ struct Operands {
     long long x_stride, f_stride, out_stride, both_stride;
     int team;  // blocks that share a contraction
     float scale;
+    u32* zeros;  // words that are set to zero, counters of the kernel that follows
+    int words;
 };
 
 // Four ranks of a row's sums, rounded once.
@@ -225,6 +227,8 @@ struct Block {
             for (int n = 0; n < RANK / 8; ++n)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) c[i][n][e] = 0.f;
+        if (blockIdx.x == 0)
+            for (int i = threadIdx.x; i < of.words; i += THREADS) of.zeros[i] = 0;
         int ahead = 0, slot_ahead = 0;
         const auto load_next = [&] {
             if (ahead < count) load(begin + ahead * COLUMNS, slot_ahead);
@@ -282,11 +286,12 @@ constexpr int TOGETHER = RANK <= 16 ? 4 : 2;
 #define PRODUCT_ARGUMENTS                                                                        \
     const u16 *x, const u16 *f, u16 *out, u16 *both, float *sums, long long m, long long k,      \
         long long r, long long x_stride, long long f_stride, long long out_stride,               \
-        long long both_stride, long long team, float scale
+        long long both_stride, long long team, float scale, u32 *zeros, long long words
 #define PRODUCT_OPERANDS                                                              \
     {x,        f,        out,        both,        sums,                               \
      static_cast<int>(m), static_cast<int>(k), static_cast<int>(r),                   \
-     x_stride, f_stride, out_stride, both_stride, static_cast<int>(team), scale}
+     x_stride, f_stride, out_stride, both_stride, static_cast<int>(team), scale,      \
+     zeros, static_cast<int>(words)}
 
 #define LOW_RANK_PRODUCT_ONE(NAME, T, TURNED, RANK, TOKENS, COLUMNS, STAGES)                       \
     extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER<RANK>)                          \

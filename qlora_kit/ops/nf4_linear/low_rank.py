@@ -107,21 +107,24 @@ class Plan(NamedTuple):
     """Blocks that share a contraction."""
 
 
-def product(x: Tensor, factor: Tensor, scale: float) -> Tensor:
+def product(x: Tensor, factor: Tensor, scale: float, zeros: Tensor | None = None) -> Tensor:
     """Compute scale·x·factor by the faster way.
 
     Args:
         x: (M, K), on a CUDA device.
         factor: (K, r), one of its dimensions contiguous.
         scale: the factor on the result.
+        zeros: int32, set to zero besides, or None.
 
     Returns:
         (M, r) in the dtype of x.
     """
     if not is_faster(x, factor):
+        if zeros is not None:
+            zeros.zero_()
         return reference.scaled_product(x, factor, scale)
     out = x.new_empty((x.shape[0], factor.shape[1]))
-    run(x, factor, scale, out)
+    run(x, factor, scale, out, zeros=zeros)
     return out
 
 
@@ -265,6 +268,7 @@ def run(
     out: Tensor,
     *,
     both: Tensor | None = None,
+    zeros: Tensor | None = None,
     chosen: Plan | None = None,
     clustered: bool | None = None,
 ) -> None:
@@ -277,6 +281,7 @@ def run(
         out: (M, r), written; its rows whole 16-byte pieces at 16-byte addresses, too.
         both: (M, K + r), written: x and the result side by side, as a product wants them whose
             contraction goes on over the ranks; x is read once for both. Rows as those of `out`.
+        zeros: int32, set to zero besides, or None.
         chosen: how to cut it into blocks; by default what `plan` says.
         clustered: whether teams are clusters; by default where the GPU has clusters.
     """
@@ -296,7 +301,7 @@ def run(
     arguments = (
         *(x, stored, out, both, sums, m, k, r),
         *(x.stride(0), stored.stride(0), out.stride(0), 0 if both is None else both.stride(0)),
-        *(team, float(scale)),
+        *(team, float(scale), zeros, 0 if zeros is None else zeros.numel()),
     )
     kernels = _KERNELS[x.dtype, rank]
     kernels.launch(

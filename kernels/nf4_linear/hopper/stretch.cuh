@@ -1,0 +1,176 @@
+// What each cluster of Hopper's fused product does: a stretch of all tiles' contraction. See fused.cuh.
+//
+// Tiles lie one behind the other, each as long as its contraction; clusters take stretches of equal
+// length, so all of them end at about the same time whatever the number of tiles. A tile that a
+// stretch cuts is made by several clusters: each leaves its sums in memory and counts itself, and who
+// finds all others counted adds them up, in the order of the contraction. Nobody waits for anybody.
+#pragma once
+#include "common/counters.cuh"
+#include "nf4_linear/hopper/shape.cuh"
+
+struct Stretch {
+    const int tiles, quads;  // of all; of a tile
+    const int clusters, cluster;
+    int at, end;  // in quads
+
+    __device__ __forceinline__ Stretch(int tiles, int quads)
+        : tiles(tiles),
+          quads(quads),
+          clusters(gridDim.x / cluster_size()),
+          cluster(blockIdx.x / cluster_size()),
+          at(begin_of(cluster)),
+          end(begin_of(cluster + 1)) {}
+    __device__ __forceinline__ int begin_of(int which) const {
+        return static_cast<long long>(tiles) * quads * which / clusters;
+    }
+    // Whose stretch a quad is part of.
+    __device__ __forceinline__ int owner_of(int quad) const {
+        return ((quad + 1ll) * clusters - 1) / (static_cast<long long>(tiles) * quads);
+    }
+    // The piece of a tile that comes next.
+    __device__ __forceinline__ int tile() const { return at / quads; }
+    __device__ __forceinline__ int from() const { return at % quads; }
+    __device__ __forceinline__ int to() const { return min(quads, from() + end - at); }
+    __device__ __forceinline__ bool done() const { return at >= end; }
+    __device__ __forceinline__ void advance() { at += to() - from(); }
+};
+
+// Where tiles and blocks are.
+template <typename S, bool TRANSPOSED>
+struct Grid {
+    int columns, rows, token_tiles, tiles, depths, quads;
+    u32 half, rank, ranks, blocks;
+    bool low_rank;
+    int low_rank_steps;
+
+    // Blocks of a cluster: pairs with neighbouring columns, if they share, for each split.
+    __device__ __forceinline__ explicit Grid(const Problem& p) {
+        constexpr int WIDTH = S::COLUMNS * S::SHARING;
+        const u32 in_cluster = cluster_rank();
+        blocks = cluster_size();
+        half = in_cluster % S::SHARING;
+        rank = in_cluster / S::SHARING;
+        ranks = blocks / S::SHARING;
+        columns = TRANSPOSED ? p.k : p.n;
+        rows = (columns + WIDTH - 1) / WIDTH;
+        token_tiles = (p.m + S::TOKENS - 1) / S::TOKENS;
+        tiles = rows * token_tiles;
+        depths = ((TRANSPOSED ? p.n : p.k) + DEPTH - 1) / DEPTH;
+        quads = (depths + QUAD - 1) / QUAD;
+        low_rank_steps = p.factor != nullptr ? (p.rank + DEPTH - 1) / DEPTH : 0;
+    }
+    // Tiles in groups of eight along the tokens: neighbours in time share both operands. Ranks share
+    // a piece; who has the contraction's end also adds the low-rank product.
+    __device__ __forceinline__ Work work(const Stretch& stretch) const {
+        constexpr int WIDTH = S::COLUMNS * S::SHARING;
+        const int tile = stretch.tile(), group = tile / (8 * rows);
+        const int width = min(8, token_tiles - 8 * group), inside = tile - group * 8 * rows;
+        const int token = (8 * group + inside % width) * S::TOKENS;
+        const int first = inside / width * WIDTH + half * S::COLUMNS;
+        const int from = stretch.from(), length = stretch.to() - from;
+        const int begin = QUAD * (from + static_cast<int>(length * rank / ranks));
+        const int end = min(depths, QUAD * (from + static_cast<int>(length * (rank + 1) / ranks)));
+        const bool adds = from + length == quads && rank == ranks - 1;
+        return {first, token, begin, end - begin, adds ? low_rank_steps : 0, half};
+    }
+    __device__ __forceinline__ void sync_all() const {
+        if (blocks > 1)
+            sync_cluster();
+        else
+            __syncthreads();
+    }
+};
+
+// The clusters that make one tile, as a block of one of them sees it.
+template <typename S>
+struct Meeting {
+    static constexpr int EACH = S::TILES * S::TOKENS / 8;  // float4 of a thread
+    const Problem& p;
+    const Stretch& stretch;
+    const u32 half;
+    u32* word;  // of shared memory
+    int first, others, mine;
+
+    __device__ __forceinline__ Meeting(const Problem& p, const Stretch& stretch, u32 half,
+                                       u32* word)
+        : p(p), stretch(stretch), half(half), word(word) {
+        const int tile = stretch.tile();
+        first = stretch.owner_of(tile * stretch.quads);
+        others = stretch.owner_of((tile + 1) * stretch.quads - 1) - first;
+        mine = stretch.cluster - first;
+    }
+    // Where the i-th of them leaves its sums: of a cluster's stretch only the first and the last
+    // tile can be somebody else's too.
+    __device__ __forceinline__ float4* sums_of(int i) const {
+        const u64 slot = (2 * (first + i) + (i == 0)) * S::SHARING + half;
+        return reinterpret_cast<float4*>(p.partial) + slot * EACH * S::THREADS + threadIdx.x - 128;
+    }
+    __device__ __forceinline__ u32 tell_all(u32 value) const {
+        if (threadIdx.x == 128) *word = value;
+        sync_threads<1, S::THREADS>();
+        const u32 got = *word;
+        sync_threads<1, S::THREADS>();
+        return got;
+    }
+    // Whether the tile is this block's to finish; then `c` has all sums.
+    __device__ __forceinline__ bool has_all(float (&c)[S::TILES][S::TOKENS / 2]) const {
+        if (others == 0) return true;
+        u32* counter = p.arrived + stretch.tile() * S::SHARING + half;
+        u32 there = 0;
+        if (threadIdx.x == 128) {
+            wait_for_previous_kernel();  // which made the zeros
+            there = read_acquired(counter);
+        }
+        if (tell_all(there) < others) {
+            leave(c);
+            sync_threads<1, S::THREADS>();
+            if (threadIdx.x == 128) there = add_in_order(counter);
+            if (tell_all(there) < others) return false;
+        }
+        collect(c);
+        return true;
+    }
+    __device__ __forceinline__ void leave(float (&c)[S::TILES][S::TOKENS / 2]) const {
+        float4* to = sums_of(mine);
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const float* v = own(c, i);
+            __stcg(to + i * S::THREADS, float4{v[0], v[1], v[2], v[3]});
+        }
+    }
+    __device__ __forceinline__ void collect(float (&c)[S::TILES][S::TOKENS / 2]) const {
+        constexpr int MANY = S::GROUPS == 2 ? 8 : EACH < 2 ? EACH : 2;  // on their way at once
+#pragma unroll
+        for (int base = 0; base < EACH; base += MANY) {
+            float4 before[MANY] = {};
+#pragma unroll 1
+            for (int j = 0; j < mine; ++j) add(before, j, base);
+#pragma unroll
+            for (int i = 0; i < MANY; ++i) {
+                float* v = own(c, base + i);
+                before[i] = {before[i].x + v[0], before[i].y + v[1], before[i].z + v[2],
+                             before[i].w + v[3]};
+            }
+#pragma unroll 1
+            for (int j = mine + 1; j <= others; ++j) add(before, j, base);
+#pragma unroll
+            for (int i = 0; i < MANY; ++i) {
+                float* v = own(c, base + i);
+                v[0] = before[i].x, v[1] = before[i].y, v[2] = before[i].z, v[3] = before[i].w;
+            }
+        }
+    }
+    template <int MANY>
+    __device__ __forceinline__ void add(float4 (&to)[MANY], int j, int base) const {
+        const float4* from = sums_of(j) + base * S::THREADS;
+        float4 v[MANY];
+#pragma unroll
+        for (int i = 0; i < MANY; ++i) v[i] = __ldcg(from + i * S::THREADS);
+#pragma unroll
+        for (int i = 0; i < MANY; ++i)
+            to[i] = {to[i].x + v[i].x, to[i].y + v[i].y, to[i].z + v[i].z, to[i].w + v[i].w};
+    }
+    static __device__ __forceinline__ float* own(float (&c)[S::TILES][S::TOKENS / 2], int i) {
+        return &c[i / (S::TOKENS / 8)][i % (S::TOKENS / 8) * 4];
+    }
+};

@@ -1,0 +1,187 @@
+"""How a product of `hopper` is cut into blocks: shapes of block, and the model that chooses.
+
+Tiles of the result lie one behind the other, each as long as its contraction. Either blocks of
+a cluster share each tile's contraction and add up through their shared memory, or clusters take
+stretches of equal length of all of them, and tiles that are cut are added up in memory.
+"""
+
+import itertools
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+DEPTH = 64
+"""Of the contraction, in a step."""
+_TABLE_BYTES = 256 * 32 * 8
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a block does, as in kernels/nf4_linear/hopper/shape.cuh."""
+
+    tokens: int
+    """Rows of the activations it takes."""
+    stages: int
+    """In flight."""
+    groups: int
+    """Warpgroups that decode."""
+    tiles: int
+    """Of 64 columns of the result, for each of them."""
+    step: float
+    """Measured time of 64 of the contraction, relative to a block of eight tokens."""
+
+    @property
+    def columns(self) -> int:
+        """Columns of the result."""
+        return 128 * self.tiles
+
+    @property
+    def sharing(self) -> int:
+        """Blocks that bring in their common activations together."""
+        return 2 if self.tiles == 1 else 1
+
+    @property
+    def threads(self) -> int:
+        """Those that decode, and the warpgroup that brings tiles."""
+        return 128 * (self.groups + 1)
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory: table, stages, the 8-bit scales' map, barriers."""
+        stage = self.tokens * DEPTH * 2 + self.columns * (DEPTH // 2 + 4)
+        stage = -(-stage // 1024) * 1024
+        return _TABLE_BYTES + self.stages * stage + 1024 + 16 * self.stages + 16
+
+    @property
+    def sums(self) -> int:
+        """Values that a block leaves for others: the sums of its tile, of every part."""
+        return self.tokens * self.columns * self.groups // 2
+
+    def packed_box(self, transposed: bool) -> tuple[tuple[int, int], int]:
+        """Rows and bytes of a stage's weights, and how the copy engine permutes them."""
+        if transposed:
+            return (DEPTH, self.columns // 2), self.columns // 2
+        return (self.columns, DEPTH // 2), 32
+
+    def tiles_of(self, m: int, columns: int) -> int:
+        """Blocks, or pairs of blocks that share, that cover a result."""
+        return -(-m // self.tokens) * -(-columns // (self.columns * self.sharing))
+
+
+class Cut(NamedTuple):
+    """How a product is cut into blocks."""
+
+    shape: Shape
+    split: int
+    """Blocks, or pairs, of a cluster that share the contraction."""
+    clusters: int
+    """How many take stretches of all tiles' contraction; as many as there are tiles: one each."""
+
+
+# Steps are fitted, with the constants below, to 623 times of 90 products on one H100.
+SHAPES = (
+    Shape(8, 12, 4, 2, 1.0),
+    Shape(16, 12, 4, 2, 0.98),
+    Shape(32, 10, 4, 2, 1.04),
+    Shape(64, 8, 2, 2, 1.29),
+    Shape(64, 10, 2, 1, 0.77),
+    Shape(128, 6, 2, 2, 1.62),
+    Shape(128, 7, 2, 1, 0.87),
+    Shape(256, 4, 2, 1, 1.38),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Costs:
+    """What a cluster costs besides its steps, in steps of eight tokens."""
+
+    fixed: float = 15.4
+    """To begin and to end."""
+    split: float = 0.54
+    """To add up through shared memory, if blocks of it share the contraction."""
+    split_tile: float = 1.64
+    """And per 16 tokens x 256 columns of a block."""
+    piece: float = 5.3
+    """To end one tile and begin another."""
+    piece_tile: float = 0.36
+    meeting: float = 3.4
+    """To add up in memory, if clusters share a tile."""
+    meeting_each: float = 1.2
+    """And for each of them."""
+    meeting_tile: float = 0.42
+    """And for each of them, per 16 tokens x 256 columns."""
+
+
+_COSTS = _Costs()
+
+
+def _cost(cut: Cut, tiles: int, quads: int, most: tuple[int, ...]) -> float:
+    """The time of a product, in steps of eight tokens."""
+    shape, split, count = cut
+    tile = shape.tokens / 16 * shape.columns / 256
+    own = _COSTS.fixed
+    if split > 1:
+        own += _COSTS.split + _COSTS.split_tile * tile
+    if count == tiles:
+        rounds = -(-tiles // max(1, most[split * shape.sharing - 1]))
+        return rounds * (4 * -(-quads // split) * shape.step + own)
+    total = tiles * quads
+    bounds = [total * i // count for i in range(count + 1)]
+    pieces = max(
+        (end - 1) // quads - begin // quads + 1 for begin, end in itertools.pairwise(bounds)
+    )
+    own += (pieces - 1) * (_COSTS.piece + _COSTS.piece_tile * tile)
+    if tiles % count:
+        sharers = max(1, -(-quads * count // total))
+        own += _COSTS.meeting + _COSTS.meeting_each * (sharers - 1)
+        own += _COSTS.meeting_tile * tile * sharers
+    return 4 * -(-total // count) * shape.step + own
+
+
+def _stretches(tiles: int, quads: int, most: int) -> set[int]:
+    """How many clusters may take stretches: all there are, or so many that few tiles are cut."""
+    counts = {min(most, tiles * quads)}
+    if tiles < most:
+        counts.add(tiles * (most // tiles))
+    else:
+        counts.add(-(-tiles // -(-tiles // most)))
+    return {count for count in counts if count <= tiles * quads}
+
+
+@lru_cache(maxsize=4096)
+def tiling(m: int, columns: int, contraction: int, clusters: tuple[int, ...]) -> Cut:
+    """Choose how a product is cut into blocks.
+
+    The least time by a simple model: a cluster costs its steps along the contraction and what
+    starting, ending and adding up cost; tiles that do not fit at once come in rounds.
+
+    Args:
+        m: rows of the activations.
+        columns: of the result.
+        contraction: length of the sums.
+        clusters: how many clusters of 1, 2, ... blocks the GPU holds at once.
+
+    Returns:
+        The shape of a block, how many share a contraction, and how many clusters there are.
+
+    Example:
+        >>> cut = tiling(16, 4096, 14336, (132, 66, 44, 32, 26, 22, 18, 16))
+        >>> cut.shape.tokens, cut.split, cut.clusters
+        (16, 8, 16)
+    """
+    quads = -(-contraction // (4 * DEPTH))
+    most = next((shape.tokens for shape in SHAPES if shape.tokens >= m), SHAPES[-1].tokens)
+    costs: dict[Cut, float] = {}
+    for shape in SHAPES:
+        if not (shape.tokens == most or most > shape.tokens >= 32):
+            continue
+        tiles = shape.tiles_of(m, columns)
+        cuts = [
+            Cut(shape, split, tiles)
+            for split in range(1, min(len(clusters) // shape.sharing, quads) + 1)
+        ]
+        counts = _stretches(tiles, quads, clusters[shape.sharing - 1])
+        cuts.extend(Cut(shape, 1, count) for count in counts)
+        for cut in cuts:
+            costs[cut] = _cost(cut, tiles, quads, clusters)
+    return min(costs, key=costs.__getitem__)

@@ -1,0 +1,167 @@
+"""Hopper's fused product cut in every way: blocks of a cluster that share a contraction, clusters
+that take stretches of all tiles' contraction and meet in memory where a stretch ends within a tile.
+
+What every strategy must do is tested in test_nf4_linear_gpu.py, with the cut that is chosen there.
+"""
+
+import pytest
+import torch
+
+from qlora_kit.ops.nf4_linear import cuda, hopper
+from qlora_kit.ops.nf4_linear.hopper_tiling import SHAPES, Cut, tiling
+from qlora_kit.ops.nf4_linear.op import nf4_linear
+from tests.ops.helpers import SCALE, Options, float32_sums, make_case, poison, truth
+
+CHIP = (132, 66, 39, 30, 22, 17, 15, 15)
+"""Clusters of one block, two, ... that an H100 held."""
+LINEARS = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192), (1024, 4096), (264, 256)]
+
+CASES = [  # M, N, K, options: rounded edges of tiles, quads and ranks
+    (5, 1000, 2048, Options(rank=16, bias=False)),
+    (70, 2056, 1280, Options(rank=24, nested=False)),
+    (300, 1032, 2304, Options(rank=8, dtype=torch.float16)),
+    (513, 776, 1536, Options(rank=0)),
+    (600, 1288, 1024, Options(rank=48, bias=False)),
+]
+
+
+@pytest.fixture(autouse=True)
+def _sums():
+    with float32_sums():
+        yield
+
+
+def test_a_cut_covers_the_product_and_fits():
+    for n, k in LINEARS:
+        for m in (1, 16, 33, 64, 128, 250, 256, 512, 1024, 1536):
+            shape, split, clusters = tiling(m, n, k, CHIP)
+            tiles, quads = shape.tiles_of(m, n), -(-k // 256)
+            assert shape.tokens >= min(m, 32)
+            assert 1 <= clusters <= tiles * quads
+            if clusters == tiles:
+                assert split * shape.sharing <= len(CHIP)
+            else:  # nobody waits for a cluster that has found no room
+                assert split == 1
+                assert clusters <= CHIP[shape.sharing - 1]
+
+
+def test_stretches_where_rounds_would_leave_the_chip_idle():
+    shape, split, clusters = tiling(512, 28672, 8192, CHIP)  # 224 tiles: 3.4 rounds of 66 pairs
+    assert (shape.tokens, shape.columns, split, clusters) == (256, 128, 1, 66)
+    shape, split, clusters = tiling(512, 4096, 14336, CHIP)  # 32 tiles, each made by two pairs
+    assert (shape.tokens, split, clusters) == (256, 1, 64)
+
+
+def test_shapes_fit_a_processor():
+    for shape in SHAPES:
+        assert shape.shared <= 227 * 1024
+        assert shape.stages * (shape.tokens * 128 + shape.columns * 36) >= shape.sums * 4
+
+
+def ways(m, columns, contraction):
+    """Cuts of each shape of block that has a tile's worth of rows: one of each kind."""
+    quads = -(-contraction // 256)
+    most = next((shape.tokens for shape in SHAPES if shape.tokens >= m), 256)
+    for shape in SHAPES:
+        if shape.tokens > most:
+            continue
+        tiles = shape.tiles_of(m, columns)
+        counts = {1, 2, 3, tiles - 1, tiles + 1, 3 * tiles - 1, tiles * quads}
+        for count in sorted(counts):
+            if 0 < count <= min(tiles * quads, CHIP[shape.sharing - 1]):
+                yield Cut(shape, 1, count)
+        yield Cut(shape, min(quads, 2), tiles)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("m", "n", "k", "options"), CASES, ids=str)
+def test_every_cut_against_float64(monkeypatch, m, n, k, options):
+    """Forward and dX, over memory filled with NaN, sums that clusters leave among it; twice."""
+    case = make_case(m, n, k, options, "cuda")
+    wanted = truth(case)
+    cuts = {True: list(ways(m, n, k)), False: list(ways(m, k, n))}
+    for i in range(max(map(len, cuts.values()))):
+        chosen = {forward: some[i % len(some)] for forward, some in cuts.items()}
+
+        def cut(rows, columns, contraction, clusters, chosen=chosen):
+            return chosen[(columns, contraction) == (n, k)]
+
+        monkeypatch.setattr(hopper, "tiling", cut)
+        found = []
+        for _ in "ab":
+            for leaf in case.leaves().values():
+                leaf.grad = None
+            poison_for(case, chosen.values())
+            with cuda.force_strategy("hopper"):
+                y = nf4_linear(
+                    case.x, case.weight, case.bias, lora_a=case.a, lora_b=case.b, scale=SCALE
+                )
+                poison_for(case, chosen.values())
+                y.backward(case.dy)
+            grads = {name: leaf.grad for name, leaf in case.leaves().items()}
+            found.append({"y": y.detach()} | grads)
+        for name, got in found[0].items():
+            wanted.check(name, got, f"{case} {chosen}")
+            assert torch.equal(got, found[1][name]), (name, chosen)
+
+
+def poison_for(case, cuts):
+    """NaN where results, the small product and what clusters leave will be."""
+    m, (n, k) = case.x.shape[0], case.weight.shape
+    poison("cuda", (m, n), (m, k), (m, max(1, case.options.rank)), dtype=case.options.dtype)
+    for shape, _, clusters in cuts:
+        poison("cuda", (2 * clusters * shape.sharing, shape.sums), dtype=torch.float32)
+
+
+@pytest.mark.gpu
+def test_sums_of_clusters_are_waited_for(monkeypatch):
+    """A count that says too early that all are there makes the result another one."""
+    case = make_case(256, 2048, 4096, Options(rank=16, bias=False), "cuda")
+    shape = next(shape for shape in SHAPES if (shape.tokens, shape.columns) == (256, 128))
+    monkeypatch.setattr(hopper, "tiling", lambda *_: Cut(shape, 1, 20))
+    x, weight = case.x.detach(), case.weight
+    right = hopper.multiply(x, weight, None, None, None)
+    dense = x.double() @ weight.dequantize(case.options.dtype).double().T
+    assert (right - dense).norm() < 0.005 * dense.norm()
+    cuts = hopper._cut
+
+    def too_early(*arguments):
+        cut, meeting = cuts(*arguments)
+        meeting.sums.fill_(float("nan"))
+        return cut, meeting
+
+    monkeypatch.setattr(hopper, "_cut", too_early)
+    assert torch.equal(hopper.multiply(x, weight, None, None, None), right)
+    monkeypatch.setattr(hopper, "set_to_zero", lambda words: words.fill_(2))
+    assert not torch.equal(hopper.multiply(x, weight, None, None, None), right)
+
+
+@pytest.mark.gpu
+def test_cut_tiles_on_two_streams_and_in_a_graph(monkeypatch):
+    """Each launch has counters and sums of its own, zero again in every replay."""
+    shape = next(shape for shape in SHAPES if (shape.tokens, shape.columns) == (128, 128))
+    monkeypatch.setattr(hopper, "tiling", lambda *_: Cut(shape, 1, 61))
+    cases = [make_case(250 + i, 4096, 2048, Options(rank=16, bias=False), "cuda") for i in (0, 1)]
+    streams = [torch.cuda.Stream() for _ in cases]
+
+    def run(case):
+        with cuda.force_strategy("hopper"), torch.no_grad():
+            return nf4_linear(case.x, case.weight, lora_a=case.a, lora_b=case.b, scale=SCALE)
+
+    wanted = [run(case) for case in cases]
+    torch.cuda.synchronize()
+    results = [[], []]
+    for _ in range(20):
+        for case, stream, kept in zip(cases, streams, results, strict=True):
+            with torch.cuda.stream(stream):
+                kept.append(run(case))
+    torch.cuda.synchronize()
+    for kept, right in zip(results, wanted, strict=True):
+        assert all(torch.equal(got, right) for got in kept)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(cases[0])
+    for _ in range(3):
+        captured.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(captured, wanted[0])
