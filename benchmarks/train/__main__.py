@@ -62,8 +62,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=int, help="rows per step, instead of the cases' own")
     add("--seq", type=int, help="tokens per row, instead of the cases' own")
     add("--policies", nargs="+", default=[], help="ours, instead of the cases' own")
+    add("--ours-rows", nargs="+", default=[], help="of a case's rows these, as full/4")
     add("--unsloth-variants", nargs="+", default=list(UNSLOTH_VARIANTS))
-    add("--unsloth-rows", nargs="+", default=[], help="of its rows these, as compile/save")
+    add(
+        "--unsloth-rows", nargs="+", default=[], help="these, as compile/save, or best/compile/save"
+    )
     add("--step", choices=["auto", "fused", "eager"], default="auto", help="ours")
     add("--optimizer", default="adamw_8bit")
     add("--warmup", type=int, default=3)
@@ -78,7 +81,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         help="a record of this card, minutes ago: its rates, not measured anew",
     )
-    add("--here", action="store_true", help="ours in this process: nothing is imported twice")
+    add("--here", action="store_true", help="ours in this process, peers in theirs as ever")
     add("--fresh", action="store_true", help="a process for every point")
     add("--storage", choices=["nf4", "bf16"], default="nf4", help="of the checkpoint")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16" if gpu else "float32")
@@ -98,6 +101,7 @@ def options(arguments: argparse.Namespace) -> Options:
         batch=arguments.batch or (2 if tiny else None),
         seq=arguments.seq or (32 if tiny else None),
         policies=tuple(arguments.policies),
+        ours_rows=tuple(arguments.ours_rows),
         unsloth_variants=tuple(arguments.unsloth_variants),
         unsloth_rows=tuple(arguments.unsloth_rows),
         cap_gib=arguments.cap_gib or None,
@@ -121,16 +125,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     jobs = plan(chosen, options(arguments))
     if not torch.cuda.is_available() and arguments.model != "tiny":
         sys.exit("there is no GPU here: only --model tiny makes sense without one")
-    if arguments.here and arguments.impls != ["qlora_kit"]:
-        sys.exit("--here is for ours alone: add --impls qlora_kit")
-    if arguments.here:
-        use_growing_segments()
     with tempfile.TemporaryDirectory(prefix="qlora-kit-train-") as scratch:
         session = (Here if arguments.here else Session)(
             Path(scratch),
             limit_seconds=arguments.limit_seconds,
             total_seconds=arguments.total_seconds,
         )
+        if arguments.here:
+            use_growing_segments()
         try:
             measure(session, jobs, arguments)
         except (StepFailedError, KeyboardInterrupt) as reason:

@@ -19,8 +19,8 @@ LONG = 16_384
 IMPLS = ("qlora_kit", "peft", "peft_liger", "unsloth")
 UNSLOTH_VARIANTS = ("compile", "eager")
 MIXED = "offload_attention:30,recompute_elementwise:2"
-"""Layers by policy, of 32: as many of the second kind as 9 GiB have room for. They come last, for
-what they keep is gone before the others' working set is needed."""
+"""Layers by policy, of 32. Those that keep more come last, for what they keep is gone before the
+others' working set is needed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +94,10 @@ CASES: tuple[Case, ...] = (
             Ours("recompute_all"),
             Ours("offload_attention"),
             Ours(MIXED),
+            # One layer more fits into 9 GiB where A and B are rounded a layer at a time, as with
+            # tiles, were it a single one; two, where the embeddings are on the host.
+            Ours("offload_attention:29,recompute_elementwise:3", tile=4 * 2048),
+            Ours("offload_attention:28,recompute_elementwise:4", embeddings_on_host=True),
         ),
         peers=_CHECKPOINTING,
         target=Target(tokens_per_s=13_600, over_unsloth=1.28, peak_gib=9.0),
@@ -112,6 +116,7 @@ CASES: tuple[Case, ...] = (
         ours=(
             Ours("recompute_elementwise", profile=True),
             Ours("recompute_elementwise", keep_decoded=26),
+            Ours("recompute_elementwise", keep_decoded=32),
             Ours("save"),
         ),
         peers=_SAVING,
@@ -138,7 +143,10 @@ CASES: tuple[Case, ...] = (
         seq=32768,
         warmup=1,
         steps=3,
-        ours=(Ours("offload_attention"),),
+        ours=(
+            Ours("offload_attention"),
+            Ours("offload_attention:31,recompute_elementwise:1", tile=None),
+        ),
         peers=(
             Peer(impl="unsloth", policy="unsloth"),
             Peer(impl="unsloth", policy="unsloth", switches=("tiled",)),
@@ -178,9 +186,12 @@ class Options:
     seq: int | None = None
     policies: tuple[str, ...] = ()
     """Ours, instead of the case's."""
+    ours_rows: tuple[str, ...] = ()
+    """`case/number` of the case's rows that are wanted, from 1 on; cases without a word: all."""
     unsloth_variants: tuple[str, ...] = UNSLOTH_VARIANTS
     unsloth_rows: tuple[str, ...] = ()
-    """`variant/policy` of its rows that are wanted; empty: all."""
+    """`variant/policy` of its rows that are wanted, in every case or as `case/variant/policy` in
+    one; empty: all."""
     cap_gib: float | None = CAP_GIB
     optimizer: str = "adamw_8bit"
     step: str = "auto"
@@ -221,6 +232,14 @@ def scaled(policy: str, layers: int) -> str:
     return ",".join(f"{name}:{count}" for (name, _), count in zip(parts, made, strict=True))
 
 
+def _wanted(case: Case, rows: Sequence[str]) -> Sequence[Ours]:
+    """What ours runs in a case, of which `case/number` may name a part."""
+    numbers = [
+        int(number) for name, _, number in (row.partition("/") for row in rows) if name == case.name
+    ]
+    return [case.ours[number - 1] for number in numbers] or case.ours
+
+
 def _builds(case: Case, options: Options) -> Iterable[tuple[Build, Point]]:
     """Every measurement of a case with the model it needs; checkpoints are filled in later."""
     build = Build(
@@ -244,7 +263,9 @@ def _builds(case: Case, options: Options) -> Iterable[tuple[Build, Point]]:
     )
     layers = MODELS[build.model].num_hidden_layers
     for method in case.methods:
-        for one in [Ours(policy) for policy in options.policies] or case.ours:
+        for one in [Ours(policy) for policy in options.policies] or _wanted(
+            case, options.ours_rows
+        ):
             yield (
                 replace(
                     build,
@@ -266,7 +287,8 @@ def _builds(case: Case, options: Options) -> Iterable[tuple[Build, Point]]:
         for variant in variants:
             switches = "+".join(filter(None, (variant, *peer.switches)))
             name, wanted = f"{switches}/{peer.policy}", options.unsloth_rows
-            if peer.impl == "unsloth" and wanted and name not in wanted:
+            asked = not wanted or name in wanted or f"{case.name}/{name}" in wanted
+            if peer.impl == "unsloth" and not asked:
                 continue
             yield (
                 replace(

@@ -58,6 +58,8 @@ def how(row: Row) -> str:
         'offload, tile 2048, host embeddings'
     """
     words = [str(row["policy"])]
+    if row.get("tile", "auto") is None:
+        words.append("no tiles")
     if isinstance(row.get("tile"), int):
         words.append(f"tile {row['tile']}")
     if row.get("keep_decoded"):

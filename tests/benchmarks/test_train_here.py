@@ -12,13 +12,16 @@ import pytest
 import torch
 
 from benchmarks.train import __main__ as command
-from benchmarks.train import table
+from benchmarks.train import here, table
 from benchmarks.train.cases import CASES, Options, plan
 from benchmarks.train.here import Here
+from qlora_kit.bench import session as sessions
 from qlora_kit.bench.child import run_job
+from qlora_kit.bench.process import Outcome, run_process
 from qlora_kit.bench.random_checkpoint import write_checkpoint
 from qlora_kit.bench.session import read_rows
 from qlora_kit.bench.subject import Build, Job, Point, Stage, first_fields
+from qlora_kit.core.allocator import NAMES
 
 WORDS = ["--model", "tiny", "--steps", "1", "--warmup", "1", "--impls", "qlora_kit", "--here"]
 
@@ -60,10 +63,32 @@ def test_every_case_of_ours_in_one_process(tmp_path: Path, capsys: Any) -> None:
     assert not list(tmp_path.glob("tiny*"))  # the checkpoint is gone
 
 
-def test_here_is_for_ours() -> None:
-    """Peers patch what others import."""
-    with pytest.raises(SystemExit, match="ours alone"):
-        command.main(["--model", "tiny", "--here"])
+def test_peers_have_processes_of_their_own(tmp_path: Path, monkeypatch: Any) -> None:
+    """They patch what others import; what ours sets for itself is not in their environment."""
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    seen: list[dict[str, str]] = []
+
+    def run(words: Any, **values: Any) -> Outcome:
+        seen.append({**os.environ, **(values["environment"] or {})})
+        return run_process(words, **values)
+
+    monkeypatch.setattr(sessions, "run_process", run)
+    monkeypatch.setattr(command, "use_growing_segments", lambda: os.environ.update({NAMES[0]: "x"}))
+    words = [*WORDS, "--impls", "peft", "qlora_kit", "--cases", "best", "full"]
+    words += ["--ours-rows", "full/3", "best/1", "--work", str(tmp_path), "--out", str(tmp_path)]
+    assert command.main(words) == 0
+    made = record(tmp_path)
+    rows = {(row["impl"], row["policy"]): row for row in made["rows"]}
+    assert [impl for impl, _ in rows] == ["qlora_kit", "qlora_kit", "peft"]
+    assert rows["qlora_kit", "recompute_elementwise"]["cases"] == ["best"]
+    assert rows["qlora_kit", "offload_attention:1,recompute_elementwise:1"]["cases"] == ["full"]
+    (environment,) = seen  # ours have none
+    assert NAMES[0] not in environment
+    assert os.environ[NAMES[0]] == "x"
+    for row in made["rows"]:
+        assert row["loss_agrees"] is True
+        assert row["mfu"] > 0
 
 
 def test_a_job_that_fails_is_rows_and_the_next_one_follows(tmp_path: Path) -> None:
@@ -104,6 +129,22 @@ def test_an_interrupted_run_has_the_rows_it_measured(
             assert len(record(out)["rows"]) == 1
         else:
             assert not out.exists()
+
+
+def test_rows_outlive_a_card_that_is_unusable(tmp_path: Path, monkeypatch: Any) -> None:
+    """After an illegal access every call of CUDA fails, that for the rates included."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(here, "peaks", fail)
+    monkeypatch.setattr(here, "start_counting", fail)
+    words = [*WORDS, "--impls", "qlora_kit", "unsloth", "--cases", "lean", "--work", str(tmp_path)]
+    assert command.main([*words, "--out", str(tmp_path), "--unsloth-variants", "compile"]) == 0
+    made = record(tmp_path)
+    assert made["peaks"] == {}
+    assert [row["mfu"] for row in made["rows"]] == [None] * 3
+    assert [row.get("skipped") for row in made["rows"]] == [None, None, "Unsloth needs a GPU"]
 
 
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
@@ -152,6 +193,7 @@ def test_rows_of_other_settings(tmp_path: Path) -> None:
     for row in found:
         assert row["losses"] == pytest.approx(found[0]["losses"], abs=1e-5)
     assert table.how(found[1]) == "save, host embeddings"
+    assert table.how(found[1] | {"tile": None}) == "save, no tiles, host embeddings"
 
 
 def test_a_record_gets_the_planners_peaks(tmp_path: Path, capsys: Any) -> None:
@@ -219,3 +261,20 @@ def test_one_row_of_unsloth_may_be_asked_for() -> None:
         rows
     )
     assert ("peft", "", "recompute_all") in found
+    jobs = plan(CASES, Options(impls=("unsloth",), unsloth_rows=("small/compile/save",)))
+    assert [p.cases for job in jobs for p in job.points] == [("small",)]
+
+
+def test_rows_of_ours_may_be_asked_for() -> None:
+    """By their number in a case; other cases keep theirs."""
+    cases = [case for case in CASES if case.name in ("full", "long")]
+    jobs = plan(cases, Options(impls=("qlora_kit",), ours_rows=("full/5", "full/3")))
+    found = {(p.cases[0], p.policy) for job in jobs for p in job.points}
+    full, long = cases
+    assert found == {("full", full.ours[n].policy) for n in (4, 2)} | {
+        ("long", one.policy) for one in long.ours
+    }
+    assert [job.build.embeddings_on_host for job in jobs if job.points[0].cases == ("full",)] == [
+        True,
+        False,
+    ]
