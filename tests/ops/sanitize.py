@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -27,8 +28,10 @@ from qlora_kit.ops.gated_activation.op import gated_activation, gated_activation
 from qlora_kit.ops.jit import architecture_of
 from qlora_kit.ops.low_rank_gradients import cuda as low_rank_cuda
 from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize
-from qlora_kit.ops.nf4_linear import cuda
+from qlora_kit.ops.nf4_linear import cuda, hopper
 from qlora_kit.ops.nf4_linear import low_rank as small
+from qlora_kit.ops.nf4_linear.hopper_tiling import SHAPES as SHAPES_OF_BLOCKS
+from qlora_kit.ops.nf4_linear.hopper_tiling import Cut
 from qlora_kit.ops.nf4_linear.op import nf4_linear
 from qlora_kit.ops.nf4_quantize.op import quantize_weight
 from qlora_kit.ops.nf4_scales.op import stretched_weight
@@ -218,6 +221,24 @@ def linears(*strategies: str) -> int:
     return ran
 
 
+def stretches() -> int:
+    """`hopper` with each shape of block and few clusters, so that they share tiles; products."""
+    chosen, ran = hopper.tiling, 0
+    try:
+        for shape, count in product(SHAPES_OF_BLOCKS, (1, 3)):
+            hopper.tiling = partial(stretch, shape, count)
+            ran += products(130, 264, 512, Options(16, bias=False), ["hopper"])
+    finally:
+        hopper.tiling = chosen
+    return ran
+
+
+def stretch(shape: Any, count: int, m: int, columns: int, contraction: int, _: Any) -> Cut:
+    """So many clusters, or as many as there are quads."""
+    quads = shape.tiles_of(m, columns) * -(-contraction // 256)
+    return Cut(shape, 1, min(count, quads))
+
+
 def public_ops() -> int:
     """nf4_dequantize and nf4_linear, both ways, at sizes that are no multiple of anything."""
     with force_backend("cuda"):
@@ -244,6 +265,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = DTYPES[1:]
 PARTS: dict[str, Callable[[], int]] = {
     **{name: partial(linears, name) for name in cuda.STRATEGIES},
+    "stretches": stretches,
     "public_ops": public_ops,
     "elementwise": partial(
         over, elementwise, ((3, 64), (5, 34), (2, 1032), (3, 4096), (1, 16_384)), DTYPES
