@@ -73,11 +73,10 @@ struct Grid {
         const bool adds = from + length == quads && rank == ranks - 1;
         return {first, token, begin, end - begin, adds ? low_rank_steps : 0, half};
     }
+    // Of this block and of its cluster; from two places of the code, so by a number.
     __device__ __forceinline__ void sync_all() const {
-        if (blocks > 1)
-            sync_cluster();
-        else
-            __syncthreads();
+        sync_threads<3, 128 + S::THREADS>();
+        if (blocks > 1) sync_cluster();
     }
 };
 
