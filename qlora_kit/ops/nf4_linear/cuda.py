@@ -45,7 +45,7 @@ STRATEGIES: dict[str, ModuleType] = {
 
 ROWS: dict[tuple[str, str], tuple[tuple[int, str], ...]] = {
     ("hopper", "multiply"): ((16, "gemv"), (1536, "hopper"), (2**30, "ahead")),
-    ("hopper", "multiply_transposed"): ((8, "gemv"), (1024, "hopper"), (2**30, "ahead")),
+    ("hopper", "multiply_transposed"): ((8, "gemv"), (768, "hopper"), (2**30, "ahead")),
     ("other", "multiply"): ((16, "small_m"), (256, "portable")),
     ("other", "multiply_transposed"): ((256, "portable"),),
 }
