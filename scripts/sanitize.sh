@@ -37,7 +37,7 @@ check() {
   shift
   if [ "$tool" = memcheck ]; then options+=(--padding 256); fi
   if [ "$tool" = racecheck ]; then options+=(--racecheck-report all); fi
-  for name in nf4_ rms_norm_ rotary_ gated_activation_ low_rank_ column_products_ cross_entropy_; do
+  for name in nf4_ rms_norm_ rotary_ gated_activation_ low_rank_ column_products_ cross_entropy_ gather_; do
     options+=(--kernel-name "kns=$name")
   done
   timeout --kill-after=20 "$LIMIT" "$SANITIZER" --tool "$tool" --error-exitcode "$FOUND" \

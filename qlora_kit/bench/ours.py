@@ -34,7 +34,7 @@ from qlora_kit.bench.subject import (
 )
 from qlora_kit.core.allocator import growing_segments
 from qlora_kit.load.model import load
-from qlora_kit.nn.host_embedding import has_host_embeddings, keep_embeddings_on_host
+from qlora_kit.nn.host_embedding import keep_embeddings_on_host, lookup_waits
 from qlora_kit.optim.create import flat_optimizer
 from qlora_kit.plan.gpus import recorded_here
 from qlora_kit.quant.config import QuantConfig
@@ -88,7 +88,7 @@ class _Run:
         ) as step:
             self.fused = step == "fused"
             self.graphs = None
-            if self.fused and point.graph and not has_host_embeddings(self.model):
+            if self.fused and point.graph and not lookup_waits(self.model):
                 most = recorded_here(self.model)
                 self.graphs = StepGraphs(self._graph_loss, self.parameters, most_tokens=most)
             self.replayed = 0

@@ -18,6 +18,7 @@ from qlora_kit.ops.gated_activation.op import (
     gated_activation,
     gated_activation_backward,
 )
+from qlora_kit.ops.gather_rows.op import gather_rows
 from qlora_kit.ops.low_rank_gradients.op import low_rank_gradients
 from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize
 from qlora_kit.ops.nf4_linear import cuda as nf4_linear_cuda
@@ -329,10 +330,21 @@ def _scales_errors(device: torch.device) -> Iterator[tuple[str, float, float]]:
         yield f"{name}, bit for bit", _error(found, exact.view(-1).double()), 0.0
 
 
+def _gather_errors(device: torch.device) -> Iterator[tuple[str, float, float]]:
+    """Rows equal the table's, bit for bit, from the device and from page-locked memory."""
+    table = _random(50, 200)
+    ids = torch.arange(70).flip(0) % 50
+    host = table.pin_memory() if device.type == "cuda" else table
+    for name, place in (("same device", table.to(device)), ("host memory", host)):
+        found = gather_rows(place, ids.to(device)).cpu()
+        yield f"{name}, bit for bit", _error(found, table[ids].double()), 0.0
+
+
 OP_TESTS = {
     "column_products": _column_products_errors,
     "cross_entropy": _cross_entropy_errors,
     "gated_activation": _gated_errors,
+    "gather_rows": _gather_errors,
     "low_rank_gradients": _low_rank_errors,
     "nf4_dequantize": _dequantize_errors,
     "nf4_linear": _linear_errors,

@@ -118,3 +118,18 @@ def pinned_block(size: int) -> Tensor:  # needs a GPU
     _Count.now += size
     _Count.most = max(_Count.most, _Count.now)
     return data
+
+
+def pinned_copy(source: Tensor) -> Tensor:  # needs a GPU
+    """Copy a tensor to pinned memory of its own.
+
+    Args:
+        source: any shape and dtype, on any device.
+
+    Returns:
+        Its values, contiguous, on the CPU. Raises what torch and the system do where there is no
+        such memory: RuntimeError or OSError.
+    """
+    pages = max(1, -(-source.nbytes // mmap.PAGESIZE))
+    data = pinned_block(pages * mmap.PAGESIZE)[: source.nbytes]
+    return data.view(source.dtype).view(source.shape).copy_(source)

@@ -1,11 +1,14 @@
-"""Input embeddings in host memory: rows are looked up on the CPU and sent.
+"""Input embeddings in host memory: the GPU reads the rows that a batch needs over the link.
 
 A step reads a few rows of the table and never multiplies by it, but on the GPU it takes as much
-memory as the head: 1 GiB in an 8B model, 2 in a 70B one. Here it stays in plain host memory,
-in its own dtype, bit for bit. A lookup waits for the token ids to be on the CPU and copies the
-rows, 16,384 at a time through pinned memory: 8 KiB a token for an 8B model, which is nothing
-beside a step on long rows, but the wait costs short steps the lead of the host, and they cannot
-be recorded as a CUDA graph. So it is an option for models and rows that would not fit without.
+memory as the head: 1 GiB in an 8B model, 2 in a 70B one. Here it stays in host memory, in its own
+dtype, bit for bit. At the first lookup from an NVIDIA GPU it moves to page-locked memory, which a
+kernel reads by itself (`ops/gather_rows`): 8 KiB a token for an 8B model. Nothing waits, so such
+steps are recorded as CUDA graphs like others.
+
+Where that cannot be (no kernels, memory that the system does not lock, rows that are no multiple of
+16 bytes) a lookup waits for the token ids to be on the CPU and sends the rows, 16,384 at a time
+through pinned memory: that costs short steps the lead of the host, and they are not recorded.
 
 The table is a buffer and not a parameter: transformers takes a model's device from its first
 parameter. It is frozen, part of the state dict under its old name, and `.to(device)` leaves it
@@ -21,6 +24,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from qlora_kit.core.errors import ConfigError
+from qlora_kit.core.log import log_once
+from qlora_kit.core.pinned import pinned_copy
+from qlora_kit.ops.gather_rows.cuda import is_readable
+from qlora_kit.ops.gather_rows.op import gather_rows, never_waits
 
 ROWS_AT_A_TIME = 16384
 """Of the pinned memory that rows are sent through: 128 MiB for 4,096 values in 16 bits."""
@@ -30,7 +37,8 @@ class HostEmbedding(nn.Module):
     """A frozen table of embeddings in host memory.
 
     Attributes:
-        weight: (V, H), on the CPU (on the meta device if it was there).
+        weight: (V, H), on the CPU (on the meta device if it was there); another tensor, of the
+            same values, once a GPU has looked rows up.
 
     Example:
         >>> table = HostEmbedding(torch.arange(6.0).view(3, 2))
@@ -49,8 +57,12 @@ class HostEmbedding(nn.Module):
         """
         super().__init__()
         self.num_embeddings, self.embedding_dim = weight.shape
+        self._refused = False
         kept = weight.detach()
-        self.register_buffer("weight", kept if kept.is_meta else kept.to("cpu"))
+        if not kept.is_meta:
+            locked = self._locked(kept) if never_waits(kept, kept) else None
+            kept = kept.to("cpu") if locked is None else locked
+        self.register_buffer("weight", kept)
         self.scale = None if scale is None else scale.detach().to("cpu")
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -60,15 +72,54 @@ class HostEmbedding(nn.Module):
             ids: any shape, int64, on any device.
 
         Returns:
-            (*ids.shape, H) on that device.
+            (*ids.shape, H) on that device. Ids outside of [0, V) raise IndexError, or give rows
+            of NaN where the lookup does not wait.
         """
         if ids.device == self.weight.device:
             found = F.embedding(ids, self.weight)
-        else:
+        elif self.waits(ids):
             found = self._send(ids)
+        else:
+            found = gather_rows(self.weight, ids.long())
         if self.scale is not None:  # rounded to the table's dtype first, as models do
             found = found * self.scale.to(self.weight.dtype).item()
         return found
+
+    def waits(self, like: Tensor) -> bool:
+        """Tell whether lookups from a device wait for the ids to be on the CPU.
+
+        If they need not, the table is moved to page-locked memory, where it is not there yet.
+
+        Args:
+            like: on the device of the ids.
+
+        Returns:
+            True on all but NVIDIA GPUs, and where the table cannot be locked or its rows are no
+            multiple of 16 bytes.
+        """
+        if not never_waits(self.weight, like):
+            return True
+        if is_readable(self.weight):
+            return False
+        if self._refused or torch.cuda.is_current_stream_capturing():
+            return True
+        locked = self._locked(self.weight)
+        if locked is not None:
+            self.weight = locked
+        return locked is None
+
+    def _locked(self, table: Tensor) -> Tensor | None:
+        """A copy in page-locked memory; None, for good, where the system refuses."""
+        try:
+            with torch.inference_mode(False), torch.no_grad():  # it outlives this lookup
+                return pinned_copy(table)
+        except (RuntimeError, OSError) as error:
+            self._refused = True
+            log_once(
+                "lookups of embeddings in host memory wait for the token ids: their memory could "
+                f"not be page-locked ({str(error).splitlines()[0] if str(error) else error!r})."
+            )
+            return None
 
     def _send(self, ids: Tensor) -> Tensor:  # needs a GPU
         wanted, width = ids.reshape(-1).to("cpu"), self.embedding_dim
@@ -126,20 +177,23 @@ def keep_embeddings_on_host(model: PreTrainedModel) -> HostEmbedding:
     return new
 
 
-def has_host_embeddings(model: nn.Module) -> bool:
-    """Whether some of a model's embeddings are in host memory.
+def lookup_waits(model: nn.Module) -> bool:
+    """Tell whether a model's lookups of embeddings wait for the token ids to be on the CPU.
 
     Args:
-        model: any.
+        model: where it will run, which its first parameter says. Embeddings in host memory move to
+            page-locked memory if that lets a GPU read them.
 
     Returns:
-        True if a lookup waits for the token ids.
+        True if some are in host memory, and not read by a GPU.
 
     Example:
-        >>> has_host_embeddings(nn.Embedding(2, 2))
+        >>> lookup_waits(nn.Embedding(2, 2))
         False
     """
-    return any(isinstance(module, HostEmbedding) for module in model.modules())
+    tables = [module for module in model.modules() if isinstance(module, HostEmbedding)]
+    like = next(model.parameters(), None)
+    return any(like is None or table.waits(like) for table in tables)
 
 
 def _why_not(model: PreTrainedModel, old: nn.Module) -> str | None:

@@ -116,4 +116,4 @@ def leaner(setup: Setup, config: PreTrainedConfig) -> Setup:
     if config.get_text_config().tie_word_embeddings:
         return lean
     quant = setup.quant.with_head() if setup.bits == 4 else setup.quant
-    return replace(lean, embeddings_on_host=True, quant=quant, graph=False)  # its lookup waits
+    return replace(lean, embeddings_on_host=True, quant=quant)

@@ -29,7 +29,7 @@ from qlora_kit.block.install import (
 from qlora_kit.block.tiles import Tile, tile_tokens
 from qlora_kit.core.errors import ConfigError
 from qlora_kit.core.log import logger
-from qlora_kit.nn.host_embedding import has_host_embeddings
+from qlora_kit.nn.host_embedding import lookup_waits
 from qlora_kit.ops.attention.rule import Documents
 from qlora_kit.ops.attention.transformers_door import packed_inputs, register, unpadded_inputs
 from qlora_kit.step.head_input import TARGET_POSITIONS, target_positions
@@ -151,8 +151,8 @@ class FusedModel:
 
     @property
     def never_waits(self) -> bool:
-        """Whether a step may be recorded as a CUDA graph: with fused layers, all on the GPU."""
-        return isinstance(self.blocks, FusedBlocks) and not has_host_embeddings(self._model)
+        """Whether a step may be recorded as a CUDA graph: fused layers, no wait for the CPU."""
+        return isinstance(self.blocks, FusedBlocks) and not lookup_waits(self._model)
 
     def keep_decoded(self, layers: int, dtype: torch.dtype) -> None:
         """Decode some layers' weights once and for all, where layers are fused.

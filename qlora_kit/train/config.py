@@ -46,7 +46,7 @@ class ModelConfig:
     quantize_head: bool = False
     """Store the output head in NF4 as well: less memory, and logits a little off."""
     embeddings_on_host: bool = False
-    """Keep the input embeddings in host memory, and send the rows that a batch needs."""
+    """Keep the input embeddings in host memory, from where a GPU reads the rows that it needs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

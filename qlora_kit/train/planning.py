@@ -85,7 +85,6 @@ def setup_of(config: RunConfig, *, batch: int, seq: int, varied: bool = False) -
         step="fused" if fused else "eager",
         dtype="bfloat16" if model.dtype == "auto" else model.dtype,
         accumulation=train.gradient_accumulation,
-        graph=not model.embeddings_on_host,
         varied=varied,
     )
 

@@ -8,7 +8,7 @@ import torch
 
 from qlora_kit.block.offload import BLOCK_BYTES, PAGE_BYTES
 from qlora_kit.core import pinned
-from qlora_kit.core.pinned import pinned_block, registered_peak_bytes, touched
+from qlora_kit.core.pinned import pinned_block, pinned_copy, registered_peak_bytes, touched
 
 MIB = 1 << 20
 
@@ -85,6 +85,27 @@ def test_what_is_registered_is_counted_and_let_go(monkeypatch):
     assert known == {}
     assert registered_peak_bytes(reset=True) == before + MIB
     assert registered_peak_bytes() == before
+
+
+@pytest.mark.parametrize("shape", [(7,), (0, 4), (3, 5), (1025, 3)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.bool])
+def test_a_copy_has_whole_pages_of_its_own(monkeypatch, shape, dtype):
+    """Of a tensor in any layout; as many pages as its values take."""
+    sizes = []
+
+    def block(size: int) -> torch.Tensor:
+        sizes.append(size)
+        return touched(size)[1]
+
+    monkeypatch.setattr(pinned, "pinned_block", block)
+    source = torch.randn(shape[::-1]).to(dtype).permute(*reversed(range(len(shape))))
+    found = pinned_copy(source)
+    assert found.dtype == dtype
+    assert found.is_contiguous()
+    assert torch.equal(found, source)
+    assert found.data_ptr() != source.data_ptr() or not source.numel()
+    page = pinned.mmap.PAGESIZE
+    assert sizes == [max(1, -(-source.nbytes // page)) * page]
 
 
 @pytest.mark.gpu

@@ -15,8 +15,8 @@ from qlora_kit.core.errors import ConfigError
 from qlora_kit.nn import host_embedding
 from qlora_kit.nn.host_embedding import (
     HostEmbedding,
-    has_host_embeddings,
     keep_embeddings_on_host,
+    lookup_waits,
 )
 from tests import tiny_models
 
@@ -36,7 +36,7 @@ def test_the_models_logits_are_the_same_bits(family: str, dtype: torch.dtype) ->
     wanted = model(ids).logits
     kept = keep_embeddings_on_host(model)
     assert model.get_input_embeddings() is kept
-    assert has_host_embeddings(model)
+    assert lookup_waits(model)  # on a CPU
     assert torch.equal(model(ids).logits, wanted)
     kept.weight[ids[0, 0]] += 1
     assert not torch.equal(model(ids).logits, wanted)
@@ -135,14 +135,167 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
-def test_lookups_from_a_gpu() -> None:
-    """Rows arrive as they are, more of them than go at a time."""
-    table = HostEmbedding(torch.randn(1000, 64, dtype=torch.bfloat16))
+@pytest.mark.parametrize("width", [64, 60])
+def test_lookups_from_a_gpu(width: int) -> None:
+    """Rows arrive as they are, more of them than go at a time where they are sent."""
+    table = HostEmbedding(torch.randn(1000, width, dtype=torch.bfloat16))
     ids = torch.randint(0, 1000, (2, 20_000), device="cuda")
     found = table(ids)
+    assert table.waits(ids) == (width == 60)
     assert found.device == ids.device
     assert torch.equal(found.cpu(), table.weight[ids.cpu()])
     assert table.to("cuda").weight.device.type == "cpu"
+
+
+class Gpu:
+    """Stands for a GPU's kernel: ids of the meta device are a GPU's, memory is locked in name."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
+        self.locked: list[torch.Tensor] = []
+        self.error = error
+        self.like = torch.empty(1, device="meta")
+        replaced = {
+            "never_waits": lambda table, like: like.is_meta,
+            "is_readable": lambda table: any(table is one for one in self.locked),
+            "pinned_copy": self._copy,
+        }
+        for name, function in replaced.items():
+            monkeypatch.setattr(host_embedding, name, function)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def _copy(self, source: torch.Tensor) -> torch.Tensor:
+        if self.error is not None:
+            raise self.error
+        self.locked.append(source.clone())
+        return self.locked[-1]
+
+
+def test_the_table_is_locked_once_and_again_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was locked is another tensor of the same name and values; a copy locks its own."""
+    gpu = Gpu(monkeypatch)
+    table = HostEmbedding(torch.randn(11, 8))
+    before = table.weight
+    assert not gpu.locked
+    assert table.waits(torch.empty(1))
+    assert table.weight is before
+    with torch.inference_mode():
+        assert not table.waits(gpu.like)
+    assert not table.waits(gpu.like)
+    assert len(gpu.locked) == 1
+    assert table.weight is gpu.locked[0]
+    assert not table.weight.is_inference()
+    assert torch.equal(table.state_dict()["weight"], before)
+    twin = copy.deepcopy(table)
+    assert not twin.waits(gpu.like)
+    assert len(gpu.locked) == 2
+    assert twin.weight is gpu.locked[1]
+    table.to(torch.bfloat16)
+    assert not table.waits(gpu.like)
+    assert table.weight is gpu.locked[2]
+    assert torch.equal(table.weight, before.bfloat16())
+
+
+def test_nothing_is_locked_while_a_graph_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA forbids it then; the next lookup outside does."""
+    gpu = Gpu(monkeypatch)
+    table = HostEmbedding(torch.randn(11, 8))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert table.waits(gpu.like)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert not table.waits(gpu.like)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: out of memory"), OSError()])
+def test_memory_that_is_not_locked_is_asked_for_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    """The log says so; rows go the way that waits."""
+    gpu = Gpu(monkeypatch, error)
+    table = HostEmbedding(torch.randn(11, 8))
+    before = table.weight
+    with caplog.at_level("INFO", logger="qlora_kit"):
+        assert table.waits(gpu.like)
+    assert "could not be page-locked" in caplog.text
+    gpu.error = None
+    assert table.waits(gpu.like)
+    assert table.weight is before
+    assert not gpu.locked
+
+
+def test_a_model_waits_where_its_table_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first parameter says where it runs."""
+    gpu = Gpu(monkeypatch)
+    model = build()
+    keep_embeddings_on_host(model)
+    assert lookup_waits(model)
+    model.to("meta")
+    assert not lookup_waits(model)
+    assert len(gpu.locked) == 1
+    gpu.locked.clear()
+    gpu.error = RuntimeError("no")
+    assert lookup_waits(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lookups_do_not_wait(dtype: torch.dtype) -> None:
+    """The bits of `nn.Embedding` on the GPU, from a table that was there or on the CPU."""
+    weight = torch.randn(3000, 8192, dtype=dtype)
+    ids = torch.randint(0, 3000, (3, 700), device="cuda")
+    wanted = nn.functional.embedding(ids, weight.cuda())
+    scale = torch.tensor(90.5)
+    for source, factor in ((weight, None), (weight.cuda(), None), (weight, scale)):
+        table = HostEmbedding(source, factor)
+        assert table.weight.is_pinned() == source.is_cuda
+        assert not table.waits(ids)
+        assert table.weight.is_pinned()
+        assert table.weight.device.type == "cpu"
+        table(ids)  # compiled
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = table(ids)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        expected = wanted if factor is None else wanted * factor.to(dtype).item()
+        assert torch.equal(found, expected)
+        assert torch.equal(table.weight, weight)
+        assert torch.equal(table(ids[:, ::7].int()), expected[:, ::7])
+
+
+@pytest.mark.gpu
+def test_a_lookup_is_recorded_and_replayed() -> None:
+    """As a CUDA graph, on other ids; locked by the lookup before."""
+    table = HostEmbedding(torch.randn(500, 4096, dtype=torch.bfloat16))
+    ids = torch.randint(0, 500, (2, 64), device="cuda")
+    table(ids)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        found = table(ids)
+    for _ in range(3):
+        ids.random_(0, 500)
+        graph.replay()
+        assert torch.equal(found.cpu(), table.weight[ids.cpu()])
+
+
+@pytest.mark.gpu
+def test_a_copy_and_another_dtype_are_locked_anew() -> None:
+    """Plain memory is never read by the kernel."""
+    table = HostEmbedding(torch.randn(300, 64))
+    ids = torch.randint(0, 300, (50,), device="cuda")
+    table(ids)
+    for other in (copy.deepcopy(table), table.to(torch.float16)):
+        assert torch.equal(other(ids).cpu(), other.weight[ids.cpu()])
+        assert other.weight.is_pinned()
+
+
+@pytest.mark.gpu
+def test_rows_of_odd_lengths_wait() -> None:
+    """As before: looked up on the CPU."""
+    table = HostEmbedding(torch.randn(300, 7, dtype=torch.bfloat16))
+    ids = torch.randint(0, 300, (5, 9), device="cuda")
+    assert table.waits(ids)
+    assert torch.equal(table(ids).cpu(), table.weight[ids.cpu()])
 
 
 def test_nothing_keeps_the_table_where_it_was() -> None:

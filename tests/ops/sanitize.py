@@ -24,6 +24,7 @@ from qlora_kit.ops.backend import force_backend
 from qlora_kit.ops.column_products.op import column_products
 from qlora_kit.ops.cross_entropy.op import cross_entropy, cross_entropy_
 from qlora_kit.ops.gated_activation.op import gated_activation, gated_activation_backward
+from qlora_kit.ops.gather_rows.op import gather_rows
 from qlora_kit.ops.jit import architecture_of
 from qlora_kit.ops.low_rank_gradients import cuda as low_rank_cuda
 from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize
@@ -132,6 +133,7 @@ def elementwise(rows: int, size: int, dtype: torch.dtype) -> None:
                 gated_activation(gate_up, "gelu"),
                 gated_activation_backward(dy, gate_up, "silu", act=act),
                 column_products(dy, x),
+                gather_rows(x, torch.arange(rows + 2, device="cuda") % rows),
             ]
         found[backend] = [*results, again, act]
     for got, wanted in zip(found["cuda"], found["reference"], strict=True):

@@ -10,6 +10,7 @@ from qlora_kit.ops.backend import ENVIRONMENT_VARIABLE, force_backend
 from qlora_kit.ops.column_products.op import column_products
 from qlora_kit.ops.cross_entropy.op import cross_entropy
 from qlora_kit.ops.gated_activation.op import gated_activation
+from qlora_kit.ops.gather_rows.op import gather_rows
 from qlora_kit.ops.low_rank_gradients.op import low_rank_gradients
 from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize
 from qlora_kit.ops.nf4_linear import cuda
@@ -188,6 +189,7 @@ def other_ops(device):
         "gated_activation": lambda: gated_activation(gate_up, "silu"),
         "column_products": lambda: column_products(x, dy),
         "cross_entropy": lambda: cross_entropy(x, targets),
+        "gather_rows": lambda: gather_rows(x, targets),
         "low_rank_gradients": lambda: torch.cat(low_rank_gradients(dy, b, xa)),
         "nf4_quantize": lambda: quantize_weight(x).packed,
         "nf4_scales": lambda: stretched_weight(weight, factors).absmax,

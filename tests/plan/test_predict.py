@@ -67,6 +67,17 @@ def test_policies_go_from_the_most_memory_to_the_least():
     assert times["save"] < times["recompute_mlp"] < times["recompute_all"]
 
 
+def test_embeddings_on_the_host_are_pinned_there():
+    """To the byte; the GPU reads them by itself, so that the step is recorded as it was."""
+    usual, away = (of_8b(seq=512, embeddings_on_host=on_host) for on_host in (False, True))
+    assert usual.recorded
+    assert away.recorded
+    assert away.host["embeddings"] == usual.components["embeddings"] == 128256 * 4096 * 2
+    assert "embeddings" not in usual.host
+    assert "embeddings" not in away.components
+    assert away.peak_bytes == usual.peak_bytes - away.host["embeddings"]
+
+
 def test_offloaded_layers_wait_on_the_host():
     kept = of_8b(batch=4, activations="offload")
     assert kept.host["checkpoints"] == 32 * 4 * 2048 * 4096 * 2

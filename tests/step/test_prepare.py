@@ -11,7 +11,7 @@ from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.block.compiled import why_not_compiled
 from qlora_kit.block.install import FusedBlocks, FusedLayer
 from qlora_kit.core.errors import ConfigError
-from qlora_kit.nn.host_embedding import keep_embeddings_on_host
+from qlora_kit.nn.host_embedding import HostEmbedding, keep_embeddings_on_host
 from qlora_kit.step.prepare import FusedCollator, fused_inputs, prepare_model
 from qlora_kit.train.data.collate import PackedCollator, PadCollator
 from qlora_kit.train.repeatable import CUBLAS, WORKSPACE
@@ -163,8 +163,8 @@ def test_training_on_long_rows_gives_the_same_adapter(tmp_path, packed):
     assert moved < 1e-3 * sum(a.norm() for a in usual.adapter)
 
 
-def test_the_tile_reaches_the_layers(tmp_path):
-    """As the configuration says it; embeddings on the host keep steps off CUDA graphs."""
+def test_the_tile_reaches_the_layers(tmp_path, monkeypatch):
+    """As the configuration says it; lookups that wait keep steps off CUDA graphs."""
     model = tiny_models.build("llama", tie_word_embeddings=False)
     attach(model, LoRA(rank=2))
     for tile, wanted in (("auto", 0), (None, None), (4096, 4096)):
@@ -173,7 +173,12 @@ def test_the_tile_reaches_the_layers(tmp_path):
         assert fused.never_waits
         fused.remove()
     keep_embeddings_on_host(model)
-    assert not prepare_model(model, arguments(tmp_path), "fused", "auto").never_waits
+    fused = prepare_model(model, arguments(tmp_path), "fused", "auto")
+    for waits in (True, False):
+        monkeypatch.setattr(HostEmbedding, "waits", lambda self, like, waits=waits: waits)
+        assert fused.never_waits == (not waits)
+    monkeypatch.undo()
+    assert not fused.never_waits  # on a CPU
 
 
 def test_checkpointing_becomes_a_policy(tmp_path):

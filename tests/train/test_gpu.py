@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from qlora_kit.adapters.inject import attach
 from qlora_kit.adapters.lora.config import LoRA
 from qlora_kit.core.errors import UserError
+from qlora_kit.nn.host_embedding import keep_embeddings_on_host
 from qlora_kit.train.config import DataConfig, ModelConfig, RunConfig
 from qlora_kit.train.data.collate import PadCollator
 from qlora_kit.train.limits import explain_memory_errors
@@ -73,18 +74,25 @@ class _NoWaiting(TrainerCallback):
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize("width", [None, 24])
-def test_no_update_waits_for_the_gpu(tmp_path: Path, accumulated: int, width: int | None) -> None:
-    """Batches, steps with and without a CUDA graph, clipping, AdamW, a log line each time."""
-    model = tiny_models.build("llama", dtype=torch.bfloat16).to("cuda")
+def test_no_update_waits_for_the_gpu(
+    tmp_path: Path, accumulated: int, width: int | None, on_host: bool
+) -> None:
+    """Batches, steps with and without a CUDA graph, clipping, AdamW, a log line each time; also
+    with embeddings in host memory."""
+    model = tiny_models.build("llama", dtype=torch.bfloat16, tie_word_embeddings=not on_host)
+    adapter = attach(model.to("cuda"), LoRA(rank=4), seed=3)
+    if on_host:
+        keep_embeddings_on_host(model)
     made = rows(40)
     if width is not None:  # one shape: recorded
         made = [{"input_ids": [*range(3, 3 + width)], "labels": [*range(3, 3 + width)]}] * 40
     settings = {"use_cpu": False, "max_steps": 9, "save_strategy": "no", "optim": "adamw_8bit"}
     trainer = Trainer(
         model,
-        attach(model, LoRA(rank=4), seed=3),
+        adapter,
         arguments(tmp_path, **settings, gradient_accumulation_steps=accumulated),
         train_dataset=made,
         data_collator=PadCollator(0, 8),
@@ -97,6 +105,35 @@ def test_no_update_waits_for_the_gpu(tmp_path: Path, accumulated: int, width: in
         torch.cuda.set_sync_debug_mode("default")
     found = [h["step"] for h in trainer.state.log_history if "loss" in h]
     assert found == [*range(1, 10)]
+    assert trainer.graphs is not None
+    assert trainer.graphs._recorded or width is None
+
+
+def test_embeddings_in_host_memory_train_the_same_adapter(tmp_path: Path) -> None:
+    """To the bit, most updates replayed: the rows of a recorded step are those of its batch."""
+    found = []
+    try:
+        for on_host in (False, True):
+            model = tiny_models.build("llama", dtype=torch.bfloat16, tie_word_embeddings=False)
+            adapter = attach(model.to("cuda"), LoRA(rank=4), seed=3)
+            if on_host:
+                keep_embeddings_on_host(model)
+            settings = {"use_cpu": False, "full_determinism": True, "save_strategy": "no"}
+            made = [[*range(start, start + 24)] for start in range(3, 43)]
+            trainer = Trainer(
+                model,
+                adapter,
+                arguments(tmp_path, **settings, max_steps=8),
+                train_dataset=[{"input_ids": row, "labels": row} for row in made],
+                data_collator=PadCollator(0, 8),
+            )
+            trainer.train()
+            assert trainer.graphs is not None
+            assert trainer.graphs._recorded
+            found.append(state(trainer))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 class _Work(TrainerCallback):

@@ -68,7 +68,7 @@ def test_a_run_becomes_a_setup():
     assert setup.adapter.freeze_a
     assert setup.quant == run.base_quant != run.quant
     assert setup.embeddings_on_host
-    assert not setup.graph
+    assert setup.graph
     assert setup_of(make(train=TrainConfig(step="compiled")), batch=1, seq=8).step == "eager"
     narrow = make(method="bottleneck", bottleneck=Bottleneck(width=3))
     assert setup_of(narrow, batch=1, seq=8).adapter == narrow.bottleneck
