@@ -84,11 +84,11 @@ def test_cases_are_run_in_the_order_that_was_asked_for(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(command, "measure", lambda _session, jobs, _arguments: seen.extend(jobs))
     monkeypatch.setattr(command, "finish", lambda *_: 0)
-    command.main(["--model", "tiny", "--cases", "lean", "small", "--impls", "qlora_kit"])
-    assert [job.points[0].cases[0] for job in seen] == ["lean", "small"]
+    command.main(["--model", "tiny", "--cases", "lean", "best", "--impls", "qlora_kit"])
+    assert [job.points[0].cases[0] for job in seen] == ["lean", "best"]
     seen.clear()
-    command.main(["--model", "tiny", "--cases", "small", "lean", "--impls", "qlora_kit"])
-    assert [job.points[0].cases[0] for job in seen] == ["small", "lean"]
+    command.main(["--model", "tiny", "--cases", "best", "lean", "--impls", "qlora_kit"])
+    assert [job.points[0].cases[0] for job in seen] == ["best", "lean"]
 
 
 @pytest.mark.parametrize(
