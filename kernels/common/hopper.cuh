@@ -65,7 +65,7 @@ __device__ __forceinline__ void fence_barrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Between what threads have read and written in shared memory and what the copy engine writes there.
+// Between what threads have read or written in shared memory and what the copy engine writes.
 __device__ __forceinline__ void fence_shared_copies() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

@@ -19,6 +19,8 @@ from qlora_kit.ops.attention import op as _attention  # noqa: F401  registers th
 from qlora_kit.ops.low_rank_gradients.cuda import FEWEST_VALUES, SHAPES, kernel_rank
 from qlora_kit.ops.nf4_dequantize import op as _nf4_dequantize  # noqa: F401
 from qlora_kit.ops.nf4_linear import op as _nf4_linear  # noqa: F401
+from qlora_kit.ops.nf4_linear.cuda import FUSED_ROWS
+from qlora_kit.ops.nf4_linear.hopper_tiling import H100, sums_bytes, tiling
 from qlora_kit.plan.gpus import Gpu
 from qlora_kit.plan.host import ASSUMED_US
 
@@ -273,7 +275,18 @@ def _linear_pass(
     product = _product(flops, decoded, rows.dtype, gpu, min(n, k)).seconds
     decode = (_bytes(packed) + decoded) / gpu.bandwidth
     copies = 2 * beside * size / gpu.bandwidth
-    return Cost("product", product + decode + copies + 3 * _LAUNCH_S, decoded + beside * size)
+    seconds = product + decode + copies + 3 * _LAUNCH_S
+    return Cost("product", seconds, max(decoded + beside * size, _shared_sums(rows, n, k, gpu)))
+
+
+def _shared_sums(rows: Tensor, n: int, k: int, gpu: Gpu) -> int:
+    """Bytes in which clusters add up tiles that they share, where the fused product serves."""
+    m, contraction = rows.shape
+    if gpu.capability != (9, 0) or not 0 < m <= FUSED_ROWS or rows.element_size() != 2:
+        return 0
+    columns = n + k - contraction
+    cut = tiling(m, columns, contraction, H100)
+    return sums_bytes(cut, cut.shape.tiles_of(m, columns))
 
 
 def _low_rank_gradients(inputs: Any, gpu: Gpu) -> Cost:

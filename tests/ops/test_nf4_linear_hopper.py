@@ -8,12 +8,10 @@ import pytest
 import torch
 
 from qlora_kit.ops.nf4_linear import cuda, hopper
-from qlora_kit.ops.nf4_linear.hopper_tiling import SHAPES, Cut, tiling
+from qlora_kit.ops.nf4_linear.hopper_tiling import H100, SHAPES, Cut, sums_bytes, tiling
 from qlora_kit.ops.nf4_linear.op import nf4_linear
 from tests.ops.helpers import SCALE, Options, float32_sums, make_case, poison, truth
 
-CHIP = (132, 66, 39, 30, 22, 17, 15, 15)
-"""Clusters of one block, two, ... that an H100 held."""
 LINEARS = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192), (1024, 4096), (264, 256)]
 
 CASES = [  # M, N, K, options: rounded edges of tiles, quads and ranks
@@ -34,22 +32,28 @@ def _sums():
 def test_a_cut_covers_the_product_and_fits():
     for n, k in LINEARS:
         for m in (1, 16, 33, 64, 128, 250, 256, 512, 1024, 1536):
-            shape, split, clusters = tiling(m, n, k, CHIP)
+            shape, split, clusters = tiling(m, n, k, H100)
             tiles, quads = shape.tiles_of(m, n), -(-k // 256)
             assert shape.tokens >= min(m, 32)
             assert 1 <= clusters <= tiles * quads
             if clusters == tiles:
-                assert split * shape.sharing <= len(CHIP)
+                assert split * shape.sharing <= len(H100)
             else:  # nobody waits for a cluster that has found no room
                 assert split == 1
-                assert clusters <= CHIP[shape.sharing - 1]
+                assert clusters <= H100[shape.sharing - 1]
 
 
 def test_stretches_where_rounds_would_leave_the_chip_idle():
-    shape, split, clusters = tiling(512, 28672, 8192, CHIP)  # 224 tiles: 3.4 rounds of 66 pairs
+    shape, split, clusters = tiling(512, 28672, 8192, H100)  # 224 tiles: 3.4 rounds of 66 pairs
     assert (shape.tokens, shape.columns, split, clusters) == (256, 128, 1, 66)
-    shape, split, clusters = tiling(512, 4096, 14336, CHIP)  # 32 tiles, each made by two pairs
+    shape, split, clusters = tiling(512, 4096, 14336, H100)  # 32 tiles, each made by two pairs
     assert (shape.tokens, split, clusters) == (256, 1, 64)
+
+
+def test_only_shared_tiles_take_memory():
+    cut = tiling(512, 28672, 8192, H100)
+    assert sums_bytes(cut, 224) == 2 * 66 * 2 * 256 * 128 * 4
+    assert sums_bytes(tiling(1, 28672, 8192, H100), 112) == 0
 
 
 def test_shapes_fit_a_processor():
@@ -68,7 +72,7 @@ def ways(m, columns, contraction):
         tiles = shape.tiles_of(m, columns)
         counts = {1, 2, 3, tiles - 1, tiles + 1, 3 * tiles - 1, tiles * quads}
         for count in sorted(counts):
-            if 0 < count <= min(tiles * quads, CHIP[shape.sharing - 1]):
+            if 0 < count <= min(tiles * quads, H100[shape.sharing - 1]):
                 yield Cut(shape, 1, count)
         yield Cut(shape, min(quads, 2), tiles)
 

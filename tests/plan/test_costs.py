@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from qlora_kit.ops.nf4_linear.hopper_tiling import H100, sums_bytes, tiling
 from qlora_kit.plan import costs
 from qlora_kit.plan.costs import cost_of
 from qlora_kit.plan.gpus import GPUS, Attention, find_gpu, recognise
@@ -98,3 +99,17 @@ def test_known_gpus_are_recognised():
     assert recognise("NVIDIA A100-SXM4-40GB", 40 << 30).name == "a100-40gb"
     assert recognise("NVIDIA H200", 140 << 30).memory_bytes == 140 << 30
     assert Attention(peak=2.0, half=100).rate(300) == 1.5
+
+
+@pytest.mark.parametrize(
+    ("gpu", "rows", "shared"), [("h100", 512, True), ("h100", 1600, False), ("l40s", 512, False)]
+)
+def test_tiles_that_clusters_share_take_memory(gpu, rows, shared):
+    """Of a narrow weight more than decoding it; on Hopper, where the fused product serves."""
+    cost = costs._linear_pass(
+        half(rows, 4096), half(1), 1024, 4096, 0, find_gpu(gpu), beside=0
+    ).workspace
+    cut = tiling(rows, 1024, 4096, H100)
+    sums = sums_bytes(cut, cut.shape.tiles_of(rows, 1024))
+    assert cost == (max(sums, 1024 * 4096 * 2) if shared else 1024 * 4096 * 2)
+    assert sums > 1024 * 4096 * 2 or not shared

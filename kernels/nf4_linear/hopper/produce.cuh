@@ -76,8 +76,8 @@ __device__ __forceinline__ void bring_tiles(const TensorMap& activations, const 
     }
 }
 
-// Warpgroup 0: one thread keeps the copy engine busy, all of them decode scales. `before` stages have
-// gone through the ring, and all of them are empty.
+// Warpgroup 0: one thread keeps the copy engine busy, all of them decode scales. `before` stages
+// have gone through the ring, and all of them are empty.
 template <bool TRANSPOSED, typename S>
 __device__ __forceinline__ void produce(const TensorMap& activations, const TensorMap& packed,
                                         const TensorMap& small, const Problem& p, const Work& w,

@@ -1,8 +1,8 @@
-// What each cluster of Hopper's fused product does: a stretch of all tiles' contraction. See fused.cuh.
+// A cluster's part of Hopper's fused product: a stretch of all tiles' contraction. See fused.cuh.
 //
 // Tiles lie one behind the other, each as long as its contraction; clusters take stretches of equal
 // length, so all of them end at about the same time whatever the number of tiles. A tile that a
-// stretch cuts is made by several clusters: each leaves its sums in memory and counts itself, and who
+// stretch cuts is made by several clusters: each leaves its sums in memory and counts itself; who
 // finds all others counted adds them up, in the order of the contraction. Nobody waits for anybody.
 #pragma once
 #include "common/counters.cuh"
@@ -59,8 +59,8 @@ struct Grid {
         quads = (depths + QUAD - 1) / QUAD;
         low_rank_steps = p.factor != nullptr ? (p.rank + DEPTH - 1) / DEPTH : 0;
     }
-    // Tiles in groups of eight along the tokens: neighbours in time share both operands. Ranks share
-    // a piece; who has the contraction's end also adds the low-rank product.
+    // Tiles in groups of eight along the tokens: neighbours in time share both operands. Ranks
+    // share a piece; who has the contraction's end also adds the low-rank product.
     __device__ __forceinline__ Work work(const Stretch& stretch) const {
         constexpr int WIDTH = S::COLUMNS * S::SHARING;
         const int tile = stretch.tile(), group = tile / (8 * rows);

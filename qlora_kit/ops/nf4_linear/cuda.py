@@ -43,8 +43,11 @@ STRATEGIES: dict[str, ModuleType] = {
 }
 """Each has `serves`, `multiply` and, where it has a transposed product, `multiply_transposed`."""
 
+FUSED_ROWS = 1536
+"""Most rows that `hopper` serves, in either direction."""
+
 ROWS: dict[tuple[str, str], tuple[tuple[int, str], ...]] = {
-    ("hopper", "multiply"): ((16, "gemv"), (1536, "hopper"), (2**30, "ahead")),
+    ("hopper", "multiply"): ((16, "gemv"), (FUSED_ROWS, "hopper"), (2**30, "ahead")),
     ("hopper", "multiply_transposed"): ((8, "gemv"), (768, "hopper"), (2**30, "ahead")),
     ("other", "multiply"): ((16, "small_m"), (256, "portable")),
     ("other", "multiply_transposed"): ((256, "portable"),),

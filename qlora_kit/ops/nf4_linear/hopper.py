@@ -14,7 +14,7 @@ from torch import Tensor
 from qlora_kit.ops.jit import architecture_of
 from qlora_kit.ops.launch import Kernels, tensor_map
 from qlora_kit.ops.nf4_linear import low_rank
-from qlora_kit.ops.nf4_linear.hopper_tiling import DEPTH, SHAPES, Cut, tiling
+from qlora_kit.ops.nf4_linear.hopper_tiling import DEPTH, SHAPES, Cut, sums_bytes, tiling
 from qlora_kit.quant.weight import NF4Weight
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -279,11 +279,12 @@ def set_to_zero(words: Tensor) -> None:
 def _cut(kind: str, x: Tensor, weight: NF4Weight) -> tuple[Cut, _Meeting | None]:
     columns = weight.shape[1] if kind else weight.shape[0]
     cut = tiling(x.shape[0], columns, x.shape[1], _clusters(x.device))
-    shape, _, clusters = cut
+    shape = cut.shape
     tiles = shape.tiles_of(x.shape[0], columns)
-    if tiles % clusters == 0:
+    size = sums_bytes(cut, tiles)
+    if not size:
         return cut, None
-    sums = x.new_empty(2 * clusters * shape.sharing * shape.sums, dtype=torch.float32)
+    sums = x.new_empty(size // 4, dtype=torch.float32)
     return cut, _Meeting(sums, x.new_empty(tiles * shape.sharing, dtype=torch.int32))
 
 

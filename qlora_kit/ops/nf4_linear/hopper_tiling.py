@@ -92,6 +92,10 @@ SHAPES = (
 )
 
 
+H100 = 132, 66, 39, 30, 22, 17, 15, 15
+"""Clusters of one block, two, ... that one held at once."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Costs:
     """What a cluster costs besides its steps, in steps of eight tokens."""
@@ -150,6 +154,24 @@ def _stretches(tiles: int, quads: int, most: int) -> set[int]:
     else:
         counts.add(-(-tiles // -(-tiles // most)))
     return {count for count in counts if count <= tiles * quads}
+
+
+def sums_bytes(cut: Cut, tiles: int) -> int:
+    """What clusters that share tiles leave in memory for one another.
+
+    Args:
+        cut: how a product is cut.
+        tiles: of its result.
+
+    Returns:
+        Bytes; 0 where no tile is shared.
+
+    Example:
+        >>> sums_bytes(Cut(SHAPES[-1], 1, 66), 224), sums_bytes(Cut(SHAPES[-1], 1, 64), 64)
+        (34603008, 0)
+    """
+    shape, _, clusters = cut
+    return 0 if tiles % clusters == 0 else 2 * clusters * shape.sharing * shape.sums * 4
 
 
 @lru_cache(maxsize=4096)
