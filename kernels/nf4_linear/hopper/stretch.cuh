@@ -40,7 +40,6 @@ template <typename S, bool TRANSPOSED>
 struct Grid {
     int columns, rows, token_tiles, tiles, depths, quads;
     u32 half, rank, ranks, blocks;
-    bool low_rank;
     int low_rank_steps;
 
     // Blocks of a cluster: pairs with neighbouring columns, if they share, for each split.
