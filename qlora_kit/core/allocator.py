@@ -5,7 +5,8 @@ fit into it, and the rest of it nobody: runs that were predicted to fit have run
 through such remainders. A segment that grows (`expandable_segments`) is one range of addresses
 per stream that pages are mapped into, so that what is freed serves tensors of any size
 (docs/decisions/0013). Torch reads its settings from the environment when CUDA starts, so this
-module imports nothing heavy and is asked first.
+module imports nothing heavy and is asked first. Some packages start CUDA when they are imported
+(torchao does); then torch is told directly.
 
 Settings of the user win: whoever sets `PYTORCH_ALLOC_CONF` or `PYTORCH_CUDA_ALLOC_CONF` gets
 that and nothing else. `expandable_segments:False` is thus the switch.
@@ -50,17 +51,24 @@ def growing_segments(environment: Mapping[str, str] = os.environ) -> dict[str, s
 def use_growing_segments() -> bool:
     """Make segments grow in this process and in those that it starts.
 
+    What CUDA was given before stays as it is: only later segments grow.
+
     Returns:
         Whether they will: False where the user chose otherwise, elsewhere than on Linux, and
-        where CUDA has started already, which this does not change.
+        where CUDA has started already and this torch cannot be told any more.
 
     Example:
         >>> use_growing_segments() in (True, False)
         True
     """
+    found = growing_segments()
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        os.environ.update(growing_segments())
+    if found and torch is not None and torch.cuda.is_initialized():
+        told = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+        if told is None:
+            return False
+        told(GROWING)
+    os.environ.update(found)
     return segments_grow()
 
 

@@ -63,12 +63,33 @@ def test_a_process_gets_them_once(clean: pytest.MonkeyPatch) -> None:
     assert use_growing_segments()
 
 
-def test_after_cuda_has_started_nothing_changes(clean: pytest.MonkeyPatch) -> None:
-    """Torch has read its settings by then, and says no different in the record."""
-    started = SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: True))
+@pytest.mark.parametrize("can_be_told", [True, False])
+def test_after_cuda_has_started(clean: pytest.MonkeyPatch, can_be_told: bool) -> None:
+    """Torch has read its settings by then and is told once; one that is not says so in records."""
+    told: list[str] = []
+    setters = {"_accelerator_setAllocatorSettings": told.append} if can_be_told else {}
+    started = SimpleNamespace(
+        cuda=SimpleNamespace(is_initialized=lambda: True), _C=SimpleNamespace(**setters)
+    )
     clean.setitem(sys.modules, "torch", started)
+    assert use_growing_segments() is can_be_told
+    assert told == [GROWING] * can_be_told
+    assert any(name in os.environ for name in NAMES) is can_be_told
+    use_growing_segments()
+    assert len(told) == can_be_told
+
+
+def test_after_cuda_has_started_users_have_their_own(clean: pytest.MonkeyPatch) -> None:
+    """Torch is told nothing where a variable is set."""
+    told: list[str] = []
+    started = SimpleNamespace(
+        cuda=SimpleNamespace(is_initialized=lambda: True),
+        _C=SimpleNamespace(_accelerator_setAllocatorSettings=told.append),
+    )
+    clean.setitem(sys.modules, "torch", started)
+    clean.setenv(OLD, "max_split_size_mb:64")
     assert not use_growing_segments()
-    assert not any(name in os.environ for name in NAMES)
+    assert not told
 
 
 @pytest.mark.skipif(torch.cuda.is_initialized(), reason="CUDA has started already")
@@ -152,10 +173,15 @@ print(torch.cuda.max_memory_reserved() >> 30)
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("grow", [True, False])
-def test_torch_takes_the_setting(grow: bool) -> None:
-    """Two tensors' memory serves one of twice the size, or it does not: 2 GiB or more."""
+@pytest.mark.parametrize("grow", ["first", "late", ""])
+def test_torch_takes_the_setting(grow: str) -> None:
+    """Two tensors' memory serves one of twice the size, or it does not: 2 GiB or more.
+
+    As it does where CUDA has started before.
+    """
     asked = "from qlora_kit.core.allocator import use_growing_segments as use; use()"
+    if grow == "late":
+        asked = f"torch.ones(1, device='cuda'); {asked}"
     environment = {k: v for k, v in os.environ.items() if k not in NAMES}
     done = subprocess.run(
         [sys.executable, "-c", FREED.format(ask=asked if grow else "")],
