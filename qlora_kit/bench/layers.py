@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from qlora_kit.bench.subject import Batch, NotPossible
 from qlora_kit.block.install import why_not_fused
 from qlora_kit.block.tiles import Tile
+from qlora_kit.nn.host_embedding import base_dtype
 from qlora_kit.step.head_input import TARGET_POSITIONS, target_positions
 from qlora_kit.step.prepare import prepare_model
 
@@ -123,7 +124,7 @@ def policy_context(
         fused = prepare_model(model, arguments, "fused", policy, tile)
         assert fused is not None
         if keep_decoded:
-            fused.keep_decoded(keep_decoded, model.dtype)
+            fused.keep_decoded(keep_decoded, base_dtype(model))
         try:
             yield "fused"
         finally:

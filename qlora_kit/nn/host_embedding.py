@@ -196,6 +196,29 @@ def lookup_waits(model: nn.Module) -> bool:
     return any(like is None or table.waits(like) for table in tables)
 
 
+def base_dtype(model: PreTrainedModel) -> torch.dtype:
+    """What a model was loaded in, wherever its embeddings are.
+
+    Transformers says the dtype of the first parameter. With embeddings in host memory, which are
+    none, that is an adapter's float32.
+
+    Args:
+        model: with or without an adapter.
+
+    Returns:
+        The dtype of its first parameter or of the table in host memory, which would be first.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> base_dtype(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16)))
+        torch.float32
+    """
+    for module in model.modules():
+        if isinstance(module, HostEmbedding):
+            return module.weight.dtype
+    return model.dtype
+
+
 def _why_not(model: PreTrainedModel, old: nn.Module) -> str | None:
     """A phrase for a message, or None."""
     known = isinstance(old, nn.Embedding) and old.max_norm is None

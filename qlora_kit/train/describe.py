@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qlora_kit.adapters.attached import AttachedAdapter
+from qlora_kit.nn.host_embedding import base_dtype
 from qlora_kit.train.record import Stages
 from qlora_kit.train.trainer import Trainer
 
@@ -73,7 +74,7 @@ def describe_model(model: PreTrainedModel, adapter: AttachedAdapter) -> dict[str
         "trainable": adapter.num_trainable,
         "adapted": len(adapter.module_names),
         "base_bytes": sum(p.numel() * p.element_size() for p in base),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(base_dtype(model)).removeprefix("torch."),
     }
 
 

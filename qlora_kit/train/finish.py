@@ -13,6 +13,7 @@ from qlora_kit.core.units import format_bytes
 from qlora_kit.export.deviation import Deviation, compare
 from qlora_kit.export.merge import merge
 from qlora_kit.load.model import load
+from qlora_kit.nn.host_embedding import base_dtype
 from qlora_kit.train.classify import compare_classifiers, name_saved_classes
 from qlora_kit.train.config import RunConfig
 from qlora_kit.train.data.collate import make_collator
@@ -97,7 +98,7 @@ def merge_and_check(
 
 def _lacking_memory(model: PreTrainedModel, nbytes: int, dtype: str) -> str | None:
     """Say so if the merged model does not fit beside the one in memory."""
-    needed = nbytes * model.dtype.itemsize // getattr(torch, dtype).itemsize
+    needed = nbytes * base_dtype(model).itemsize // getattr(torch, dtype).itemsize
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(model.device)[0]
@@ -116,7 +117,7 @@ def _check(
     merged, _ = load(
         space.merged,
         quant=None,
-        dtype=model.dtype,
+        dtype=base_dtype(model),
         device=model.device,
         task=config.model.task,
         attn=None if attention == "auto" else attention,

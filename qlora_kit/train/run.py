@@ -29,6 +29,7 @@ from qlora_kit.core.units import format_bytes
 from qlora_kit.export.originals import original_weights
 from qlora_kit.load.model import load
 from qlora_kit.load.tokenizer import load_tokenizer
+from qlora_kit.nn.host_embedding import base_dtype
 from qlora_kit.ops.autocast import autocast
 from qlora_kit.plan.read import read_config
 from qlora_kit.train.arguments import check_training, is_on_gpu, training_arguments, update_count
@@ -288,7 +289,8 @@ class _Run:
     ) -> None:
         config, report = self.config, sets["train"].report
         facts = describe_model(model, adapter)
-        bits = config.quant.bits_per_weight if config.model.bits == 4 else 8 * model.dtype.itemsize
+        stored, given = config.quant.bits_per_weight, 8 * base_dtype(model).itemsize
+        bits = stored if config.model.bits == 4 else given
         held_out = ", ".join(f"{name} {len(data):,}" for name, data in sets.items())
         base = f"{count(facts['parameters'])} parameters, {format_bytes(facts['base_bytes'])}"
         parts = count(facts["trainable"]), facts["adapted"]
@@ -324,7 +326,7 @@ class _Run:
             folder=self.space.checkpoints,
             rows=len(train),
             device=str(model.device),
-            half=model.dtype == torch.float16,
+            half=base_dtype(model) == torch.float16,
             metric=metric,
             autocast=self.computing,
         )

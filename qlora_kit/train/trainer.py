@@ -32,6 +32,7 @@ from qlora_kit.adapters.attached import AttachedAdapter
 from qlora_kit.block.tiles import Tile
 from qlora_kit.core.atomic import atomic_directory
 from qlora_kit.core.errors import AdapterError
+from qlora_kit.nn.host_embedding import base_dtype
 from qlora_kit.plan.gpus import recorded_here
 from qlora_kit.step.graph import StepGraphs
 from qlora_kit.step.loss import causal_lm_loss, count_targets
@@ -128,7 +129,7 @@ class Trainer(LoggingTrainer):
         causal = "SequenceClassification" not in type(model).__name__
         self.fused = prepare_model(model, args, step, activations, tile) if causal else None
         if self.fused is not None and keep_decoded:
-            self.fused.keep_decoded(keep_decoded, model.dtype)
+            self.fused.keep_decoded(keep_decoded, base_dtype(model))
         if self.fused is not None and data_collator is not None:
             data_collator = FusedCollator(data_collator)
         super().__init__(

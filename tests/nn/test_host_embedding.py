@@ -15,6 +15,7 @@ from qlora_kit.core.errors import ConfigError
 from qlora_kit.nn import host_embedding
 from qlora_kit.nn.host_embedding import (
     HostEmbedding,
+    base_dtype,
     keep_embeddings_on_host,
     lookup_waits,
 )
@@ -40,6 +41,17 @@ def test_the_models_logits_are_the_same_bits(family: str, dtype: torch.dtype) ->
     assert torch.equal(model(ids).logits, wanted)
     kept.weight[ids[0, 0]] += 1
     assert not torch.equal(model(ids).logits, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_dtype_is_the_bases(dtype: torch.dtype) -> None:
+    """An adapter's float32 comes first where the table is no parameter."""
+    model = build(dtype=dtype)
+    attach(model, LoRA(rank=2))
+    assert base_dtype(model) == model.dtype == dtype
+    keep_embeddings_on_host(model)
+    assert base_dtype(model) == dtype
+    assert model.dtype == torch.float32
 
 
 def test_rows_are_sent_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,6 +178,20 @@ def test_output_is_protected(base: Path, tmp_path: Path) -> None:
         )
 
 
+def test_embeddings_on_host_leave_the_dtype_of_the_base(tmp_path: Path) -> None:
+    """A float32 adapter comes first then: layers are decoded, merged and checked in bfloat16."""
+    folder = tiny_models.save("llama", tmp_path / "base", tie_word_embeddings=False)
+    tiny_models.tokenizer(folder)
+    model = ModelConfig(path=str(folder), device="cpu", dtype="bfloat16", embeddings_on_host=True)
+    train = TrainConfig(batch_size=4, max_steps=2, step="fused", keep_decoded=1)
+    changes = {"model": model, "train": train, "export": ExportConfig(merge=True)}
+    result = run_training(make_config(folder, tmp_path, **changes), console=quiet())
+    assert result.record["model"]["dtype"] == "bfloat16"
+    assert result.record["merge"]["deviation"]["kl"] < 1e-3
+    merged = AutoModelForCausalLM.from_pretrained(result.merged)
+    assert merged.dtype == torch.bfloat16
+
+
 def test_16_bit_base_fa_and_packing(base: Path, tmp_path: Path) -> None:
     """The one-flag variants, several held-out sets, early stopping and the best checkpoint."""
     data = DataConfig(
