@@ -107,6 +107,19 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
+// One lane of a warp that is together, in a way that the compiler knows for one.
+__device__ __forceinline__ bool elected() {
+    u32 is;
+    asm volatile(
+        "{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(is));
+    return is != 0;
+}
+
+// Which warp of a block a thread is part of, in a way that the compiler knows for uniform.
+__device__ __forceinline__ int warp_of_block() {
+    return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+}
+
 template <int REGISTERS>
 __device__ __forceinline__ void give_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
@@ -136,6 +149,13 @@ __device__ __forceinline__ u32 cluster_size() {
 
 __device__ __forceinline__ void sync_cluster() {
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// The same where blocks have not written for one another since they last met: `.release` waits for
+// everything on its way to the GPU's memory, results too.
+__device__ __forceinline__ void meet_cluster() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 

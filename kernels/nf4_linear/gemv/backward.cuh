@@ -236,7 +236,7 @@ struct Backward {
         meet<THREADS>();
         if (small.factor != nullptr && threadIdx.x == THREADS - 1) leave_small(small);
         write(block_first, groups, rank, ranks);
-        if (ranks > 1) meet_peers();  // nobody leaves while its sums are being read
+        if (ranks > 1) leave_peers();  // nobody leaves while its sums are being read
     }
 };
 

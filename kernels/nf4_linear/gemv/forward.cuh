@@ -228,7 +228,7 @@ struct Forward {
             first += count;
             count = next_count;
         }
-        if (ranks > 1) meet_peers();  // nobody leaves while its sums are being read
+        if (ranks > 1) leave_peers();  // nobody leaves while its sums are being read
     }
 };
 

@@ -140,6 +140,12 @@ __device__ __forceinline__ void meet_peers() {
     sync_cluster();
 #endif
 }
+// When they have only read since.
+__device__ __forceinline__ void leave_peers() {
+#if __CUDA_ARCH__ >= 900
+    meet_cluster();
+#endif
+}
 __device__ __forceinline__ float peer_value(const float* own, int rank) {
 #if __CUDA_ARCH__ >= 900
     return read_peer_one(shared_address(own), static_cast<u32>(rank));

@@ -41,7 +41,7 @@ struct Consumer {
           table(table),
           lane_offset(threadIdx.x % 32 * 8),
           consumer((threadIdx.x - 128) % 256),
-          part((threadIdx.x - 128) / 256),
+          part(PARTS == 1 ? 0 : (warp_of_block() - 4) / 8),
           lane(threadIdx.x % 32) {}
 
     template <int BUFFER, int WHICH>
@@ -221,7 +221,7 @@ __device__ __forceinline__ void fused(const TensorMap& activations, const Tensor
         fence_barrier_init();
     }
     if (S::SHARING > 1)
-        sync_cluster();  // a neighbour's copies count on these barriers
+        meet_cluster();  // a neighbour's copies count on these barriers
     else
         __syncthreads();
     if (threadIdx.x < 128) {
@@ -234,7 +234,7 @@ __device__ __forceinline__ void fused(const TensorMap& activations, const Tensor
             produce<Way::TRANSPOSED, S>(activations, packed, small, p, w, stages, full, empty, map,
                                         before);
             before += w.steps + w.low_rank_steps;
-            if (grid.ranks > 1) sync_cluster();
+            if (grid.ranks > 1) meet_cluster();  // who decode have sums for one another
             grid.sync_all();
         }
     } else {

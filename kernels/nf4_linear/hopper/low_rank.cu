@@ -97,7 +97,7 @@ __device__ __forceinline__ void low_rank_product(const u16* x, const u16* factor
         if (token + row < m && first + column < rank)
             *reinterpret_cast<u32*>(to) = T::pack(sum.x * scale, sum.y * scale);
     }
-    sync_cluster();  // nobody leaves while its sums are being read
+    meet_cluster();  // nobody leaves while its sums are being read
 }
 
 #define LOW_RANK(NAME, T, TRANSPOSED)                                                             \

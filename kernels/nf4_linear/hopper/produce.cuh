@@ -39,20 +39,27 @@ struct StoredScales {
         return __ldg(static_cast<const float*>(p.scales.absmax) + static_cast<u32>(n) * blocks +
                      column);
     }
-    // The scales of stage s: rows t and t + 128, or neighbouring blocks of row t / 2.
-    __device__ __forceinline__ void store(float* scales, const Problem& p, float mean,
-                                          const float* map, int first, int depth, int s) const {
+    // The scales of all four stages.
+    __device__ __forceinline__ void decode(float (&scales)[QUAD][TILES], const Problem& p,
+                                           float mean, const float* map, int first,
+                                           int depth) const {
+#pragma unroll
+        for (int s = 0; s < QUAD; ++s)
+#pragma unroll
+            for (int h = 0; h < TILES; ++h) {
+                const int i = TRANSPOSED ? s : h, byte = TRANSPOSED ? h : s;
+                const u32 code = (codes[i] >> (8 * byte)) & 255;
+                scales[s][h] = p.scales.nested != nullptr
+                                   ? __fadd_rn(__fmul_rn(map[code], group[i]), mean)
+                                   : plain(p, row(first, depth, i), block(first, depth) + byte);
+            }
+    }
+    // Those of a stage: of rows t and t + 128, or of neighbouring blocks of row t / 2.
+    static __device__ __forceinline__ void store(float* to, const float (&scales)[TILES]) {
         const int t = threadIdx.x;
 #pragma unroll
-        for (int h = 0; h < TILES; ++h) {
-            const int i = TRANSPOSED ? s : h, byte = TRANSPOSED ? h : s;
-            const u32 code = (codes[i] >> (8 * byte)) & 255;
-            const float scale =
-                p.scales.nested != nullptr
-                    ? __fadd_rn(__fmul_rn(map[code], group[i]), mean)
-                    : plain(p, row(first, depth, i), block(first, depth) + byte);
-            scales[TRANSPOSED ? (t % 2 * TILES + h) * DEPTH + t / 2 : t + 128 * h] = scale;
-        }
+        for (int h = 0; h < TILES; ++h)
+            to[TRANSPOSED ? (t % 2 * TILES + h) * DEPTH + t / 2 : t + 128 * h] = scales[h];
     }
 };
 
@@ -65,7 +72,7 @@ __device__ __forceinline__ void bring_tiles(const TensorMap& activations, const 
     full.arrive_expecting(S::TILE_BYTES + (main ? S::PACKED_BYTES : 0));
     if (main && TRANSPOSED) copy_box(stage.packed, packed, depth, w.first / 2, full);
     if (main && !TRANSPOSED) copy_box(stage.packed, packed, w.first, depth / 2, full);
-    if (step == w.steps) wait_for_previous_kernel();  // which made `small`
+    if (!main) wait_for_previous_kernel();  // which made `small`
     const TensorMap& from = main ? activations : small;
     const int column = main ? depth : (step - w.steps) * DEPTH;
     if (S::SHARING == 1) {
@@ -85,31 +92,34 @@ __device__ __forceinline__ void produce(const TensorMap& activations, const Tens
                                         const float* map, u32 before) {
     const int t = threadIdx.x, total = w.steps + w.low_rank_steps;
     const int at_once = min(S::STAGES, w.steps);
-    if (t == 0)
-        for (int step = 0; step < at_once; ++step) {
+    const int warp = warp_of_block();
+    if (elected())  // an order takes a third of a stage's time: the warps take turns
+#pragma unroll 1
+        for (int step = warp; step < at_once; step += QUAD) {
             const int slot = (before + step) % S::STAGES;
             bring_tiles<TRANSPOSED, S>(activations, packed, small, w, stages[slot], full[slot],
                                        step);
         }
-    StoredScales<TRANSPOSED, S::TILES> now, next;
+    StoredScales<TRANSPOSED, S::TILES> now;
     now.load(p, w.first, w.begin * DEPTH);
     const float mean = p.scales.mean();
     for (int base = 0; base < total; base += QUAD) {
         const int depth = (w.begin + base) * DEPTH;
-        if (base + QUAD < w.steps) next.load(p, w.first, depth + QUAD * DEPTH);
+        float scales[QUAD][S::TILES];
+        if (base < w.steps) now.decode(scales, p, mean, map, w.first, depth);
+        if (base + QUAD < w.steps) now.load(p, w.first, depth + QUAD * DEPTH);
 #pragma unroll
         for (int s = 0; s < QUAD; ++s) {
             const int step = base + s;
             if (step >= total) break;
             const u32 at = before + step, slot = at % S::STAGES;
             empty[slot].wait((at / S::STAGES & 1) ^ 1);
-            if (t == 0 && step >= at_once)
+            if (warp == s && step >= at_once && elected())
                 bring_tiles<TRANSPOSED, S>(activations, packed, small, w, stages[slot], full[slot],
                                            step);
-            now.store(stages[slot].scales, p, mean, map, w.first, depth, s);
+            if (step < w.steps) now.store(stages[slot].scales, scales[s]);
             __syncwarp();
             if (t % 32 < ARRIVING_LANES) full[slot].arrive();
         }
-        now = next;
     }
 }

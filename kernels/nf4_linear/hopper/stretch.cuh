@@ -75,7 +75,7 @@ struct Grid {
     // Of this block and of its cluster; from two places of the code, so by a number.
     __device__ __forceinline__ void sync_all() const {
         sync_threads<3, 128 + S::THREADS>();
-        if (blocks > 1) sync_cluster();
+        if (blocks > 1) meet_cluster();
     }
 };
 

@@ -208,7 +208,7 @@ struct Block {
             }
             write(i / RANK, i % RANK, sum);
         }
-        sync_cluster();  // nobody leaves while its sums are being read
+        meet_cluster();  // nobody leaves while its sums are being read
 #endif
     }
 

@@ -61,7 +61,7 @@ struct Producer {
     __device__ __forceinline__ void bring(const TensorMap& a, const TensorMap& b, int token, int at,
                                           int column) {
         empty[ring.slot].wait(ring.phase ^ 1);
-        if (lane == 0) {
+        if (elected()) {
             Stage<S>& stage = stages[ring.slot];
             Barrier& barrier = full[ring.slot];
             barrier.arrive_expecting(S::LEFT_BYTES + S::RIGHT_BYTES);
@@ -239,7 +239,7 @@ __device__ __forceinline__ void ahead(const TensorMap& left, const TensorMap& ri
         }
         fence_barrier_init();
     }
-    sync_cluster();  // a neighbour's copies count on these barriers
+    meet_cluster();  // a neighbour's copies count on these barriers
     if (warp <= DECODERS) {
         if (warp == 0) {
             Producer<S>{p, grid, left, right, small, factor, stages, full, empty, lane, half}.run(
@@ -257,7 +257,7 @@ __device__ __forceinline__ void ahead(const TensorMap& left, const TensorMap& ri
         consumer.run(first, step);
     }
     __syncwarp();    // lanes that went ways of their own
-    sync_cluster();  // nobody leaves while its memory or barriers are in use
+    meet_cluster();  // nobody leaves while its memory or barriers are in use
 }
 
 #define AHEAD(NAME, T, ...)                                                                     \
