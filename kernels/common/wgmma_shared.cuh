@@ -1,6 +1,6 @@
-// wgmma with both operands in shared memory, 64 x N of the result. See common/hopper.cuh.
+// wgmma with both operands in shared memory, 64 x N of the result. See common/wgmma.cuh.
 #pragma once
-#include "common/hopper.cuh"
+#include "common/wgmma.cuh"
 
 // Describes a tile of [contraction][64 columns] 16-bit values, permuted over 128 bytes, of which
 // several lie behind one another, `distance` bytes apart: wgmma's transposed right operand.

@@ -1,6 +1,7 @@
 // The low-rank factor's own product: small = scale * activations F, begun early so that the fused
 // product that follows can start beside it.
-// Shapes    activations (M,C) | factor (r,C), or transposed (C,r) | small (M,r) | words that are set
+// Shapes    activations (M,C) | factor (r,C), or transposed (C,r) | small (M,r) | words that are
+// set
 //           to zero, counters of the kernel that follows
 // Requires  sm_90a, C % 8 == 0, 16-byte alignment; checked in qlora_kit/ops/nf4_linear/hopper.py
 // Tile      32 tokens x 16 ranks per cluster, whose warps share the contraction, 32 a step each. A
@@ -15,6 +16,7 @@
 constexpr int TOKENS = 32;
 constexpr int RANKS = 16;
 constexpr int WARPS = 8;
+constexpr u32 MOST_BLOCKS = 8;  // of a cluster
 
 // A thread's eight neighbours of the contraction, from row r of F's transpose.
 template <bool TRANSPOSED>
@@ -22,8 +24,8 @@ __device__ __forceinline__ uint4 read_factor(const u16* factor, int contraction,
                                              int k) {
     if (r >= rank) return {0, 0, 0, 0};
     if (!TRANSPOSED)
-        return __ldg(reinterpret_cast<const uint4*>(factor + static_cast<long long>(r) *
-                                                                 contraction + k));
+        return __ldg(
+            reinterpret_cast<const uint4*>(factor + static_cast<long long>(r) * contraction + k));
     const u16* from = factor + static_cast<long long>(k) * rank + r;
     u32 v[8];
 #pragma unroll
@@ -52,8 +54,9 @@ __device__ __forceinline__ void low_rank_product(const u16* x, const u16* factor
 #pragma unroll
         for (int i = 0; i < TOKENS / 8; ++i) {
             const long long row = token + g + 8 * i;
-            a[i] = inside && row < m ? __ldg(reinterpret_cast<const uint4*>(x + row * contraction + k))
-                           : uint4{0, 0, 0, 0};
+            a[i] = inside && row < m
+                       ? __ldg(reinterpret_cast<const uint4*>(x + row * contraction + k))
+                       : uint4{0, 0, 0, 0};
         }
 #pragma unroll
         for (int h = 0; h < 2; ++h)
@@ -89,10 +92,13 @@ __device__ __forceinline__ void low_rank_product(const u16* x, const u16* factor
     own[1] = sum.y;
     sync_cluster();
     if (block == 0) {
-        for (u32 r = 1; r < blocks; ++r) {
-            sum.x += read_peer_one(shared_address(own), r);
-            sum.y += read_peer_one(shared_address(own + 1), r);
-        }
+        float2 peer[MOST_BLOCKS];
+#pragma unroll
+        for (u32 r = 1; r < MOST_BLOCKS; ++r)  // all are on their way before one is added
+            if (r < blocks) peer[r] = read_peer_pair(shared_address(own), r);
+#pragma unroll
+        for (u32 r = 1; r < MOST_BLOCKS; ++r)
+            if (r < blocks) sum = {sum.x + peer[r].x, sum.y + peer[r].y};
         u16* to = small + static_cast<long long>(token + row) * rank + first + column;
         if (token + row < m && first + column < rank)
             *reinterpret_cast<u32*>(to) = T::pack(sum.x * scale, sum.y * scale);
@@ -100,13 +106,13 @@ __device__ __forceinline__ void low_rank_product(const u16* x, const u16* factor
     meet_cluster();  // nobody leaves while its sums are being read
 }
 
-#define LOW_RANK(NAME, T, TRANSPOSED)                                                             \
+#define LOW_RANK(NAME, T, TRANSPOSED)                                                       \
     extern "C" __global__ void __launch_bounds__(32 * WARPS)                                \
-        NAME(const u16* x, const u16* factor, u16* small, u32* zeros, long long words,            \
-             long long m, long long contraction, long long rank, float scale) {                   \
-        low_rank_product<T, TRANSPOSED>(x, factor, small, zeros, static_cast<int>(words),         \
-                                        static_cast<int>(m), static_cast<int>(contraction),       \
-                                        static_cast<int>(rank), scale);                           \
+        NAME(const u16* x, const u16* factor, u16* small, u32* zeros, long long words,      \
+             long long m, long long contraction, long long rank, float scale) {             \
+        low_rank_product<T, TRANSPOSED>(x, factor, small, zeros, static_cast<int>(words),   \
+                                        static_cast<int>(m), static_cast<int>(contraction), \
+                                        static_cast<int>(rank), scale);                     \
     }
 
 // Counters alone; the kernel that follows begins at once and waits before it counts.

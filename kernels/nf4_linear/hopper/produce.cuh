@@ -65,8 +65,8 @@ struct StoredScales {
 
 template <bool TRANSPOSED, typename S>
 __device__ __forceinline__ void bring_tiles(const TensorMap& activations, const TensorMap& packed,
-                                            const TensorMap& small, const Work& w,
-                                            Stage<S>& stage, Barrier& full, int step) {
+                                            const TensorMap& small, const Work& w, Stage<S>& stage,
+                                            Barrier& full, int step) {
     const int depth = (w.begin + step) * DEPTH;
     const bool main = step < w.steps;
     full.arrive_expecting(S::TILE_BYTES + (main ? S::PACKED_BYTES : 0));
@@ -83,8 +83,10 @@ __device__ __forceinline__ void bring_tiles(const TensorMap& activations, const 
     }
 }
 
-// Warpgroup 0: one thread keeps the copy engine busy, all of them decode scales. `before` stages
-// have gone through the ring, and all of them are empty.
+// Warpgroup 0: its warps take turns at keeping the copy engine busy, all threads decode scales, of
+// four stages at once. `before` stages have gone through the ring, and all of them are empty. Who
+// orders is told in a way from which the compiler knows addresses for uniform: otherwise an order
+// costs 400 cycles, and one thread that gave them all was what the block waited for.
 template <bool TRANSPOSED, typename S>
 __device__ __forceinline__ void produce(const TensorMap& activations, const TensorMap& packed,
                                         const TensorMap& small, const Problem& p, const Work& w,
@@ -93,21 +95,21 @@ __device__ __forceinline__ void produce(const TensorMap& activations, const Tens
     const int t = threadIdx.x, total = w.steps + w.low_rank_steps;
     const int at_once = min(S::STAGES, w.steps);
     const int warp = warp_of_block();
-    if (elected())  // an order takes a third of a stage's time: the warps take turns
+    if (elected())
 #pragma unroll 1
         for (int step = warp; step < at_once; step += QUAD) {
             const int slot = (before + step) % S::STAGES;
             bring_tiles<TRANSPOSED, S>(activations, packed, small, w, stages[slot], full[slot],
                                        step);
         }
-    StoredScales<TRANSPOSED, S::TILES> now;
-    now.load(p, w.first, w.begin * DEPTH);
+    StoredScales<TRANSPOSED, S::TILES> stored;
+    stored.load(p, w.first, w.begin * DEPTH);
     const float mean = p.scales.mean();
     for (int base = 0; base < total; base += QUAD) {
         const int depth = (w.begin + base) * DEPTH;
         float scales[QUAD][S::TILES];
-        if (base < w.steps) now.decode(scales, p, mean, map, w.first, depth);
-        if (base + QUAD < w.steps) now.load(p, w.first, depth + QUAD * DEPTH);
+        if (base < w.steps) stored.decode(scales, p, mean, map, w.first, depth);
+        if (base + QUAD < w.steps) stored.load(p, w.first, depth + QUAD * DEPTH);
 #pragma unroll
         for (int s = 0; s < QUAD; ++s) {
             const int step = base + s;
@@ -117,7 +119,7 @@ __device__ __forceinline__ void produce(const TensorMap& activations, const Tens
             if (warp == s && step >= at_once && elected())
                 bring_tiles<TRANSPOSED, S>(activations, packed, small, w, stages[slot], full[slot],
                                            step);
-            if (step < w.steps) now.store(stages[slot].scales, scales[s]);
+            if (step < w.steps) stored.store(stages[slot].scales, scales[s]);
             __syncwarp();
             if (t % 32 < ARRIVING_LANES) full[slot].arrive();
         }

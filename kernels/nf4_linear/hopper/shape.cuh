@@ -3,6 +3,7 @@
 #include "common/convert.cuh"
 #include "common/hopper.cuh"
 #include "common/nf4.cuh"
+#include "common/wgmma.cuh"
 
 constexpr int DEPTH = 64;  // of the contraction, per stage: one block of scales
 constexpr int QUAD = 4;    // stages whose scales are read at once: four bytes of a row
