@@ -41,7 +41,8 @@ __device__ __forceinline__ void low_rank_product(const u16* x, const u16* factor
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
     const u32 block = cluster_rank(), blocks = cluster_size();
     const int token = blockIdx.x / blocks * TOKENS, first = blockIdx.y * RANKS;
-    launch_next_kernel();
+    wait_for_previous_kernel();
+    launch_next_kernel();  // which may rely on all that came before this one
     if (blockIdx.x + blockIdx.y == 0)
         for (int i = threadIdx.x; i < words; i += 32 * WARPS) zeros[i] = 0;
     float c[TOKENS / 16][2][4] = {};
@@ -117,6 +118,7 @@ __device__ __forceinline__ void low_rank_product(const u16* x, const u16* factor
 
 // Counters alone; the kernel that follows begins at once and waits before it counts.
 extern "C" __global__ void __launch_bounds__(32 * WARPS) nf4_zeros(u32* zeros, long long words) {
+    wait_for_previous_kernel();
     launch_next_kernel();
     for (int i = threadIdx.x; i < words; i += 32 * WARPS) zeros[i] = 0;
 }

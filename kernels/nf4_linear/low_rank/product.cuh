@@ -214,6 +214,9 @@ struct Block {
 
     __device__ __forceinline__ void run() {
         const int member = blockIdx.x % of.team;
+#if __CUDA_ARCH__ >= 900
+        wait_for_previous_kernel();
+#endif
         token = blockIdx.x / of.team * TOKENS;
         const int stages = (of.k + COLUMNS - 1) / COLUMNS;
         begin = stages * member / of.team * COLUMNS;

@@ -147,8 +147,8 @@ def _multiply_low_rank(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The factor that meets x comes first."""
-    # The small product's kernel is launched without overlap: all before it, the zeros and whatever
-    # used this memory, has ended when the next one begins. Of cuBLAS's kernels that is not known.
+    # The small product's kernel lets the next one begin only when all before itself, the zeros and
+    # whatever used this memory, has ended. Of cuBLAS's kernels that is not known.
     space = _workspace(x, weight, bool(kind))
     small = hopper.small_product(kind, x, first, first.shape[1 if kind else 0], scale)
     overlap = hopper.makes_small_product(kind, x, first)

@@ -231,6 +231,7 @@ def product_of_few_rows(
         (x, factor, small, zeros, words, m, contraction, rank, scale),
         device=x.device,
         cluster=max(1, min(8, 256 // tiles)),
+        overlap=True,
     )
 
 
@@ -273,7 +274,7 @@ def set_to_zero(words: Tensor) -> None:
         words: int32, written.
     """
     arguments = words, words.numel()
-    _LOW_RANK.launch("nf4_zeros", 1, 256, arguments, device=words.device)
+    _LOW_RANK.launch("nf4_zeros", 1, 256, arguments, device=words.device, overlap=True)
 
 
 def _cut(kind: str, x: Tensor, weight: NF4Weight) -> tuple[Cut, _Meeting | None]:

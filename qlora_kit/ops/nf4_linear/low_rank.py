@@ -312,6 +312,7 @@ def run(
         device=x.device,
         shared=shape.shared_bytes(rank, turned),
         cluster=team if clustered else 1,
+        overlap=able,
     )
     if sums is not None:
         kernels.launch(
