@@ -79,7 +79,7 @@ class Cut(NamedTuple):
 
 
 # Steps are fitted, with the constants below, to 948 times of 110 products on one H100; what they
-# chose was 0.7% slower on average than the best that was measured. Blocks begin and end faster since.
+# chose was 0.7% slower on average than the best that was measured. Blocks begin faster since.
 SHAPES = (
     Shape(8, 12, 4, 2, 1.0),
     Shape(16, 12, 4, 2, 0.83),
