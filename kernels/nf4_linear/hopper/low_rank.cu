@@ -1,8 +1,9 @@
 // The low-rank factor's own product: small = scale * activations F, begun early so that the fused
 // product that follows can start beside it.
-// Shapes    activations (M,C) | factor (r,C), or transposed (C,r) | small (M,r) | words that are
-// set
+// Shapes    activations (M,C) | factor (r,C), or transposed (C,r) | small (M,r) | words that are set
 //           to zero, counters of the kernel that follows
+// Begins    while the kernel before it ends, for which it waits; so nothing is read through the path
+//           for what stays the same as long as a kernel runs (ld.global.nc)
 // Requires  sm_90a, C % 8 == 0, 16-byte alignment; checked in qlora_kit/ops/nf4_linear/hopper.py
 // Tile      32 tokens x 16 ranks per cluster, whose warps share the contraction, 32 a step each. A
 //           thread takes 8 neighbours of a row on both sides: the same permutation of the sum's
@@ -24,12 +25,11 @@ __device__ __forceinline__ uint4 read_factor(const u16* factor, int contraction,
                                              int k) {
     if (r >= rank) return {0, 0, 0, 0};
     if (!TRANSPOSED)
-        return __ldg(
-            reinterpret_cast<const uint4*>(factor + static_cast<long long>(r) * contraction + k));
+        return *reinterpret_cast<const uint4*>(factor + static_cast<long long>(r) * contraction + k);
     const u16* from = factor + static_cast<long long>(k) * rank + r;
     u32 v[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = __ldg(from + static_cast<long long>(i) * rank);
+    for (int i = 0; i < 8; ++i) v[i] = from[static_cast<long long>(i) * rank];
     return {v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16};
 }
 
@@ -56,7 +56,7 @@ __device__ __forceinline__ void low_rank_product(const u16* x, const u16* factor
         for (int i = 0; i < TOKENS / 8; ++i) {
             const long long row = token + g + 8 * i;
             a[i] = inside && row < m
-                       ? __ldg(reinterpret_cast<const uint4*>(x + row * contraction + k))
+                       ? *reinterpret_cast<const uint4*>(x + row * contraction + k)
                        : uint4{0, 0, 0, 0};
         }
 #pragma unroll
