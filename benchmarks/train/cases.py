@@ -130,7 +130,6 @@ CASES: tuple[Case, ...] = (
             Ours("recompute_elementwise", keep_decoded=8),
             Ours("recompute_elementwise", keep_decoded=9),
             Ours("recompute_elementwise", keep_decoded=10, embeddings_on_host=True),
-            Ours("recompute_elementwise", keep_decoded=11, embeddings_on_host=True),
         ),
         peers=_SAVING + _CHECKPOINTING,
         target=Target(tokens_per_s=16_000, over_unsloth=3.0, peak_gib=16.0),

@@ -16,36 +16,24 @@ __device__ __forceinline__ u64 transposed_tile_descriptor(const void* tile, u32 
 template <typename T, int N, bool TRANSPOSED>
 struct WgmmaShared;
 
-#define QK_WGMMA_SHARED_128(TYPE, TURNED)                                                         \
-    asm volatile(                                                                                 \
-        "{ .reg .pred add; setp.eq.u32 add, %66, 0; "                                             \
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " "                          \
-        QK_REGISTERS_64                                                                           \
-        ", %64, %65, add, 1, 1, 0, " TURNED "; }"                                                 \
-        : QK_SUMS_64(d)                                                                           \
-        : "l"(a), "l"(b), "r"(fresh))
-
-#define QK_WGMMA_SHARED_256(TYPE, TURNED)                                                         \
-    asm volatile(                                                                                 \
-        "{ .reg .pred add; setp.eq.u32 add, %130, 0; "                                            \
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " "                          \
-        QK_REGISTERS_128                                                                          \
-        ", %128, %129, add, 1, 1, 0, " TURNED "; }"                                               \
-        : QK_SUMS_128(d)                                                                          \
-        : "l"(a), "l"(b), "r"(fresh))
-
-#define QK_WGMMA_SHARED(T, TYPE, N, TRANSPOSED, TURNED)                                            \
+// A, B and FRESH are the operands behind the SUMS of a thread.
+#define QK_WGMMA_SHARED_OF(T, TYPE, N, SUMS, A, B, FRESH, TRANSPOSED, TURNED)                     \
     template <>                                                                                   \
     struct WgmmaShared<T, N, TRANSPOSED> {                                                        \
-        static __device__ __forceinline__ void run(float (&d)[N / 2], u64 a, u64 b, u32 fresh) {  \
-            QK_WGMMA_SHARED_##N(TYPE, TURNED);                                                    \
+        static __device__ __forceinline__ void run(float (&d)[SUMS], u64 a, u64 b, u32 fresh) {   \
+            asm volatile(                                                                         \
+                "{ .reg .pred add; setp.eq.u32 add, " FRESH ", 0; "                               \
+                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                   \
+                " {" QK_REGISTERS_##SUMS "}, " A ", " B ", add, 1, 1, 0, " TURNED "; }"           \
+                : QK_SUMS_##SUMS(d, 0)                                                            \
+                : "l"(a), "l"(b), "r"(fresh));                                                    \
         }                                                                                         \
     };
-QK_WGMMA_SHARED(BFloat16, "bf16", 128, false, "0")
-QK_WGMMA_SHARED(BFloat16, "bf16", 128, true, "1")
-QK_WGMMA_SHARED(BFloat16, "bf16", 256, false, "0")
-QK_WGMMA_SHARED(BFloat16, "bf16", 256, true, "1")
-QK_WGMMA_SHARED(Float16, "f16", 128, false, "0")
-QK_WGMMA_SHARED(Float16, "f16", 128, true, "1")
-QK_WGMMA_SHARED(Float16, "f16", 256, false, "0")
-QK_WGMMA_SHARED(Float16, "f16", 256, true, "1")
+#define QK_WGMMA_SHARED(N, SUMS, A, B, FRESH)                                         \
+    QK_WGMMA_SHARED_OF(BFloat16, "bf16", N, SUMS, A, B, FRESH, false, "0")            \
+    QK_WGMMA_SHARED_OF(BFloat16, "bf16", N, SUMS, A, B, FRESH, true, "1")             \
+    QK_WGMMA_SHARED_OF(Float16, "f16", N, SUMS, A, B, FRESH, false, "0")              \
+    QK_WGMMA_SHARED_OF(Float16, "f16", N, SUMS, A, B, FRESH, true, "1")
+
+QK_WGMMA_SHARED(128, 64, "%64", "%65", "%66")
+QK_WGMMA_SHARED(256, 128, "%128", "%129", "%130")

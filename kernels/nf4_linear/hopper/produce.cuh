@@ -94,6 +94,7 @@ __device__ __forceinline__ void produce(const TensorMap& activations, const Tens
                                         const float* map, u32 before) {
     const int t = threadIdx.x, total = w.steps + w.low_rank_steps;
     const int at_once = min(S::STAGES, w.steps);
+    static_assert(QUAD == 4, "a stage of four for each warp");
     const int warp = warp_of_block();
     if (elected())
 #pragma unroll 1
