@@ -70,6 +70,11 @@ __device__ __forceinline__ void fence_shared_copies() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// Between what threads have read or written in the GPU's memory and what the copy engine reads there.
+__device__ __forceinline__ void fence_global_copies() {
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 // Copies the box at (row, column) of a matrix to shared memory; `full` counts its bytes.
 __device__ __forceinline__ void copy_box(void* to, const TensorMap& from, int row, int column,
                                          Barrier& full) {
@@ -144,6 +149,25 @@ __device__ __forceinline__ u32 cluster_size() {
     u32 size;
     asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
     return size;
+}
+
+// A value of which the compiler does not know that it has seen it before.
+__device__ __forceinline__ int anew(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
+// Which cluster of the grid, of how many: read again wherever asked for, instead of kept.
+__device__ __forceinline__ u32 own_cluster() {
+    u32 which;
+    asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(which));
+    return which;
+}
+
+__device__ __forceinline__ u32 cluster_count() {
+    u32 count;
+    asm volatile("mov.u32 %0, %%nclusterid.x;" : "=r"(count));
+    return count;
 }
 
 __device__ __forceinline__ void sync_cluster() {

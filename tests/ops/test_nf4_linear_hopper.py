@@ -32,28 +32,30 @@ def _sums():
 def test_a_cut_covers_the_product_and_fits():
     for n, k in LINEARS:
         for m in (1, 16, 33, 64, 128, 250, 256, 512, 1024, 1536):
-            shape, split, clusters = tiling(m, n, k, H100)
-            tiles, quads = shape.tiles_of(m, n), -(-k // 256)
-            assert shape.tokens >= min(m, 32)
-            assert 1 <= clusters <= tiles * quads
-            if clusters == tiles:
-                assert split * shape.sharing <= len(H100)
-            else:  # nobody waits for a cluster that has found no room
-                assert split == 1
-                assert clusters <= H100[shape.sharing - 1]
+            for rank in (0, 16, 64):
+                (shape, split, clusters), makers = tiling(m, n, k, H100, rank)
+                tiles, quads = shape.tiles_of(m, n), -(-k // 256)
+                assert shape.tokens >= min(m, 32)
+                assert 1 <= clusters <= tiles * quads
+                assert rank or not makers
+                if clusters == tiles:
+                    assert split * shape.sharing <= len(H100)
+                else:  # all run at once
+                    assert split == 1
+                    assert clusters + makers <= H100[shape.sharing - 1]
 
 
 def test_stretches_where_rounds_would_leave_the_chip_idle():
-    shape, split, clusters = tiling(512, 28672, 8192, H100)  # 224 tiles: 3.4 rounds of 66 pairs
+    (shape, split, clusters), _ = tiling(512, 28672, 8192, H100)  # 224 tiles: 3.4 rounds of 66 pairs
     assert (shape.tokens, shape.columns, split, clusters) == (256, 128, 1, 66)
-    shape, split, clusters = tiling(512, 4096, 14336, H100)  # 32 tiles, each made by two pairs
+    (shape, split, clusters), _ = tiling(512, 4096, 14336, H100)  # 32 tiles, each made by two pairs
     assert (shape.tokens, split, clusters) == (256, 1, 64)
 
 
 def test_only_shared_tiles_take_memory():
-    cut = tiling(512, 28672, 8192, H100)
+    cut, _ = tiling(512, 28672, 8192, H100)
     assert sums_bytes(cut, 224) == 2 * 66 * 2 * 256 * 128 * 4
-    assert sums_bytes(tiling(1, 28672, 8192, H100), 112) == 0
+    assert sums_bytes(cut._replace(clusters=56), 224) == 0
 
 
 def test_shapes_fit_a_processor():
@@ -87,8 +89,8 @@ def test_every_cut_against_float64(monkeypatch, m, n, k, options):
     for i in range(max(map(len, cuts.values()))):
         chosen = {forward: some[i % len(some)] for forward, some in cuts.items()}
 
-        def cut(rows, columns, contraction, clusters, chosen=chosen):
-            return chosen[(columns, contraction) == (n, k)]
+        def cut(rows, columns, contraction, clusters, rank, chosen=chosen, i=i):
+            return chosen[(columns, contraction) == (n, k)], 1 + i % 3 if rank else 0
 
         monkeypatch.setattr(hopper, "tiling", cut)
         found = []
@@ -122,29 +124,35 @@ def test_sums_of_clusters_are_waited_for(monkeypatch):
     """A count that says too early that all are there makes the result another one."""
     case = make_case(256, 2048, 4096, Options(rank=16, bias=False), "cuda")
     shape = next(shape for shape in SHAPES if (shape.tokens, shape.columns) == (256, 128))
-    monkeypatch.setattr(hopper, "tiling", lambda *_: Cut(shape, 1, 20))
+    monkeypatch.setattr(hopper, "tiling", lambda *_: (Cut(shape, 1, 20), 0))
     x, weight = case.x.detach(), case.weight
     right = hopper.multiply(x, weight, None, None, None)
     dense = x.double() @ weight.dequantize(case.options.dtype).double().T
     assert (right - dense).norm() < 0.005 * dense.norm()
-    cuts = hopper._cut
+    planned, count, words = hopper._plan, 0, None
 
-    def too_early(*arguments):
-        cut, meeting = cuts(*arguments)
-        meeting.sums.fill_(float("nan"))
-        return cut, meeting
+    def with_count(*arguments):
+        nonlocal words
+        plan = planned(*arguments)
+        words = plan.meeting.arrived
+        assert not words.any()
+        words.fill_(count)
+        plan.meeting.sums.fill_(float("nan"))
+        return plan
 
-    monkeypatch.setattr(hopper, "_cut", too_early)
+    monkeypatch.setattr(hopper, "_plan", with_count)
     assert torch.equal(hopper.multiply(x, weight, None, None, None), right)
-    monkeypatch.setattr(hopper, "set_to_zero", lambda words: words.fill_(2))
+    assert not words.any()
+    count = 2
     assert not torch.equal(hopper.multiply(x, weight, None, None, None), right)
+    words.zero_()
 
 
 @pytest.mark.gpu
 def test_cut_tiles_on_two_streams_and_in_a_graph(monkeypatch):
     """Each launch has counters and sums of its own, zero again in every replay."""
     shape = next(shape for shape in SHAPES if (shape.tokens, shape.columns) == (128, 128))
-    monkeypatch.setattr(hopper, "tiling", lambda *_: Cut(shape, 1, 61))
+    monkeypatch.setattr(hopper, "tiling", lambda *_: (Cut(shape, 1, 61), 2))
     cases = [make_case(250 + i, 4096, 2048, Options(rank=16, bias=False), "cuda") for i in (0, 1)]
     streams = [torch.cuda.Stream() for _ in cases]
 

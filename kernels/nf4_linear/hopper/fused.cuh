@@ -197,56 +197,77 @@ struct Consumer {
 
 template <typename T, typename Way, typename S>
 __device__ __forceinline__ void fused(const TensorMap& activations, const TensorMap& packed,
-                                      const TensorMap& small, const Problem& p) {
+                                      const TensorMap& small_map, const Problem& p,
+                                      const Small& small) {
     extern __shared__ __align__(1024) u8 memory[];
     float4* table = reinterpret_cast<float4*>(memory);
     Stage<S>* stages = reinterpret_cast<Stage<S>*>(memory + TABLE_BYTES);
     u8* after = memory + TABLE_BYTES + S::STAGES * sizeof(Stage<S>);
     float* map = reinterpret_cast<float*>(after);
-    Barrier* full = reinterpret_cast<Barrier*>(after + MAP_BYTES);
+    after += MAP_BYTES;
+    float* sums = reinterpret_cast<float*>(S::OWN_SUMS ? after : memory + TABLE_BYTES);
+    after += S::OWN_SUMS ? S::SUMS_BYTES : 0;
+    Barrier* full = reinterpret_cast<Barrier*>(after);
     Barrier* empty = full + S::STAGES;
     u32* word = reinterpret_cast<u32*>(empty + S::STAGES);
-    float* sums = reinterpret_cast<float*>(stages);  // once the stages have done their work
-    static_assert(S::STAGES * sizeof(Stage<S>) >= S::PARTS * S::TOKENS * S::PITCH * 4, "no room");
-    const Grid<S, Way::TRANSPOSED> grid(p);
-    Stretch stretch(grid.tiles, grid.quads);
+    static_assert(S::STAGES * sizeof(Stage<S>) >= S::SUMS_BYTES, "no room");
+    launch_next_kernel();  // it waits for this one's end before it touches anything of it
+    typedef Grid<S, Way::TRANSPOSED> Tiles;
+    if (own_cluster() < small.makers) {
+        make_small<T, Way::TRANSPOSED, S>(small, p, reinterpret_cast<float*>(memory));
+        return;
+    }
 
-    if (threadIdx.x == 0) {
-        prefetch_map(activations);
-        prefetch_map(packed);
-        for (int s = 0; s < S::STAGES; ++s) {
-            full[s].init(1 + 4 * ARRIVING_LANES);  // the tiles', and warps that decode scales
-            empty[s].init(4 * S::GROUPS * S::SHARING * ARRIVING_LANES);
-        }
+    if (threadIdx.x < S::STAGES) {
+        full[threadIdx.x].init(1 + 4 * ARRIVING_LANES);  // the tiles', and warps that decode scales
+        empty[threadIdx.x].init(4 * S::GROUPS * S::SHARING * ARRIVING_LANES);
         fence_barrier_init();
+    } else if (threadIdx.x == 32) {
+        prefetch_map(packed);
+        prefetch_map(activations);
     }
     if (S::SHARING > 1)
         meet_cluster();  // a neighbour's copies count on these barriers
     else
         __syncthreads();
     if (threadIdx.x < 128) {
-        give_registers<56>();
-        map[threadIdx.x] = DYNAMIC_MAP_VALUES[threadIdx.x];
-        map[threadIdx.x + 128] = DYNAMIC_MAP_VALUES[threadIdx.x + 128];
-        sync_threads<2, 128>();
-        for (u32 before = 0; !stretch.done(); stretch.advance()) {
+        give_registers<S::GROUPS == 2 ? 56 : 64>();
+#pragma unroll 1
+        for (u32 before = 0, done = 0;;) {
+            const Tiles grid(p);
+            const Stretch stretch(grid.tiles, grid.quads, small.makers, done);
+            if (stretch.done()) break;
             const Work w = grid.work(stretch);
-            produce<Way::TRANSPOSED, S>(activations, packed, small, p, w, stages, full, empty, map,
-                                        before);
+            const bool apart = grid.apart();
+            produce<Way::TRANSPOSED, S>(activations, packed, small_map, p, small,
+                                        grid.tiles * S::SHARING * grid.low_rank_steps, w, stages,
+                                        full, empty, map, before, before == 0 || !apart);
             before += w.steps + w.low_rank_steps;
+            done += stretch.length();
             if (grid.ranks > 1) meet_cluster();  // who decode have sums for one another
-            grid.sync_all();
+            if (!apart) grid.sync_all();
         }
     } else {
         take_registers<S::GROUPS == 2 ? 224 : 104>();
         fill_table<S::THREADS>(table, threadIdx.x - 128);
         sync_threads<1, S::THREADS>();
         Consumer<T, Way, S> consumer(shared_address(table));
-        for (u32 before = 0; !stretch.done(); stretch.advance()) {
+#pragma unroll 1
+        for (u32 before = 0, done = 0;;) {
+            {
+                const Tiles grid(p);
+                const Stretch stretch(grid.tiles, grid.quads, small.makers, done);
+                if (stretch.done()) break;
+                const Work w = grid.work(stretch);
+                consumer.run(p, w, stages, full, empty, before);
+                before += w.steps + w.low_rank_steps;
+            }
+            const Tiles grid(p);
+            const Stretch stretch(grid.tiles, grid.quads, small.makers, done);
             const Work w = grid.work(stretch);
-            consumer.run(p, w, stages, full, empty, before);
-            before += w.steps + w.low_rank_steps;
-            sync_threads<1, S::THREADS>();  // every stage has been read
+            const bool apart = grid.apart();
+            done += stretch.length();
+            sync_threads<1, S::THREADS>();  // every stage has been read, and the sums before these
             if (Meeting<S>(p, stretch, w.half, word).has_all(consumer.c)) {
                 consumer.store(sums);
                 if (grid.ranks > 1)
@@ -254,9 +275,9 @@ __device__ __forceinline__ void fused(const TensorMap& activations, const Tensor
                 else
                     sync_threads<1, S::THREADS>();
                 consumer.write_out(p, sums, w, grid.columns, grid.rank, grid.ranks);
-                fence_shared_copies();  // which come next
+                if (!apart) fence_shared_copies();  // which come next
             }
-            grid.sync_all();  // nobody's memory is used any more
+            if (!apart) grid.sync_all();  // nobody's memory is used any more
         }
     }
 }
@@ -267,8 +288,9 @@ __device__ __forceinline__ void fused(const TensorMap& activations, const Tensor
              const __grid_constant__ TensorMap packed_map,                                        \
              const __grid_constant__ TensorMap small, const u8* packed, const void* absmax,       \
              const float* nested, const float* offset, const u16* bias, const u16* factor,        \
-             u16* out, float* partial, u32* arrived, long long m, long long n, long long k,       \
-             long long rank) {                                                                    \
+             u16* out, float* partial, u32* arrived, const u16* x, const u16* other, u16* low,    \
+             float* parts, u32* words, long long m, long long n, long long k, long long rank, long long makers, \
+             long long settled, float scale) {                                                    \
         typedef Shape<__VA_ARGS__> S;                                                             \
         const Problem p{packed,                                                                   \
                         NF4Scales{absmax, nested, offset, 6},                                     \
@@ -280,8 +302,10 @@ __device__ __forceinline__ void fused(const TensorMap& activations, const Tensor
                         static_cast<int>(m),                                                      \
                         static_cast<int>(n),                                                      \
                         static_cast<int>(k),                                                      \
-                        static_cast<int>(rank)};                                                  \
-        fused<T, WAY<T, S>, S>(activations, packed_map, small, p);                                \
+                        static_cast<int>(rank),                                                   \
+                        settled != 0};                                                            \
+        const Small made{x, other, low, parts, words, scale, static_cast<int>(makers)};                  \
+        fused<T, WAY<T, S>, S>(activations, packed_map, small, p, made);                          \
     }
 
 // One source file for each dtype and number of tokens: a call compiles only what it needs.

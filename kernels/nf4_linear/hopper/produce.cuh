@@ -1,6 +1,6 @@
 // Warpgroup 0 of Hopper's fused product: the copy engine's orders and the scales. See fused.cuh.
 #pragma once
-#include "nf4_linear/hopper/shape.cuh"
+#include "nf4_linear/hopper/small.cuh"
 
 // What memory holds for the scales of four stages, and which of them a thread decodes. Forward: of
 // rows t, t + 128, a byte for each stage. Transposed: of row t / 2 of each stage, a byte per tile.
@@ -64,17 +64,19 @@ struct StoredScales {
 };
 
 template <bool TRANSPOSED, typename S>
-__device__ __forceinline__ void bring_tiles(const TensorMap& activations, const TensorMap& packed,
-                                            const TensorMap& small, const Work& w, Stage<S>& stage,
-                                            Barrier& full, int step) {
+__device__ __forceinline__ void bring_weights(const TensorMap& packed, const Work& w,
+                                              Stage<S>& stage, Barrier& full, int step) {
     const int depth = (w.begin + step) * DEPTH;
-    const bool main = step < w.steps;
-    full.arrive_expecting(S::TILE_BYTES + (main ? S::PACKED_BYTES : 0));
-    if (main && TRANSPOSED) copy_box(stage.packed, packed, depth, w.first / 2, full);
-    if (main && !TRANSPOSED) copy_box(stage.packed, packed, w.first, depth / 2, full);
-    if (!main) wait_for_previous_kernel();  // which made `small`
-    const TensorMap& from = main ? activations : small;
-    const int column = main ? depth : (step - w.steps) * DEPTH;
+    full.arrive_expecting(S::TILE_BYTES + S::PACKED_BYTES);
+    if (TRANSPOSED)
+        copy_box(stage.packed, packed, depth, w.first / 2, full);
+    else
+        copy_box(stage.packed, packed, w.first, depth / 2, full);
+}
+
+template <typename S>
+__device__ __forceinline__ void bring_activations(const TensorMap& from, const Work& w,
+                                                  Stage<S>& stage, Barrier& full, int column) {
     if (S::SHARING == 1) {
         copy_box(stage.activations, from, w.token, column, full);
     } else {
@@ -84,45 +86,76 @@ __device__ __forceinline__ void bring_tiles(const TensorMap& activations, const 
 }
 
 // Warpgroup 0: its warps take turns at keeping the copy engine busy, all threads decode scales, of
-// four stages at once. `before` stages have gone through the ring, and all of them are empty. Who
-// orders is told in a way from which the compiler knows addresses for uniform: otherwise an order
-// costs 400 cycles, and one thread that gave them all was what the block waited for.
+// four stages at once. `before` stages have gone through the ring; `fresh`: all of them are empty,
+// and nothing is known yet of what the kernel before this one has written. W and its scales were
+// there before that. Who orders is told in a way from which the compiler knows addresses for
+// uniform: otherwise an order costs 400 cycles, and one thread that gave them all was what the block
+// waited for.
 template <bool TRANSPOSED, typename S>
 __device__ __forceinline__ void produce(const TensorMap& activations, const TensorMap& packed,
-                                        const TensorMap& small, const Problem& p, const Work& w,
+                                        const TensorMap& small_map, const Problem& p,
+                                        const Small& small, int readers, const Work& w,
                                         Stage<S>* stages, Barrier* full, Barrier* empty,
-                                        const float* map, u32 before) {
-    const int t = threadIdx.x, total = w.steps + w.low_rank_steps;
-    const int at_once = min(S::STAGES, w.steps);
+                                        float* map, u32 before, bool fresh) {
+    const int t = threadIdx.x;
+    const int at_once = fresh ? min(S::STAGES, w.steps) : 0;
     static_assert(QUAD == 4, "a stage of four for each warp");
     const int warp = warp_of_block();
-    if (elected())
-#pragma unroll 1
-        for (int step = warp; step < at_once; step += QUAD) {
-            const int slot = (before + step) % S::STAGES;
-            bring_tiles<TRANSPOSED, S>(activations, packed, small, w, stages[slot], full[slot],
-                                       step);
-        }
+    // Asked for before the tiles, of which there are many.
     StoredScales<TRANSPOSED, S::TILES> stored;
     stored.load(p, w.first, w.begin * DEPTH);
     const float mean = p.scales.mean();
-    for (int base = 0; base < total; base += QUAD) {
+    const float map_values[2] = {DYNAMIC_MAP_VALUES[t], DYNAMIC_MAP_VALUES[t + 128]};
+    if (fresh && elected()) {
+#pragma unroll 1
+        for (int step = warp; step < at_once; step += QUAD) {
+            const int slot = (before + step) % S::STAGES;
+            bring_weights<TRANSPOSED, S>(packed, w, stages[slot], full[slot], step);
+        }
+        if (!p.settled) wait_for_previous_kernel();
+#pragma unroll 1
+        for (int step = warp; step < at_once; step += QUAD) {
+            const int slot = (before + step) % S::STAGES;
+            bring_activations<S>(activations, w, stages[slot], full[slot],
+                                 (w.begin + step) * DEPTH);
+        }
+    }
+    if (before == 0) {
+        map[t] = map_values[0];
+        map[t + 128] = map_values[1];
+        sync_threads<2, 128>();
+    }
+    for (int base = 0; base < w.steps; base += QUAD) {
         const int depth = (w.begin + base) * DEPTH;
         float scales[QUAD][S::TILES];
-        if (base < w.steps) stored.decode(scales, p, mean, map, w.first, depth);
+        stored.decode(scales, p, mean, map, w.first, depth);
         if (base + QUAD < w.steps) stored.load(p, w.first, depth + QUAD * DEPTH);
 #pragma unroll
         for (int s = 0; s < QUAD; ++s) {
             const int step = base + s;
-            if (step >= total) break;
+            if (step >= w.steps) break;
             const u32 at = before + step, slot = at % S::STAGES;
             empty[slot].wait((at / S::STAGES & 1) ^ 1);
-            if (warp == s && step >= at_once && elected())
-                bring_tiles<TRANSPOSED, S>(activations, packed, small, w, stages[slot], full[slot],
-                                           step);
-            if (step < w.steps) stored.store(stages[slot].scales, scales[s]);
+            if (warp == s && step >= at_once && elected()) {
+                bring_weights<TRANSPOSED, S>(packed, w, stages[slot], full[slot], step);
+                bring_activations<S>(activations, w, stages[slot], full[slot],
+                                     (w.begin + step) * DEPTH);
+            }
+            stored.store(stages[slot].scales, scales[s]);
             __syncwarp();
             if (t % 32 < ARRIVING_LANES) full[slot].arrive();
         }
+    }
+#pragma unroll 1
+    for (int step = 0; step < w.low_rank_steps; ++step) {
+        const u32 at = before + w.steps + step, slot = at % S::STAGES;
+        empty[slot].wait((at / S::STAGES & 1) ^ 1);
+        if (warp == 0 && elected()) {
+            wait_for_small<S::SMALL_TOKENS>(small, p, readers);
+            full[slot].arrive_expecting(S::TILE_BYTES);
+            bring_activations<S>(small_map, w, stages[slot], full[slot], step * DEPTH);
+        }
+        __syncwarp();
+        if (t % 32 < ARRIVING_LANES) full[slot].arrive();
     }
 }

@@ -22,6 +22,12 @@ struct Shape {
     static constexpr int TILE_BYTES = TOKENS * DEPTH * 2, PACKED_BYTES = COLUMNS * DEPTH / 2;
     // Two blocks with neighbouring columns bring in half of their common activations each.
     static constexpr int SHARING = TILES == 1 ? 2 : 1;
+    // Sums have memory of their own where there is some: then the next piece's tiles need not wait
+    // until this one's are written. Else they lie over the stages.
+    static constexpr bool OWN_SUMS = TOKENS <= 16;
+    // Of a tile of the small product, and how many steps of it are on their way.
+    static constexpr int SMALL_TOKENS = GROUPS == 4 ? 16 : 32, SMALL_AHEAD = 4;
+    static constexpr int SUMS_BYTES = PARTS * TOKENS * PITCH * 4;
 };
 
 template <typename S>
@@ -41,6 +47,7 @@ struct Problem {
     float* partial;  // sums of tiles that several clusters make: Meeting
     u32* arrived;    // of a block's tile: how many of its clusters have left their sums there
     int m, n, k, rank;
+    bool settled;  // all that came before the previous kernel has ended, so that x is there
 };
 
 // What a block brings in: its tile, and its share of the contraction.

@@ -8,34 +8,37 @@
 #include "common/counters.cuh"
 #include "nf4_linear/hopper/shape.cuh"
 
+// The first `makers` clusters take none: they make the small product.
 struct Stretch {
     const int tiles, quads;  // of all; of a tile
-    const int clusters, cluster;
+    const u32 makers;
     int at, end;  // in quads
 
-    __device__ __forceinline__ Stretch(int tiles, int quads)
+    // After so many quads of it.
+    __device__ __forceinline__ Stretch(int tiles, int quads, u32 makers, int done)
         : tiles(tiles),
           quads(quads),
-          clusters(gridDim.x / cluster_size()),
-          cluster(blockIdx.x / cluster_size()),
-          at(begin_of(cluster)),
-          end(begin_of(cluster + 1)) {}
-    __device__ __forceinline__ int begin_of(int which) const {
-        return static_cast<long long>(tiles) * quads * which / clusters;
+          makers(makers),
+          at(begin_of(cluster()) + done),
+          end(begin_of(cluster() + 1)) {}
+    __device__ __forceinline__ u32 cluster() const { return own_cluster() - makers; }
+    __device__ __forceinline__ u32 clusters() const { return cluster_count() - makers; }
+    __device__ __forceinline__ int begin_of(u32 which) const {
+        return static_cast<u32>(tiles * quads) * which / clusters();  // below 2^32: hopper.py
     }
     // Whose stretch a quad is part of.
     __device__ __forceinline__ int owner_of(int quad) const {
-        return ((quad + 1ll) * clusters - 1) / (static_cast<long long>(tiles) * quads);
+        return ((quad + 1u) * clusters() - 1) / static_cast<u32>(tiles * quads);
     }
     // The piece of a tile that comes next.
     __device__ __forceinline__ int tile() const { return at / quads; }
     __device__ __forceinline__ int from() const { return at % quads; }
     __device__ __forceinline__ int to() const { return min(quads, from() + end - at); }
     __device__ __forceinline__ bool done() const { return at >= end; }
-    __device__ __forceinline__ void advance() { at += to() - from(); }
+    __device__ __forceinline__ int length() const { return to() - from(); }
 };
 
-// Where tiles and blocks are.
+// Where tiles and blocks are. Worked out anew for each piece: in between every register is needed.
 template <typename S, bool TRANSPOSED>
 struct Grid {
     int columns, rows, token_tiles, tiles, depths, quads;
@@ -50,16 +53,17 @@ struct Grid {
         half = in_cluster % S::SHARING;
         rank = in_cluster / S::SHARING;
         ranks = blocks / S::SHARING;
-        columns = TRANSPOSED ? p.k : p.n;
+        columns = anew(TRANSPOSED ? p.k : p.n);
         rows = (columns + WIDTH - 1) / WIDTH;
-        token_tiles = (p.m + S::TOKENS - 1) / S::TOKENS;
+        token_tiles = (anew(p.m) + S::TOKENS - 1) / S::TOKENS;
         tiles = rows * token_tiles;
-        depths = ((TRANSPOSED ? p.n : p.k) + DEPTH - 1) / DEPTH;
+        depths = (anew(TRANSPOSED ? p.n : p.k) + DEPTH - 1) / DEPTH;
         quads = (depths + QUAD - 1) / QUAD;
         low_rank_steps = p.factor != nullptr ? (p.rank + DEPTH - 1) / DEPTH : 0;
     }
     // Tiles in groups of eight along the tokens: neighbours in time share both operands. Ranks
-    // share a piece; who has the contraction's end also adds the low-rank product.
+    // share a piece; who has the contraction's beginning also adds the low-rank product, after its
+    // steps: of a tile that a stretch cuts, that is whose stretch ends with it, and so comes late.
     __device__ __forceinline__ Work work(const Stretch& stretch) const {
         constexpr int WIDTH = S::COLUMNS * S::SHARING;
         const int tile = stretch.tile(), group = tile / (8 * rows);
@@ -69,9 +73,11 @@ struct Grid {
         const int from = stretch.from(), length = stretch.to() - from;
         const int begin = QUAD * (from + static_cast<int>(length * rank / ranks));
         const int end = min(depths, QUAD * (from + static_cast<int>(length * (rank + 1) / ranks)));
-        const bool adds = from + length == quads && rank == ranks - 1;
+        const bool adds = from == 0 && rank == 0;
         return {first, token, begin, end - begin, adds ? low_rank_steps : 0, half};
     }
+    // Whether a piece can begin before the one before it has ended.
+    __device__ __forceinline__ bool apart() const { return S::OWN_SUMS && blocks == 1; }
     // Of this block and of its cluster; from two places of the code, so by a number.
     __device__ __forceinline__ void sync_all() const {
         sync_threads<3, 128 + S::THREADS>();
@@ -95,7 +101,7 @@ struct Meeting {
         const int tile = stretch.tile();
         first = stretch.owner_of(tile * stretch.quads);
         others = stretch.owner_of((tile + 1) * stretch.quads - 1) - first;
-        mine = stretch.cluster - first;
+        mine = stretch.cluster() - first;
     }
     // Where the i-th of them leaves its sums: of a cluster's stretch only the first and the last
     // tile can be somebody else's too.
@@ -116,7 +122,7 @@ struct Meeting {
         u32* counter = p.arrived + stretch.tile() * S::SHARING + half;
         u32 there = 0;
         if (threadIdx.x == 128) {
-            wait_for_previous_kernel();  // which made the zeros
+            wait_for_previous_kernel();  // which made the zeros, or counted here itself
             there = read_acquired(counter);
         }
         if (tell_all(there) < others) {
@@ -125,6 +131,7 @@ struct Meeting {
             if (threadIdx.x == 128) there = add_in_order(counter);
             if (tell_all(there) < others) return false;
         }
+        if (threadIdx.x == 128) *counter = 0;  // as the next launch wants it
         collect(c);
         return true;
     }
@@ -136,37 +143,45 @@ struct Meeting {
             __stcg(to + i * S::THREADS, float4{v[0], v[1], v[2], v[3]});
         }
     }
+    // All sums, in the order of the contraction; so many of a thread's, of so many clusters, are on
+    // their way at once.
+    static constexpr int MANY = S::TOKENS > 64 ? 8 : S::GROUPS == 2 ? 4 : 2;
+    static constexpr int PEERS = S::TOKENS > 64 ? 1 : 4;
     __device__ __forceinline__ void collect(float (&c)[S::TILES][S::TOKENS / 2]) const {
-        constexpr int MANY = S::GROUPS == 2 ? 8 : EACH < 2 ? EACH : 2;  // on their way at once
+        static_assert(EACH % MANY == 0, "whole rounds");
 #pragma unroll
         for (int base = 0; base < EACH; base += MANY) {
-            float4 before[MANY] = {};
+            float4 sum[MANY] = {};
 #pragma unroll 1
-            for (int j = 0; j < mine; ++j) add(before, j, base);
+            for (int j = 0; j < mine; j += PEERS) add(sum, j, mine, base);
 #pragma unroll
             for (int i = 0; i < MANY; ++i) {
-                float* v = own(c, base + i);
-                before[i] = {before[i].x + v[0], before[i].y + v[1], before[i].z + v[2],
-                             before[i].w + v[3]};
+                const float* v = own(c, base + i);
+                sum[i] = {sum[i].x + v[0], sum[i].y + v[1], sum[i].z + v[2], sum[i].w + v[3]};
             }
 #pragma unroll 1
-            for (int j = mine + 1; j <= others; ++j) add(before, j, base);
+            for (int j = mine + 1; j <= others; j += PEERS) add(sum, j, others + 1, base);
 #pragma unroll
             for (int i = 0; i < MANY; ++i) {
                 float* v = own(c, base + i);
-                v[0] = before[i].x, v[1] = before[i].y, v[2] = before[i].z, v[3] = before[i].w;
+                v[0] = sum[i].x, v[1] = sum[i].y, v[2] = sum[i].z, v[3] = sum[i].w;
             }
         }
     }
-    template <int MANY>
-    __device__ __forceinline__ void add(float4 (&to)[MANY], int j, int base) const {
-        const float4* from = sums_of(j) + base * S::THREADS;
-        float4 v[MANY];
+    __device__ __forceinline__ void add(float4 (&to)[MANY], int first, int end, int base) const {
+        float4 v[PEERS][MANY];
 #pragma unroll
-        for (int i = 0; i < MANY; ++i) v[i] = __ldcg(from + i * S::THREADS);
+        for (int j = 0; j < PEERS; ++j)
 #pragma unroll
-        for (int i = 0; i < MANY; ++i)
-            to[i] = {to[i].x + v[i].x, to[i].y + v[i].y, to[i].z + v[i].z, to[i].w + v[i].w};
+            for (int i = 0; i < MANY; ++i)
+                v[j][i] = first + j < end ? __ldcg(sums_of(first + j) + (base + i) * S::THREADS)
+                                          : float4{0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+        for (int j = 0; j < PEERS; ++j)
+#pragma unroll
+            for (int i = 0; i < MANY; ++i)
+                to[i] = {to[i].x + v[j][i].x, to[i].y + v[j][i].y, to[i].z + v[j][i].z,
+                         to[i].w + v[j][i].w};
     }
     static __device__ __forceinline__ float* own(float (&c)[S::TILES][S::TOKENS / 2], int i) {
         return &c[i / (S::TOKENS / 8)][i % (S::TOKENS / 8) * 4];

@@ -14,13 +14,26 @@ from torch import Tensor
 from qlora_kit.ops.jit import architecture_of
 from qlora_kit.ops.launch import Kernels, tensor_map
 from qlora_kit.ops.nf4_linear import low_rank
-from qlora_kit.ops.nf4_linear.hopper_tiling import DEPTH, SHAPES, Cut, sums_bytes, tiling
+from qlora_kit.ops.nf4_linear.hopper_tiling import (
+    DEPTH,
+    SHAPES,
+    SMALL_PARTS,
+    SMALL_RANKS,
+    Cut,
+    sums_bytes,
+    tiling,
+)
+from qlora_kit.ops.nf4_linear.words import WORDS
 from qlora_kit.quant.weight import NF4Weight
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
+_MOST_PRODUCTS = 1 << 47
+"""M x N x K: stretches are counted in 32 bits."""
 _LOW_RANK_TILE = 32, 16
 """Tokens and ranks of a cluster of low_rank.cu."""
+_SMALL_WORDS = 16
+"""Before the counters of tiles: a launch that makes the small product counts in the first ten."""
 
 
 class _Meeting(NamedTuple):
@@ -29,7 +42,19 @@ class _Meeting(NamedTuple):
     sums: Tensor
     """float32, not initialised."""
     arrived: Tensor
-    """int32, zeros when the kernel begins to count."""
+    """int32, zeros when the kernel begins to count, and when it has ended."""
+
+
+class _Small(NamedTuple):
+    """What a launch that makes the small product itself needs."""
+
+    x: Tensor
+    factor: Tensor
+    out: Tensor
+    parts: Tensor
+    """float32, sums of blocks that share a tile; not initialised."""
+    words: Tensor
+    """int32, zeros when the kernel begins, and when it has ended."""
 
 
 _LOW_RANK = Kernels("nf4_linear/hopper/low_rank.cu")
@@ -49,12 +74,12 @@ def serves(x: Tensor, weight: NF4Weight) -> bool:
 
     Returns:
         True on Hopper for bfloat16 and float16, K a multiple of 256, N of 8, scales per
-        64 weights.
+        64 weights; products of up to 2⁴⁷ terms.
     """
     n, k = weight.shape
     return (
         x.dtype in _NAMES
-        and x.shape[0] > 0
+        and 0 < x.shape[0] * n * k < _MOST_PRODUCTS
         and k % 256 == 0
         and n % 8 == 0
         and weight.block_size == 64
@@ -245,11 +270,17 @@ def _multiply_low_rank(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The factor that meets x comes first."""
-    cut, meeting = _cut(kind, x, weight)
-    zeros = None if meeting is None else meeting.arrived
-    small = small_product(kind, x, first, first.shape[1 if kind else 0], scale, zeros)
-    overlap = makes_small_product(kind, x, first)
-    return _launch(kind, x, weight, bias, small, second, cut, meeting, overlap), small
+    rank = first.shape[1 if kind else 0]
+    plan = _plan(kind, x, weight, rank)
+    if plan.makers and plan.words is not None:
+        small = x.new_empty((x.shape[0], rank))
+        size = SMALL_PARTS * plan.cut.shape.small_tokens * SMALL_RANKS
+        parts = x.new_empty(size, dtype=torch.float32)
+        made = _Small(x, first, small, parts, plan.words)
+        return _launch(kind, x, weight, bias, small, second, plan, made, scale), small
+    small = small_product(kind, x, first, rank, scale, plan.to_be_zeroed)
+    settled = makes_small_product(kind, x, first)
+    return _launch(kind, x, weight, bias, small, second, plan, settled=settled), small
 
 
 def _multiply(
@@ -261,10 +292,10 @@ def _multiply(
     factor: Tensor | None,
 ) -> Tensor:
     """With a small product that has been made, or without."""
-    cut, meeting = _cut(kind, x, weight)
-    if meeting is not None:
-        set_to_zero(meeting.arrived)
-    return _launch(kind, x, weight, bias, small, factor, cut, meeting, meeting is not None)
+    plan = _plan(kind, x, weight, 0)
+    if plan.to_be_zeroed is not None:
+        set_to_zero(plan.to_be_zeroed)
+    return _launch(kind, x, weight, bias, small, factor, plan)
 
 
 def set_to_zero(words: Tensor) -> None:
@@ -277,16 +308,35 @@ def set_to_zero(words: Tensor) -> None:
     _LOW_RANK.launch("nf4_zeros", 1, 256, arguments, device=words.device, overlap=True)
 
 
-def _cut(kind: str, x: Tensor, weight: NF4Weight) -> tuple[Cut, _Meeting | None]:
+class _Plan(NamedTuple):
+    """How a launch is cut, and what its blocks meet in."""
+
+    cut: Cut
+    makers: int
+    """Clusters beside those of the cut, which make the small product."""
+    words: Tensor | None
+    """int32, that a launch which makes the small product counts in."""
+    meeting: _Meeting | None
+    to_be_zeroed: Tensor | None
+    """Words of the meeting that are not zero yet."""
+
+
+def _plan(kind: str, x: Tensor, weight: NF4Weight, rank: int) -> _Plan:
+    """With a rank, for a launch that may make the small product itself."""
     columns = weight.shape[1] if kind else weight.shape[0]
-    cut = tiling(x.shape[0], columns, x.shape[1], _clusters(x.device))
-    shape = cut.shape
-    tiles = shape.tiles_of(x.shape[0], columns)
+    m, contraction = x.shape
+    cut, makers = tiling(m, columns, contraction, _clusters(x.device), rank)
+    tiles = cut.shape.tiles_of(m, columns)
     size = sums_bytes(cut, tiles)
+    count = tiles * cut.shape.sharing if size else 0
+    words = WORDS.take(x.device, _SMALL_WORDS + count) if rank or count else None
     if not size:
-        return cut, None
+        return _Plan(cut, makers, words, None, None)
     sums = x.new_empty(size // 4, dtype=torch.float32)
-    return cut, _Meeting(sums, x.new_empty(tiles * shape.sharing, dtype=torch.int32))
+    if words is None:
+        arrived = x.new_empty(count, dtype=torch.int32)
+        return _Plan(cut, makers, None, _Meeting(sums, arrived), arrived)
+    return _Plan(cut, makers, words, _Meeting(sums, words[_SMALL_WORDS:]), None)
 
 
 def _launch(
@@ -296,33 +346,38 @@ def _launch(
     bias: Tensor | None,
     small: Tensor | None,
     factor: Tensor | None,
-    cut: Cut,
-    meeting: _Meeting | None,
-    overlap: bool,
+    plan: _Plan,
+    made: _Small | None = None,
+    scale: float = 1.0,
+    *,
+    settled: bool = False,
 ) -> Tensor:
+    """`settled`: the kernel before began when all before that had ended."""
     n, k = weight.shape
     m, columns = x.shape[0], k if kind else n
-    shape, split, clusters = cut
+    shape, split, clusters = plan.cut
+    makers = 0 if made is None else plan.makers
     out = x.new_empty((m, columns))
     packed = weight.packed.view(n, k // 2)
     box = (shape.tokens // shape.sharing, DEPTH)
     x_map = tensor_map(x, box, 128)
     _FUSED[x.dtype, shape].launch(
         f"nf4_fused{kind}",
-        clusters,
+        clusters + makers,
         shape.threads,
         (
             x_map,
             tensor_map(packed, *shape.packed_box(bool(kind))),
             x_map if small is None else tensor_map(small, box, 128),
             *(weight.packed, weight.absmax, weight.nested_absmax, weight.offset),
-            *(bias, factor, out, *(meeting or (None, None))),
-            *(m, n, k, 0 if small is None else small.shape[1]),
+            *(bias, factor, out, *(plan.meeting or (None, None))),
+            *(made or (None, None, None, None, None)),
+            *(m, n, k, 0 if small is None else small.shape[1], makers, int(settled), scale),
         ),
         device=x.device,
         shared=shape.shared,
         cluster=split * shape.sharing,
-        overlap=overlap,
+        overlap=True,
     )
     return out
 

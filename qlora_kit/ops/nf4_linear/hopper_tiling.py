@@ -47,10 +47,16 @@ class Shape:
 
     @property
     def shared(self) -> int:
-        """Bytes of shared memory: table, stages, the 8-bit scales' map, barriers."""
+        """Bytes of shared memory: table, stages, the 8-bit scales' map, barriers; sums of few rows."""
         stage = self.tokens * DEPTH * 2 + self.columns * (DEPTH // 2 + 4)
         stage = -(-stage // 1024) * 1024
-        return _TABLE_BYTES + self.stages * stage + 1024 + 16 * self.stages + 16
+        sums = self.groups // 2 * self.tokens * (self.columns + 4) * 4 if self.tokens <= 16 else 0
+        return _TABLE_BYTES + self.stages * stage + 1024 + sums + 16 * self.stages + 16
+
+    @property
+    def small_tokens(self) -> int:
+        """Rows of a tile of the small product."""
+        return 16 if self.groups == 4 else 32
 
     @property
     def sums(self) -> int:
@@ -82,7 +88,7 @@ class Cut(NamedTuple):
 # chose was 0.7% slower on average than the best that was measured. Blocks begin faster since.
 SHAPES = (
     Shape(8, 12, 4, 2, 1.0),
-    Shape(16, 12, 4, 2, 0.83),
+    Shape(16, 11, 4, 2, 0.83),
     Shape(32, 10, 4, 2, 0.81),
     Shape(64, 8, 2, 2, 1.10),
     Shape(64, 10, 2, 1, 0.70),
@@ -91,6 +97,11 @@ SHAPES = (
     Shape(256, 4, 2, 1, 1.31),
 )
 
+
+SMALL_RANKS = 16
+"""Of a tile of the small product."""
+SMALL_PARTS = 8
+"""Of all its tiles, where blocks share them."""
 
 H100 = 132, 66, 39, 30, 22, 17, 15, 15
 """Clusters of one block, two, ... that one held at once."""
@@ -115,15 +126,22 @@ class _Costs:
     """And for each of them."""
     meeting_tile: float = 0.39
     """And for each of them, per 16 tokens x 256 columns."""
+    small: float = 6.0
+    """To begin and to end the small product."""
+    small_step: float = 8.0
+    """For four of a warp's steps of 32 of its contraction."""
+    outside: float = 10.0
+    """If another kernel makes it,"""
+    outside_each: float = 9e-6
+    """and for each value that it reads."""
 
 
 _COSTS = _Costs()
-_FEWEST_TOKENS = 64
-"""Of blocks whose clusters may share tiles in memory. Smaller ones were up to 8% faster with it
-(4096 x 4096, where `gemv` serves most of them), and up to 12% slower (4096 x 14336)."""
+_MAKERS = 0, 4, 8, 16
+"""Blocks that make the small product; none: another kernel does."""
 
 
-def _cost(cut: Cut, tiles: int, quads: int, most: tuple[int, ...]) -> float:
+def _cost(cut: Cut, tiles: int, quads: int, most: int) -> float:
     """The time of a product, in steps of eight tokens."""
     shape, split, count = cut
     tile = shape.tokens / 16 * shape.columns / 256
@@ -131,7 +149,7 @@ def _cost(cut: Cut, tiles: int, quads: int, most: tuple[int, ...]) -> float:
     if split > 1:
         own += _COSTS.split + _COSTS.split_tile * tile
     if count == tiles:
-        rounds = -(-tiles // max(1, most[split * shape.sharing - 1]))
+        rounds = -(-tiles // max(1, most))
         return rounds * (4 * -(-quads // split) * shape.step + own)
     total = tiles * quads
     bounds = [total * i // count for i in range(count + 1)]
@@ -174,8 +192,19 @@ def sums_bytes(cut: Cut, tiles: int) -> int:
     return 0 if tiles % clusters == 0 else 2 * clusters * shape.sharing * shape.sums * 4
 
 
+def _small_cost(m: int, rank: int, contraction: int, shape: Shape, blocks: int) -> float:
+    """The time in which so many blocks make the small product, in steps of eight tokens."""
+    tiles = -(-m // shape.small_tokens) * -(-rank // SMALL_RANKS)
+    parts = max(1, min(blocks, SMALL_PARTS) // tiles)
+    steps = -(-contraction // (32 * parts * shape.threads // 32))
+    rounds = -(-tiles * parts // blocks)
+    return _COSTS.small + rounds * _COSTS.small_step * -(-steps // 4)
+
+
 @lru_cache(maxsize=4096)
-def tiling(m: int, columns: int, contraction: int, clusters: tuple[int, ...]) -> Cut:
+def tiling(
+    m: int, columns: int, contraction: int, clusters: tuple[int, ...], rank: int = 0
+) -> tuple[Cut, int]:
     """Choose how a product is cut into blocks.
 
     The least time by a simple model: a cluster costs its steps along the contraction and what
@@ -186,29 +215,37 @@ def tiling(m: int, columns: int, contraction: int, clusters: tuple[int, ...]) ->
         columns: of the result.
         contraction: length of the sums.
         clusters: how many clusters of 1, 2, ... blocks the GPU holds at once.
+        rank: of the small product, if the launch may make it; or 0.
 
     Returns:
-        The shape of a block, how many share a contraction, and how many clusters there are.
+        The shape of a block, how many share a contraction, and how many clusters there are;
+        and how many clusters beside those make the small product, if it does.
 
     Example:
-        >>> cut = tiling(16, 4096, 14336, (132, 66, 44, 32, 26, 22, 18, 16))
-        >>> cut.shape.tokens, cut.split, cut.clusters
-        (16, 8, 16)
+        >>> cut, makers = tiling(16, 4096, 14336, (132, 66, 44, 32, 26, 22, 18, 16), 16)
+        >>> cut.shape.tokens, cut.split, cut.clusters, makers
+        (16, 1, 131, 1)
     """
     quads = -(-contraction // (4 * DEPTH))
-    most = next((shape.tokens for shape in SHAPES if shape.tokens >= m), SHAPES[-1].tokens)
-    costs: dict[Cut, float] = {}
+    tokens = next((shape.tokens for shape in SHAPES if shape.tokens >= m), SHAPES[-1].tokens)
+    costs: dict[tuple[Cut, int], float] = {}
     for shape in SHAPES:
-        if not (shape.tokens == most or most > shape.tokens >= 32):
+        if not (shape.tokens == tokens or tokens > shape.tokens >= 32):
             continue
         tiles = shape.tiles_of(m, columns)
-        cuts = [
-            Cut(shape, split, tiles)
-            for split in range(1, min(len(clusters) // shape.sharing, quads) + 1)
-        ]
-        if shape.tokens >= _FEWEST_TOKENS:
-            counts = _stretches(tiles, quads, clusters[shape.sharing - 1])
-            cuts.extend(Cut(shape, 1, count) for count in counts)
-        for cut in cuts:
-            costs[cut] = _cost(cut, tiles, quads, clusters)
+        for blocks in _MAKERS if rank else (0,):
+            makers = -(-blocks // shape.sharing)
+            most = clusters[shape.sharing - 1] - makers
+            cuts = [(Cut(shape, 1, count), makers) for count in _stretches(tiles, quads, most)]
+            for split in range(1, min(len(clusters) // shape.sharing, quads) + 1):
+                makers = -(-blocks // (split * shape.sharing))
+                cuts.append((Cut(shape, split, tiles), makers))
+            small = _small_cost(m, rank, contraction, shape, blocks) if blocks else 0.0
+            for cut, makers in cuts:
+                cost = _cost(cut, tiles, quads, clusters[cut.split * shape.sharing - 1] - makers)
+                if blocks:
+                    cost = max(cost, small)
+                elif rank:
+                    cost += _COSTS.outside + _COSTS.outside_each * m * contraction
+                costs[cut, makers] = min(cost, costs.get((cut, makers), cost))
     return min(costs, key=costs.__getitem__)

@@ -19,10 +19,13 @@ class Words:
     """
 
     _EACH = 8
-    """A launch uses three; no two launches write the same 32 bytes."""
-    _POOL = 1 << 14
-    _SPARE = 1 << 12
+    """Given out together: no two launches write the same 32 bytes."""
+    _POOL = 1 << 17
+    """Of so many: 4 MiB."""
+    _SPARE = 1 << 15
     """Left for launches captured next, or another pool is made."""
+    _EACH_STREAM = 64
+    """A stream gets so many at first, so that few launches find them too few."""
 
     def __init__(self) -> None:
         """None yet."""
@@ -31,34 +34,38 @@ class Words:
         self._used: dict[torch.device, int] = {}
         self._of_stream: dict[tuple[torch.device, int], Tensor] = {}
 
-    def take(self, device: torch.device) -> Tensor | None:
+    def take(self, device: torch.device, count: int = _EACH) -> Tensor | None:
         """Words for a launch on the current stream of a device.
 
         Args:
             device: a CUDA device.
+            count: of words.
 
         Returns:
-            A few int32, or None while capturing when none are left: no memory can be made
-            and set to zero then.
+            (count,) int32, or None while capturing when too few are left: no memory can be
+            made and set to zero then. None, too, for more words than a pool has to spare.
         """
+        eights = -(-count // self._EACH)
+        if eights > self._SPARE:
+            return None
         stream, capturing = self._stream(device)
         with self._lock:
             if capturing:
-                return self._next(device) if self._left(device) else None
+                return self._next(device, eights)[:count] if self._left(device) >= eights else None
             if self._left(device) < self._SPARE:
                 self._make_pool(device)
             key = device, stream
-            if key not in self._of_stream:
-                self._of_stream[key] = self._next(device)
-            return self._of_stream[key]
+            if key not in self._of_stream or self._of_stream[key].numel() < count:
+                self._of_stream[key] = self._next(device, max(eights, self._EACH_STREAM))
+            return self._of_stream[key][:count]
 
     def _left(self, device: torch.device) -> int:
         return self._POOL - self._used[device] if device in self._used else 0
 
-    def _next(self, device: torch.device) -> Tensor:
-        first = self._used[device] * self._EACH
-        self._used[device] += 1
-        return self._pools[device][-1][first : first + self._EACH]
+    def _next(self, device: torch.device, eights: int) -> Tensor:
+        first = self._used[device]
+        self._used[device] += eights
+        return self._pools[device][-1][first * self._EACH : self._used[device] * self._EACH]
 
     def _make_pool(self, device: torch.device) -> None:
         pool = torch.zeros(self._POOL * self._EACH, dtype=torch.int32, device=device)
