@@ -276,16 +276,17 @@ def _linear_pass(
     decode = (_bytes(packed) + decoded) / gpu.bandwidth
     copies = 2 * beside * size / gpu.bandwidth
     seconds = product + decode + copies + 3 * _LAUNCH_S
-    return Cost("product", seconds, max(decoded + beside * size, _shared_sums(rows, n, k, gpu)))
+    shared = _shared_sums(rows, n, k, rank, gpu)
+    return Cost("product", seconds, max(decoded + beside * size, shared))
 
 
-def _shared_sums(rows: Tensor, n: int, k: int, gpu: Gpu) -> int:
+def _shared_sums(rows: Tensor, n: int, k: int, rank: int, gpu: Gpu) -> int:
     """Bytes in which clusters add up tiles that they share, where the fused product serves."""
     m, contraction = rows.shape
     if gpu.capability != (9, 0) or not 0 < m <= FUSED_ROWS or rows.element_size() != 2:
         return 0
     columns = n + k - contraction
-    cut = tiling(m, columns, contraction, H100)
+    cut, _ = tiling(m, columns, contraction, H100, rank)
     return sums_bytes(cut, cut.shape.tiles_of(m, columns))
 
 

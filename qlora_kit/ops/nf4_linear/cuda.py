@@ -48,7 +48,7 @@ FUSED_ROWS = 1536
 
 ROWS: dict[tuple[str, str], tuple[tuple[int, str], ...]] = {
     ("hopper", "multiply"): ((16, "gemv"), (FUSED_ROWS, "hopper"), (2**30, "ahead")),
-    ("hopper", "multiply_transposed"): ((8, "gemv"), (768, "hopper"), (2**30, "ahead")),
+    ("hopper", "multiply_transposed"): ((768, "hopper"), (2**30, "ahead")),
     ("other", "multiply"): ((16, "small_m"), (256, "portable")),
     ("other", "multiply_transposed"): ((256, "portable"),),
 }
@@ -56,9 +56,6 @@ ROWS: dict[tuple[str, str], tuple[tuple[int, str], ...]] = {
 serve, `dense`.
 
 Where the weight's shape matters as well, `_gemv_is_taken` says so."""
-
-_GEMV_SIZES = (4096, 8192, 14336, 28672)
-"""Rows and columns of the weights that `gemv` has been timed on."""
 
 ENVIRONMENT_VARIABLE = "QLORA_KIT_NF4_LINEAR"
 
@@ -116,7 +113,7 @@ def strategy_for(x: Tensor, weight: NF4Weight, product: str = "multiply") -> str
             )
         return forced
     for most, name in ROWS[_architecture(x.device), product]:
-        taken = x.shape[0] <= most and (name != "gemv" or _gemv_is_taken(weight, product))
+        taken = x.shape[0] <= most and (name != "gemv" or _gemv_is_taken(x, weight))
         if taken and _can_serve(name, x, weight, product):
             return name
     return "dense"
@@ -134,17 +131,15 @@ def _can_serve(name: str, x: Tensor, weight: NF4Weight, product: str) -> bool:
     return hasattr(module, product) and bool(module.serves(x, weight))
 
 
-def _gemv_is_taken(weight: NF4Weight, product: str) -> bool:
+def _gemv_is_taken(x: Tensor, weight: NF4Weight) -> bool:
     """Whether `gemv` is faster than `hopper`, as far as both have been timed.
 
-    It costs less to begin and more per weight. Forward it takes 0.55 to 0.68 of the time on
-    4096 x 4096 and more on 28672 x 8192; dX, 0.83 to 1.00 with up to 14,336 columns and 1.07
-    to 1.17 with 28,672.
+    It costs less to begin and more per weight and row. On 4096 x 4096 it takes 0.72 to 0.93 of the
+    time, on 4096 x 14336 0.80 to 0.93 up to 8 rows and 1.11 for 16; on the other sizes 1.05 and
+    more.
     """
-    n, k = weight.shape
-    if n not in _GEMV_SIZES or k not in _GEMV_SIZES:
-        return False
-    return k <= 14336 if product == "multiply_transposed" else n * k <= 4096 * 4096
+    shape = tuple(weight.shape)
+    return shape == (4096, 4096) or (shape == (4096, 14336) and x.shape[0] <= 8)
 
 
 def _architecture(device: torch.device) -> str:

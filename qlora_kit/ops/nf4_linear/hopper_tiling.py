@@ -50,8 +50,13 @@ class Shape:
         """Bytes of shared memory: table, stages, the 8-bit scales' map, barriers; sums of few rows."""
         stage = self.tokens * DEPTH * 2 + self.columns * (DEPTH // 2 + 4)
         stage = -(-stage // 1024) * 1024
-        sums = self.groups // 2 * self.tokens * (self.columns + 4) * 4 if self.tokens <= 16 else 0
+        sums = self.groups // 2 * self.tokens * (self.columns + 4) * 4 if self.own_sums else 0
         return _TABLE_BYTES + self.stages * stage + 1024 + sums + 16 * self.stages + 16
+
+    @property
+    def own_sums(self) -> bool:
+        """Whether sums have shared memory of their own, and do not lie over the stages."""
+        return self.tokens <= 16
 
     @property
     def small_tokens(self) -> int:
@@ -84,17 +89,17 @@ class Cut(NamedTuple):
     """How many take stretches of all tiles' contraction; as many as there are tiles: one each."""
 
 
-# Steps are fitted, with the constants below, to 948 times of 110 products on one H100; what they
-# chose was 0.7% slower on average than the best that was measured. Blocks begin faster since.
+# Steps are fitted, with the constants below, to times of 92 products, cut in 1,100 ways, on one
+# H100; what they chose was 0.7% slower on average than the best that was measured.
 SHAPES = (
     Shape(8, 12, 4, 2, 1.0),
-    Shape(16, 11, 4, 2, 0.83),
-    Shape(32, 10, 4, 2, 0.81),
-    Shape(64, 8, 2, 2, 1.10),
-    Shape(64, 10, 2, 1, 0.70),
-    Shape(128, 6, 2, 2, 1.61),
-    Shape(128, 7, 2, 1, 0.89),
-    Shape(256, 4, 2, 1, 1.31),
+    Shape(16, 11, 4, 2, 1.07),
+    Shape(32, 10, 4, 2, 1.20),
+    Shape(64, 8, 2, 2, 1.18),
+    Shape(64, 10, 2, 1, 0.67),
+    Shape(128, 6, 2, 2, 1.78),
+    Shape(128, 7, 2, 1, 0.95),
+    Shape(256, 4, 2, 1, 1.41),
 )
 
 
@@ -109,30 +114,33 @@ H100 = 132, 66, 39, 30, 22, 17, 15, 15
 
 @dataclass(frozen=True, slots=True)
 class _Costs:
-    """What a cluster costs besides its steps, in steps of eight tokens."""
+    """What a cluster costs besides its steps, in steps of eight tokens: 0.53 µs each."""
 
-    fixed: float = 12.9
+    fixed: float = 13.1
     """To begin and to end."""
-    split: float = 1.29
-    """To add up through shared memory, if blocks of it share the contraction."""
-    split_tile: float = 1.46
-    """And per 16 tokens x 256 columns of a block."""
-    piece: float = 6.3
+    split_tile: float = 1.32
+    """To add up through shared memory, if blocks of it share the contraction, per 16 tokens x
+    256 columns of a block."""
+    piece: float = 5.0
     """To end one tile and begin another."""
-    piece_tile: float = 0.55
-    meeting: float = 3.0
+    piece_few: float = 3.4
+    """The same where sums have memory of their own."""
+    piece_tile: float = 1.10
+    meeting: float = 1.36
     """To add up in memory, if clusters share a tile."""
-    meeting_each: float = 0.96
-    """And for each of them."""
-    meeting_tile: float = 0.39
+    meeting_tile: float = 0.49
     """And for each of them, per 16 tokens x 256 columns."""
-    small: float = 6.0
+    small: float = 3.6
     """To begin and to end the small product."""
-    small_step: float = 8.0
-    """For four of a warp's steps of 32 of its contraction."""
-    outside: float = 10.0
+    small_step: float = 5.0
+    """For four of a warp's steps of it,"""
+    small_step_far: float = 8.5e-8
+    """more for each value that all read,"""
+    small_step_long: float = 1.8e-4
+    """and for each of its contraction: loads wait for longer."""
+    outside: float = 7.6
     """If another kernel makes it,"""
-    outside_each: float = 9e-6
+    outside_each: float = 3.4e-6
     """and for each value that it reads."""
 
 
@@ -141,27 +149,37 @@ _MAKERS = 0, 4, 8, 16
 """Blocks that make the small product; none: another kernel does."""
 
 
-def _cost(cut: Cut, tiles: int, quads: int, most: int) -> float:
-    """The time of a product, in steps of eight tokens."""
+class _Times(NamedTuple):
+    """Of a product, in steps of eight tokens."""
+
+    whole: float
+    first: float
+    """Until a tile wants the small product."""
+
+
+def _times(cut: Cut, tiles: int, quads: int, most: int) -> _Times:
+    """With so many clusters at once."""
     shape, split, count = cut
     tile = shape.tokens / 16 * shape.columns / 256
     own = _COSTS.fixed
     if split > 1:
-        own += _COSTS.split + _COSTS.split_tile * tile
+        own += _COSTS.split_tile * tile
     if count == tiles:
         rounds = -(-tiles // max(1, most))
-        return rounds * (4 * -(-quads // split) * shape.step + own)
+        steps = 4 * -(-quads // split) * shape.step
+        return _Times(rounds * (steps + own), _COSTS.fixed + steps)
     total = tiles * quads
     bounds = [total * i // count for i in range(count + 1)]
     pieces = max(
         (end - 1) // quads - begin // quads + 1 for begin, end in itertools.pairwise(bounds)
     )
-    own += (pieces - 1) * (_COSTS.piece + _COSTS.piece_tile * tile)
+    piece = _COSTS.piece_few if shape.own_sums else _COSTS.piece
+    own += (pieces - 1) * (piece + _COSTS.piece_tile * tile)
     if tiles % count:
         sharers = max(1, -(-quads * count // total))
-        own += _COSTS.meeting + _COSTS.meeting_each * (sharers - 1)
-        own += _COSTS.meeting_tile * tile * sharers
-    return 4 * -(-total // count) * shape.step + own
+        own += _COSTS.meeting + _COSTS.meeting_tile * tile * sharers
+    steps = 4 * -(-total // count) * shape.step
+    return _Times(steps + own, _COSTS.fixed + min(steps, 4 * quads * shape.step))
 
 
 def _stretches(tiles: int, quads: int, most: int) -> set[int]:
@@ -192,13 +210,18 @@ def sums_bytes(cut: Cut, tiles: int) -> int:
     return 0 if tiles % clusters == 0 else 2 * clusters * shape.sharing * shape.sums * 4
 
 
-def _small_cost(m: int, rank: int, contraction: int, shape: Shape, blocks: int) -> float:
-    """The time in which so many blocks make the small product, in steps of eight tokens."""
+def _small_time(m: int, rank: int, contraction: int, shape: Shape, blocks: int) -> float:
+    """In which so many blocks make the small product."""
     tiles = -(-m // shape.small_tokens) * -(-rank // SMALL_RANKS)
     parts = max(1, min(blocks, SMALL_PARTS) // tiles)
-    steps = -(-contraction // (32 * parts * shape.threads // 32))
+    steps = -(-contraction // (parts * shape.threads))  # of 32, by each warp
     rounds = -(-tiles * parts // blocks)
-    return _COSTS.small + rounds * _COSTS.small_step * -(-steps // 4)
+    each = (
+        _COSTS.small_step
+        + _COSTS.small_step_far * m * contraction
+        + _COSTS.small_step_long * contraction
+    )
+    return _COSTS.small + rounds * -(-steps // 4) * each
 
 
 @lru_cache(maxsize=4096)
@@ -230,7 +253,7 @@ def tiling(
     tokens = next((shape.tokens for shape in SHAPES if shape.tokens >= m), SHAPES[-1].tokens)
     costs: dict[tuple[Cut, int], float] = {}
     for shape in SHAPES:
-        if not (shape.tokens == tokens or tokens > shape.tokens >= 32):
+        if shape.tokens != tokens and not 32 <= shape.tokens <= (tokens if tokens != 32 else 64):
             continue
         tiles = shape.tiles_of(m, columns)
         for blocks in _MAKERS if rank else (0,):
@@ -240,12 +263,13 @@ def tiling(
             for split in range(1, min(len(clusters) // shape.sharing, quads) + 1):
                 makers = -(-blocks // (split * shape.sharing))
                 cuts.append((Cut(shape, split, tiles), makers))
-            small = _small_cost(m, rank, contraction, shape, blocks) if blocks else 0.0
             for cut, makers in cuts:
-                cost = _cost(cut, tiles, quads, clusters[cut.split * shape.sharing - 1] - makers)
-                if blocks:
-                    cost = max(cost, small)
+                size = cut.split * shape.sharing
+                cost, first = _times(cut, tiles, quads, clusters[size - 1] - makers)
+                if makers:
+                    small = _small_time(m, rank, contraction, shape, makers * size)
+                    cost += max(0.0, small - first)
                 elif rank:
                     cost += _COSTS.outside + _COSTS.outside_each * m * contraction
-                costs[cut, makers] = min(cost, costs.get((cut, makers), cost))
+                costs[cut, makers] = cost
     return min(costs, key=costs.__getitem__)
