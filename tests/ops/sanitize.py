@@ -234,10 +234,12 @@ def stretches() -> int:
     return ran
 
 
-def stretch(shape: Any, count: int, m: int, columns: int, contraction: int, _: Any) -> Cut:
-    """So many clusters, or as many as there are quads."""
+def stretch(
+    shape: Any, count: int, m: int, columns: int, contraction: int, _: Any, rank: int
+) -> tuple[Cut, int]:
+    """So many clusters, or as many as there are quads; two that share the small product."""
     quads = shape.tiles_of(m, columns) * -(-contraction // 256)
-    return Cut(shape, 1, min(count, quads))
+    return Cut(shape, 1, min(count, quads)), 2 if rank else 0
 
 
 def public_ops() -> int:
