@@ -142,6 +142,8 @@ def test_a_bias_at_any_address_and_no_ranks(strategy):
             case.x.grad = bias.grad = None
             y = nf4_linear(case.x, case.weight, bias, **lora)
             wanted.check("y", y.detach(), strategy)
+            if strategy == "gemv":  # it has no transposed product
+                continue
             y.backward(case.dy)
             wanted.check("dx", case.x.grad, strategy)
             assert all(value.grad.shape == value.shape for value in lora.values())

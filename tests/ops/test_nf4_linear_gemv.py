@@ -1,4 +1,4 @@
-"""The product for 1 to 16 rows straight from the 4-bit weight, in both directions.
+"""The product for 1 to 16 rows straight from the 4-bit weight.
 
 What every strategy must do is tested in test_nf4_linear_gpu.py; here is what this one
 does besides: the small product that runs beside the large one, kernels that start
@@ -45,6 +45,15 @@ def _sums():
         yield
 
 
+@pytest.fixture
+def wherever_it_serves(monkeypatch):
+    """Forward products go to it unforced, so that the backward is another strategy's."""
+    for architecture in ("hopper", "other"):
+        rows = ((gemv.MOST_ROWS, "gemv"),)
+        monkeypatch.setitem(cuda.ROWS, (architecture, "multiply"), rows)
+    monkeypatch.setattr(cuda, "_gemv_is_taken", lambda x, weight: True)
+
+
 def cases():
     """Each shape with several M, options in turn."""
     ranks, rows = itertools.cycle(RANKS), itertools.cycle([1, 3, 16, 8, 5, 9, 2, 13])
@@ -60,25 +69,25 @@ CASES = list(cases())
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("m", "n", "k", "options"), CASES, ids=str)
-def test_against_float64(m, n, k, options):
-    """Both products, with and without their small one inside, over memory filled with NaN."""
+def test_against_float64(wherever_it_serves, m, n, k, options):
+    """With and without the small product inside, over memory filled with NaN; gradients too.
+
+    That of B is made of the small product.
+    """
     case = make_case(m, n, k, options, "cuda")
     wanted = truth(case)
-    products = {"multiply": gemv.multiply, "multiply_transposed": gemv.multiply_transposed}
-    for product, (name, arguments) in strategy_arguments(case).items():
-        assert gemv.serves(*arguments[:2])
-        results = []
-        for _ in "ab":
-            poison("cuda", wanted.results[name].value.shape, dtype=options.dtype)
-            results.append(products[product](*arguments))
-        wanted.check(name, results[0], f"{product} of {case}")
-        assert torch.equal(*results), (product, str(case))
-    with cuda.force_strategy("gemv"):
-        poison("cuda", (m, n), (m, k), (m, max(1, options.rank)), dtype=options.dtype)
-        y = nf4_linear(case.x, case.weight, case.bias, lora_a=case.a, lora_b=case.b, scale=SCALE)
-        wanted.check("y", y.detach(), str(case))
-        poison("cuda", (m, n), (m, k), (m, max(1, options.rank)), dtype=options.dtype)
-        y.backward(case.dy)
+    _, arguments = strategy_arguments(case)["multiply"]
+    results = []
+    for _ in "ab":
+        poison("cuda", (m, n), dtype=options.dtype)
+        results.append(gemv.multiply(*arguments))
+    wanted.check("y", results[0], str(case))
+    assert torch.equal(*results), str(case)
+    assert cuda.strategy_for(*arguments[:2]) == "gemv"
+    poison("cuda", (m, n), (m, k), (m, max(1, options.rank)), dtype=options.dtype)
+    y = nf4_linear(case.x, case.weight, case.bias, lora_a=case.a, lora_b=case.b, scale=SCALE)
+    wanted.check("y", y.detach(), str(case))
+    y.backward(case.dy)
     for name, leaf in case.leaves().items():
         wanted.check(name, leaf.grad, str(case))
 
@@ -91,14 +100,12 @@ def test_each_weight_is_decoded_to_the_bit(n, k, dtype, nested):
     """In blocks of at most 16 rows with a single 1."""
     weight = make_case(1, n, k, Options(rank=0, dtype=dtype, nested=nested), "cuda").weight
     wanted = weight.dequantize(dtype)
-    for product, matrix in (("multiply", wanted.T), ("multiply_transposed", wanted)):
-        tail = (None,) * (3 if product == "multiply" else 2)
-        for start in range(0, min(matrix.shape[0], 640), 16):
-            for rows in (16, 7):
-                eye = torch.eye(matrix.shape[0], device="cuda", dtype=dtype)[start : start + rows]
-                got = getattr(gemv, product)(eye, weight, *tail)
-                differing = (got != matrix[start : start + rows]).nonzero()[:5].tolist()
-                assert not differing, (product, start, rows, differing)
+    for start in range(0, min(k, 640), 16):
+        for rows in (16, 7):
+            eye = torch.eye(k, device="cuda", dtype=dtype)[start : start + rows]
+            got = gemv.multiply(eye, weight, None, None, None)
+            differing = (got != wanted.T[start : start + rows]).nonzero()[:5].tolist()
+            assert not differing, (start, rows, differing)
     packed = weight.packed.clone()
     packed.view(-1)[5] ^= 1
     fields = {name: getattr(weight, name) for name in NF4Weight.__dataclass_fields__}
@@ -169,16 +176,13 @@ def test_a_weight_written_just_before_is_read_as_written():
 def test_nan_and_infinity_stay_in_their_rows(m, rank):
     case = make_case(m, 192, 320, Options(rank=rank, bias=False), "cuda")
     with torch.no_grad():
-        for matrix in (case.x, case.dy):
-            matrix[0, 5], matrix[m - 1, 190] = torch.inf, torch.nan
-    wanted = truth(case).results
-    with cuda.force_strategy("gemv"):
-        y = nf4_linear(case.x, case.weight, lora_a=case.a, lora_b=case.b, scale=SCALE)
-        y.backward(case.dy)
-    for name, got in (("y", y.detach()), ("dx", case.x.grad)):
-        assert torch.equal(got.isnan(), wanted[name].value.isnan())
-        assert torch.equal(got.isinf(), wanted[name].value.isinf())
-        assert got[1 : m - 1].isfinite().all()
+        case.x[0, 5], case.x[m - 1, 190] = torch.inf, torch.nan
+    wanted = truth(case).results["y"].value
+    with cuda.force_strategy("gemv"), torch.no_grad():
+        got = nf4_linear(case.x, case.weight, lora_a=case.a, lora_b=case.b, scale=SCALE)
+    assert torch.equal(got.isnan(), wanted.isnan())
+    assert torch.equal(got.isinf(), wanted.isinf())
+    assert got[1 : m - 1].isfinite().all()
 
 
 @pytest.mark.gpu
@@ -189,30 +193,20 @@ def test_the_small_product_made_beside(m, n, k):
     case = make_case(m, n, k, Options(rank=24, bias=False), "cuda")
     a, b = case.a.detach().bfloat16(), case.b.detach().bfloat16()
     x = case.x.detach()
+    wanted = SCALE * x.double() @ a.T.double()
+    sums = 2**-23 * k**0.5 * x.double().norm(dim=1, keepdim=True)
+    bound = 2**-8 * wanted.abs() + SCALE * sums * a.double().norm(dim=1)
     for _ in range(3):
-        poison("cuda", (m, n), (m, k), (m, 24), dtype=torch.bfloat16)
-        _, xa = gemv.multiply_low_rank(x, case.weight, None, a, b, SCALE)
-        _, dyb = gemv.multiply_transposed_low_rank(case.dy, case.weight, a, b, SCALE)
-        for got, left, right in ((xa, x, a.T), (dyb, case.dy, b)):
-            wanted = SCALE * left.double() @ right.double()
-            sums = 2**-23 * left.shape[1] ** 0.5 * left.double().norm(dim=1, keepdim=True)
-            bound = 2**-8 * wanted.abs() + SCALE * sums * right.double().norm(dim=0)
-            assert ((got.double() - wanted).abs() <= 1.01 * bound).all()
+        poison("cuda", (m, n), (m, 24), dtype=torch.bfloat16)
+        y, xa = gemv.multiply_low_rank(x, case.weight, None, a, b, SCALE)
+        assert ((xa.double() - wanted).abs() <= 1.01 * bound).all()
         assert not gemv.WORDS.take(x.device).any()
     # Where those who make it never meet, each block makes all of it, to the same bits.
-    y, dx = (
-        gemv.multiply_low_rank(x, case.weight, None, a, b, SCALE)[0],
-        gemv.multiply_transposed_low_rank(case.dy, case.weight, a, b, SCALE)[0],
-    )
-    for got, product, operands in (
-        (y, gemv.multiply_low_rank, (x, case.weight, None, a, b, SCALE)),
-        (dx, gemv.multiply_transposed_low_rank, (case.dy, case.weight, a, b, SCALE)),
-    ):
-        gemv.WORDS.take(x.device)[0] = 1000
-        again, small = product(*operands)
-        assert torch.equal(again, got)
-        assert torch.equal(small, xa if product is gemv.multiply_low_rank else dyb)
-        assert not gemv.WORDS.take(x.device).any()
+    gemv.WORDS.take(x.device)[0] = 1000
+    again, small = gemv.multiply_low_rank(x, case.weight, None, a, b, SCALE)
+    assert torch.equal(again, y)
+    assert torch.equal(small, xa)
+    assert not gemv.WORDS.take(x.device).any()
 
 
 @pytest.mark.gpu
@@ -222,11 +216,8 @@ def test_two_streams_at_once():
 
     def run(case):
         with cuda.force_strategy("gemv"), torch.no_grad():
-            x, a, b = case.x.detach(), case.a, case.b
-            y = nf4_linear(x, case.weight, case.bias, lora_a=a, lora_b=b, scale=SCALE)
-            small = a.bfloat16(), b.bfloat16()
-            dx, _ = gemv.multiply_transposed_low_rank(case.dy, case.weight, *small, SCALE)
-            return y, dx
+            lora = {"lora_a": case.a, "lora_b": case.b, "scale": SCALE}
+            return nf4_linear(case.x, case.weight, case.bias, **lora)
 
     alone = [run(case) for case in cases]
     torch.cuda.synchronize()
@@ -241,16 +232,14 @@ def test_two_streams_at_once():
                     got[index].append(run(cases[index]))
         torch.cuda.synchronize()
         for wanted, many in zip(alone, got, strict=True):
-            assert all(
-                torch.equal(a, b) for pair in many for a, b in zip(pair, wanted, strict=True)
-            )
+            assert all(torch.equal(y, wanted) for y in many)
 
 
 @pytest.mark.gpu
 def test_the_common_tests_reach_it():
     weight = make_case(1, 192, 256, Options(rank=0), "cuda").weight
     ran = check_decoding(weight, torch.bfloat16, "cuda")
-    assert {("gemv", "multiply"), ("gemv", "multiply_transposed")} <= ran
+    assert ("gemv", "multiply") in ran
 
 
 def bfloat16(*shape):
@@ -287,12 +276,14 @@ def empty_weight(n, k):
 @pytest.mark.parametrize(
     ("architecture", "n", "k", "m", "forward", "backward"),
     [
-        ("sm_90a", 4096, 4096, 1, "gemv", "gemv"),
-        ("sm_90a", 4096, 4096, 8, "gemv", "gemv"),
+        ("sm_90a", 4096, 4096, 1, "gemv", "hopper"),
+        ("sm_90a", 4096, 4096, 8, "gemv", "hopper"),
         ("sm_90a", 4096, 4096, 16, "gemv", "hopper"),
         ("sm_90a", 4096, 4096, 17, "hopper", "hopper"),
-        ("sm_90a", 14336, 4096, 1, "hopper", "gemv"),
-        ("sm_90a", 4096, 14336, 8, "hopper", "gemv"),
+        ("sm_90a", 14336, 4096, 1, "hopper", "hopper"),
+        ("sm_90a", 4096, 14336, 1, "gemv", "hopper"),
+        ("sm_90a", 4096, 14336, 8, "gemv", "hopper"),
+        ("sm_90a", 4096, 14336, 9, "hopper", "hopper"),
         ("sm_90a", 8192, 28672, 1, "hopper", "hopper"),
         ("sm_90a", 2048, 4096, 1, "hopper", "hopper"),
         ("sm_90a", 4096, 2048, 1, "hopper", "hopper"),
@@ -306,7 +297,7 @@ def empty_weight(n, k):
     ],
 )
 def test_where_it_and_others_are_chosen(monkeypatch, architecture, n, k, m, forward, backward):
-    """It on Hopper, where it is faster; nowhere else."""
+    """It on Hopper and forward, where it is faster; nowhere else."""
     for module in (cuda, hopper):
         monkeypatch.setattr(module, "architecture_of", lambda device: architecture)
     weight = empty_weight(n, k)
@@ -326,29 +317,20 @@ def test_tiling_covers_the_product(clusters, tokens):
         if split > 1:  # blocks of a cluster meet once
             assert -(-tiles // groups) <= gemv._PASS
             assert split <= -(-k // 128)
-        width, split = gemv.transposed_tiling(n, k, tokens, clusters)
-        assert width in (1, 2, 4)
-        assert clusters[split - 1] > 0
-        assert split <= max(1, -(-n // 16))
 
 
 def test_tiling_fills_the_gpu():
     for n, k in ((4096, 4096), (14336, 4096), (28672, 8192)):
         assert gemv.tiling(n, k, 8, HOPPER) == (132, 1)
-    width, split = gemv.transposed_tiling(4096, 4096, 8, HOPPER)
-    assert 96 <= 4096 // (128 * width) * split <= 132
-    assert gemv.transposed_tiling(28672, 8192, 8, HOPPER) == (1, 2)
 
 
 def test_numbers_are_those_of_the_sources():
     folder = jit.kernels_folder() / "nf4_linear" / "gemv"
     for dtype in ("bfloat16", "float16"):
-        for direction, name in (("forward", "nf4_gemv"), ("backward", "nf4_gemv_transposed")):
-            text = (folder / f"{dtype}_{direction}.cu").read_text()
-            found = re.findall(name + r"_(\d+), \w+, (\d+), (\d+)\)", text)
-            warps = {int(m): int(warps) for m, _, warps in found}
-            assert warps == gemv._WARPS[direction == "backward"]
-            assert all(int(m) == 8 * int(tiles) for m, tiles, _ in found)
+        text = (folder / f"{dtype}.cu").read_text()
+        found = re.findall(r"nf4_gemv_(\d+), \w+, (\d+), (\d+)\)", text)
+        assert {int(m): int(warps) for m, _, warps in found} == gemv._WARPS
+        assert all(int(m) == 8 * int(tiles) for m, tiles, _ in found)
     assert f"MOST_MAKERS = {gemv._MAKERS};" in (folder / "small.cuh").read_text()
     assert f"MOST_TILES = {gemv._PASS};" in (folder / "forward.cuh").read_text()
 
@@ -363,8 +345,7 @@ def test_launches(monkeypatch, m, words):
         def launch(self, name, grid, block, arguments, **rest):
             launches.append((name, grid, block, arguments, rest))
 
-    for kernels in ("_FORWARD", "_BACKWARD"):
-        monkeypatch.setattr(gemv, kernels, {torch.bfloat16: Recorder()})
+    monkeypatch.setattr(gemv, "_KERNELS", {torch.bfloat16: Recorder()})
     monkeypatch.setattr(gemv, "_clusters", lambda *_: HOPPER)
     monkeypatch.setattr(gemv, "_overlaps", lambda device: True)
     state = torch.zeros(8, dtype=torch.int32) if words else None
@@ -373,22 +354,17 @@ def test_launches(monkeypatch, m, words):
     weight = make_case(1, n, k, Options(rank=0)).weight
     a, b = bfloat16(rank, k), bfloat16(n, rank)
     y, xa = gemv.multiply_low_rank(bfloat16(m, k), weight, bfloat16(n), a, b, 0.5)
-    dx, dyb = gemv.multiply_transposed_low_rank(bfloat16(m, n), weight, a, b, 0.5)
     assert y.shape == (m, n)
-    assert dx.shape == (m, k)
-    assert xa.shape == dyb.shape == (m, rank)
+    assert xa.shape == (m, rank)
     tokens = 8 if m <= 8 else 16
-    assert [launch[0] for launch in launches] == [
-        f"nf4_gemv_{tokens}",
-        f"nf4_gemv_transposed_{tokens}",
-    ]
-    for transposed, (_, grid, block, arguments, rest) in enumerate(launches):
-        assert block == 32 * (gemv._WARPS[bool(transposed)][tokens] + words)
-        assert rest["shared"] <= 99 * 1024  # what every GPU since Ampere gives a block
-        assert rest["cluster"] <= 8
-        assert grid > 0
-        assert rank in [value for value in arguments if isinstance(value, int)]
-        partial = [t for t in arguments if isinstance(t, torch.Tensor) and t.dtype == torch.float32]
-        if words:
-            assert any(value is state for value in arguments)
-            assert partial[-1].numel() == 32 * 16 * rank
+    ((name, grid, block, arguments, rest),) = launches
+    assert name == f"nf4_gemv_{tokens}"
+    assert block == 32 * (gemv._WARPS[tokens] + words)
+    assert rest["shared"] <= 99 * 1024  # what every GPU since Ampere gives a block
+    assert rest["cluster"] <= 8
+    assert grid > 0
+    assert rank in [value for value in arguments if isinstance(value, int)]
+    partial = [t for t in arguments if isinstance(t, torch.Tensor) and t.dtype == torch.float32]
+    if words:
+        assert any(value is state for value in arguments)
+        assert partial[-1].numel() == 32 * 16 * rank

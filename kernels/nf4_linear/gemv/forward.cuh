@@ -29,7 +29,7 @@ struct Forward {
     static constexpr int SHARED = TABLE_BYTES + WARPS * TOKENS * PITCH * 4 + MAP_BYTES;
 
     struct Tile {
-        uint4 w[2];  // rows g and g+8
+        uint4 w[2];               // rows g and g+8
         NF4Scales::Stored scale;  // of row g or g+8 (odd q) in block q / 2 of the two
     };
 
@@ -41,8 +41,8 @@ struct Forward {
     float mean;
     float c[TILES][TOKEN_TILES][4];
     // What a step multiplies, and what is on its way for the next one. One copy of all there is
-    // waits for all that was asked for: a warp has too few scoreboards to wait for tiles one by one,
-    // and would wait for those asked for last.
+    // waits for all that was asked for: a warp has too few scoreboards to wait for tiles one by
+    // one, and would wait for those asked for last.
     struct Stage {
         Tile tiles[TILES];
         u32 x[TOKEN_TILES][16];
@@ -85,8 +85,8 @@ struct Forward {
         for (int tile = 0; tile < TOKEN_TILES; ++tile) {
             const int token = 8 * tile + g;
             const bool present = token < p.m && column < p.k;
-            const uint4* from = reinterpret_cast<const uint4*>(
-                p.x + static_cast<long long>(token) * p.k + column);
+            const uint4* from =
+                reinterpret_cast<const uint4*>(p.x + static_cast<long long>(token) * p.k + column);
 #pragma unroll
             for (int i = 0; i < 4; ++i)
                 *reinterpret_cast<uint4*>(&x[tile][4 * i]) =
@@ -107,7 +107,8 @@ struct Forward {
                                              const u32 (&x)[TOKEN_TILES][16]) const {
         const u32 all = 0xffffffffu, lane_offset = 8 * lane;
         const float mine = p.scales.decode(tile.scale, mean, map);
-        const float scale[2] = {__shfl_sync(all, mine, lane & ~1), __shfl_sync(all, mine, lane | 1)};
+        const float scale[2] = {__shfl_sync(all, mine, lane & ~1),
+                                __shfl_sync(all, mine, lane | 1)};
 #pragma unroll
         for (int j = 0; j < 8; ++j) {  // four weights of each row per product
             u32 a[4];
@@ -218,8 +219,7 @@ struct Forward {
                     if (t < count) multiply(c[t], now.tiles[t], now.x);
             }
             store();
-            if (waiting && warp == 0)
-                wait_for_small<T, false>(small, p.x, p.m, p.k, p.rank);
+            if (waiting && warp == 0) wait_for_small<T>(small, p.x, p.m, p.k, p.rank);
             meet<THREADS>();
             if (waiting && threadIdx.x == THREADS - 1) leave_small(small);
             waiting = false;
@@ -238,7 +238,7 @@ __device__ __forceinline__ void forward(const Problem& p, const Small& small) {
     let_next_start();
     if (threadIdx.x >= 32 * WARPS) {
         wait_for_previous();
-        make_small<T, false>(small, p.x, p.m, p.k, p.rank);
+        make_small<T>(small, p.x, p.m, p.k, p.rank);
         return;
     }
     Forward<T, TOKEN_TILES, WARPS>(p, memory).run(memory, small);

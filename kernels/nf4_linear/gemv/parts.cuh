@@ -1,5 +1,5 @@
-// What both directions of the product for few rows share: the table of pairs, loads of W, and how
-// they meet other kernels and other blocks. See forward.cuh.
+// What the product for few rows is made of: the table of pairs, loads of W, and how blocks meet
+// other kernels and other blocks. See forward.cuh.
 #pragma once
 #include "common/convert.cuh"
 #include "common/hopper.cuh"
@@ -10,12 +10,12 @@ constexpr int TABLE_BYTES = 256 * 32 * 8;
 constexpr int MAP_BYTES = 256 * 4;
 
 struct Problem {
-    const u16* x;  // activations: (m,k), or dY (m,n) in the transposed product
+    const u16* x;  // (m,k)
     const u8* packed;
     NF4Scales scales;
     const u16* bias;    // null: none
     const u16* small;   // (m,rank) of the low-rank product; null: none
-    const u16* factor;  // (n,rank), or (rank,k) in the transposed product
+    const u16* factor;  // (n,rank)
     u16* out;
     int m, n, k, rank;
 };
@@ -44,14 +44,15 @@ __device__ __forceinline__ void fill_table(u8* table, int t) {
 // And the map of the 8-bit scales.
 template <int THREADS>
 __device__ __forceinline__ void fill_tables(u8* table, u8* map, int t) {
-    for (int i = t; i < 256; i += THREADS)
-        reinterpret_cast<float*>(map)[i] = DYNAMIC_MAP_VALUES[i];
+    for (int i = t; i < 256; i += THREADS) reinterpret_cast<float*>(map)[i] = DYNAMIC_MAP_VALUES[i];
     fill_table<THREADS>(table, t);
 }
 
 // Registers of a thread: with the warp that makes the small product, they fill a processor.
 template <int WARPS>
-constexpr int REGISTERS = WARPS < 8 ? 224 : WARPS < 12 ? 168 : 128;
+constexpr int REGISTERS = WARPS < 8    ? 224
+                          : WARPS < 12 ? 168
+                                       : 128;
 
 // The warps that multiply W meet; the one beside them does not.
 template <int THREADS>
@@ -72,16 +73,9 @@ __device__ __forceinline__ uint4 stream16(const u8* from) {
                  : "l"(from));
     return v;
 }
-__device__ __forceinline__ uint2 stream8(const u8* from) {
-    uint2 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(v.x), "=r"(v.y)
-                 : "l"(from));
-    return v;
-}
 
-// What memory holds for a block's scale, by the same two loads with and without double quantization:
-// loads of which one or the other happens would wait for each other.
+// What memory holds for a block's scale, by the same two loads with and without double
+// quantization: loads of which one or the other happens would wait for each other.
 __device__ __forceinline__ NF4Scales::Stored stream_scale(const NF4Scales& scales, u32 block) {
     const u8* codes = static_cast<const u8*>(scales.absmax) + block;
     const float* group = scales.nested != nullptr
@@ -158,8 +152,8 @@ __device__ __forceinline__ float peer_value(const float* own, int rank) {
 template <typename T>
 __device__ __forceinline__ float low_rank_dot(const u16* low, const u16* factor, int rank) {
     float sum = 0.f;
-    const bool wide = rank % 8 == 0 && ((reinterpret_cast<u64>(low) |
-                                         reinterpret_cast<u64>(factor)) & 15) == 0;
+    const bool wide =
+        rank % 8 == 0 && ((reinterpret_cast<u64>(low) | reinterpret_cast<u64>(factor)) & 15) == 0;
     if (!wide) {
         for (int r = 0; r < rank; ++r) sum += T::read(read_fresh(low + r)) * T::read(factor[r]);
         return sum;

@@ -1,16 +1,15 @@
 // The low-rank factor's own product, small = scale * activations F, made by a warp of its own in
 // each of the first blocks while the other warps multiply W.
-// Shapes    activations (m,C), m <= 16 | factor (r,C), or transposed (C,r) | partial, f32
-//           (MOST_MAKERS,16,r) | out (m,r) | state: three words, zero before and after each launch
+// Shapes    activations (m,C), m <= 16 | factor (r,C) | partial, f32 (MOST_MAKERS,16,r) |
+//           out (m,r) | state: three words, zero before and after each launch
 // Requires  C % 8 == 0, r % 8 == 0, 16-byte alignment
 // How       16 tokens x 16 ranks at a time, 32 of the contraction a step: tokens are the 16-row
-//           operand of mma.m16n8k16, ranks the 8-column one. F (r,C): a lane takes 8 neighbours of
-//           a row on both sides. F (C,r): a lane reads four neighbours of a row, and movmatrix turns
-//           pairs of ranks into pairs of the contraction.
+//           operand of mma.m16n8k16, ranks the 8-column one. A lane takes 8 neighbours of a row on
+//           both sides.
 // Meeting   the last warp to add its part sums all parts in their order, writes the result and says
 //           so. Blocks that make parts may not all have found room beside other kernels: who has
-//           waited for long makes everything itself, to the same bits. Whoever is done last sets the
-//           words back to zero.
+//           waited for long makes everything itself, to the same bits. Whoever is done last sets
+//           the words back to zero.
 // Truth     qlora_kit/ops/low_rank_product/reference.py: scaled_product
 #pragma once
 #include "common/counters.cuh"
@@ -29,15 +28,9 @@ struct Small {
 
 constexpr long long PATIENCE = 1 << 17;  // cycles
 
-__device__ __forceinline__ u32 transposed(u32 rows) {
-    u32 columns;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(columns) : "r"(rows));
-    return columns;
-}
-
 struct Operands {
     uint4 x[2];  // tokens g and g+8
-    uint4 f[2];  // ranks g and g+8, or four lines of the transposed factor
+    uint4 f[2];  // ranks g and g+8
 };
 
 // Elements k..k+31 of the contraction: lane 4g+q takes 8q..8q+7.
@@ -52,48 +45,20 @@ __device__ __forceinline__ Operands load_small(const u16* x, const u16* factor, 
         const u16* from = x + static_cast<long long>(token) * contraction + at;
         const u16* line = factor + static_cast<long long>(r) * contraction + at;
         const bool inside = at < contraction;
-        o.x[h] = inside && token < m ? __ldg(reinterpret_cast<const uint4*>(from))
-                                     : uint4{0, 0, 0, 0};
-        o.f[h] = inside && r < rank ? __ldg(reinterpret_cast<const uint4*>(line))
-                                    : uint4{0, 0, 0, 0};
+        o.x[h] =
+            inside && token < m ? __ldg(reinterpret_cast<const uint4*>(from)) : uint4{0, 0, 0, 0};
+        o.f[h] =
+            inside && r < rank ? __ldg(reinterpret_cast<const uint4*>(line)) : uint4{0, 0, 0, 0};
     }
     return o;
 }
 
-// The same elements in another order: lane 4g+q takes 8i + 2q, +1 of x, and of the factor ranks
-// first+4q..first+4q+3 in the lines 8i + g.
-__device__ __forceinline__ Operands load_small_transposed(const u16* x, const u16* factor, int m,
-                                                          int contraction, int rank, int first,
-                                                          int k, int g, int q) {
-    u32 v[2][4];
-    uint2 f[4];
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int token = g + 8 * h, at = k + 8 * i + 2 * q;
-            const u16* from = x + static_cast<long long>(token) * contraction + at;
-            v[h][i] = token < m && at < contraction ? __ldg(reinterpret_cast<const u32*>(from)) : 0;
-        }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const int line = k + 8 * i + g, r = first + 4 * q;
-        const u16* from = factor + static_cast<long long>(line) * rank + r;
-        f[i] = line < contraction && r < rank ? __ldg(reinterpret_cast<const uint2*>(from))
-                                              : uint2{0, 0};
-    }
-    return {{{v[0][0], v[0][1], v[0][2], v[0][3]}, {v[1][0], v[1][1], v[1][2], v[1][3]}},
-            {{f[0].x, f[1].x, f[2].x, f[3].x}, {f[0].y, f[1].y, f[2].y, f[3].y}}};
-}
-
-template <typename T, bool TRANSPOSED>
+template <typename T>
 __device__ __forceinline__ void multiply_small(float (&c)[2][4], const Operands& o) {
     const uint4 low = o.x[0], high = o.x[1];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        uint4 f = o.f[h];
-        if (TRANSPOSED)
-            f = {transposed(f.x), transposed(f.y), transposed(f.z), transposed(f.w)};
+        const uint4 f = o.f[h];
         Mma::run<T>(c[h], {low.x, high.x, low.y, high.y}, f.x, f.y);
         Mma::run<T>(c[h], {low.z, high.z, low.w, high.w}, f.z, f.w);
     }
@@ -106,7 +71,7 @@ __device__ __forceinline__ float2 read_pair(const float* from) {
 }
 
 // Part `maker`, by one warp, with so many steps on their way.
-template <typename T, bool TRANSPOSED, int AHEAD>
+template <typename T, int AHEAD>
 __device__ __forceinline__ void make_part(const Small& s, const u16* x, int m, int contraction,
                                           int rank, int maker) {
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
@@ -117,17 +82,14 @@ __device__ __forceinline__ void make_part(const Small& s, const u16* x, int m, i
         float c[2][4] = {};
 #pragma unroll AHEAD
         for (int step = begin; step < end; ++step)
-            multiply_small<T, TRANSPOSED>(
-                c, TRANSPOSED ? load_small_transposed(x, s.factor, m, contraction, rank, first,
-                                                      32 * step, g, q)
-                              : load_small(x, s.factor, m, contraction, rank, first, 32 * step, g, q));
-        // Column j of half h is rank 8h + j, or, from four neighbours a lane, 4 (j / 2) + 2h + j % 2.
+            multiply_small<T>(
+                c, load_small(x, s.factor, m, contraction, rank, first, 32 * step, g, q));
+        // Column j of half h is rank 8h + j.
 #pragma unroll
         for (int h = 0; h < 2; ++h)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const int token = g + 8 * i;
-                const int r = first + (TRANSPOSED ? 4 * q + 2 * h : 8 * h + 2 * q);
+                const int token = g + 8 * i, r = first + 8 * h + 2 * q;
                 if (token < m && r < rank)
                     *reinterpret_cast<float2*>(s.partial + (maker * 16 + token) * rank + r) = {
                         c[h][2 * i], c[h][2 * i + 1]};
@@ -162,12 +124,12 @@ __device__ __forceinline__ void leave_small(const Small& s) {
 }
 
 // The warp beside those that multiply W.
-template <typename T, bool TRANSPOSED>
+template <typename T>
 __device__ __forceinline__ void make_small(const Small& s, const u16* x, int m, int contraction,
                                            int rank) {
     const int lane = threadIdx.x % 32;
     if (blockIdx.x >= s.makers) return;
-    make_part<T, TRANSPOSED, 2>(s, x, m, contraction, rank, blockIdx.x);
+    make_part<T, 2>(s, x, m, contraction, rank, blockIdx.x);
     const u32 before = __shfl_sync(0xffffffffu, lane == 0 ? add_in_order(s.state) : 0u, 0);
     if (before == s.makers - 1) {
         __threadfence();
@@ -178,9 +140,9 @@ __device__ __forceinline__ void make_small(const Small& s, const u16* x, int m, 
 }
 
 // One warp of each block: until the result is there.
-template <typename T, bool TRANSPOSED>
-__device__ __forceinline__ void wait_for_small(const Small& s, const u16* x, int m,
-                                               int contraction, int rank) {
+template <typename T>
+__device__ __forceinline__ void wait_for_small(const Small& s, const u16* x, int m, int contraction,
+                                               int rank) {
     int ready = 0;
     if (threadIdx.x % 32 == 0) {
         const long long start = clock64();
@@ -190,6 +152,6 @@ __device__ __forceinline__ void wait_for_small(const Small& s, const u16* x, int
     if (__shfl_sync(0xffffffffu, ready, 0)) return;
 #pragma unroll 1
     for (int maker = 0; maker < s.makers; ++maker)
-        make_part<T, TRANSPOSED, 1>(s, x, m, contraction, rank, maker);
+        make_part<T, 1>(s, x, m, contraction, rank, maker);
     add_parts<T, 1>(s, m, rank);
 }
