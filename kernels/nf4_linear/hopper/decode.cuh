@@ -45,7 +45,7 @@ struct Forward {
     static constexpr bool TRANSPOSED = false;
     static constexpr int TILES = S::TILES, ROWS = 2 * TILES;
     u32 words[2][ROWS][4];
-    float scale[ROWS];
+    alignas(16) float scale[ROWS];
     u32 selector;
     int row, swap;
 
@@ -68,8 +68,11 @@ struct Forward {
         }
     }
     __device__ __forceinline__ void load_scales(const float* scales) {
-#pragma unroll
-        for (int j = 0; j < ROWS; ++j) scale[j] = scales[row + 8 * j];
+        const float* from = scales + place_of_scale<ROWS>(row);
+        if (ROWS == 4)
+            *reinterpret_cast<float4*>(scale) = *reinterpret_cast<const float4*>(from);
+        else
+            *reinterpret_cast<float2*>(scale) = *reinterpret_cast<const float2*>(from);
     }
     // The first or second product of the half in a buffer.
     template <int BUFFER, int WHICH>

@@ -59,7 +59,8 @@ struct StoredScales {
         const int t = threadIdx.x;
 #pragma unroll
         for (int h = 0; h < TILES; ++h)
-            to[TRANSPOSED ? (t % 2 * TILES + h) * DEPTH + t / 2 : t + 128 * h] = scales[h];
+            to[TRANSPOSED ? (t % 2 * TILES + h) * DEPTH + t / 2
+                          : place_of_scale<2 * TILES>(t) + 128 * h] = scales[h];
     }
 };
 

@@ -37,6 +37,12 @@ struct alignas(1024) Stage {
     float scales[S::COLUMNS];
 };
 
+// Where a stage keeps the scale of a tile's row, forward: a thread's R rows, 8 apart, lie together.
+template <int R>
+__device__ __forceinline__ int place_of_scale(int r) {
+    return r / (8 * R) * (8 * R) + r % 8 * R + r / 8 % R;
+}
+
 // One matrix product as the blocks see it.
 struct Problem {
     const u8* packed;
