@@ -70,7 +70,7 @@ __device__ __forceinline__ void fence_shared_copies() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Between what threads have read or written in the GPU's memory and what the copy engine reads there.
+// Between what threads have written in the GPU's memory and what the copy engine reads there.
 __device__ __forceinline__ void fence_global_copies() {
     asm volatile("fence.proxy.async.global;" ::: "memory");
 }

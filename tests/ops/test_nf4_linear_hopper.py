@@ -46,7 +46,7 @@ def test_a_cut_covers_the_product_and_fits():
 
 
 def test_stretches_where_rounds_would_leave_the_chip_idle():
-    (shape, split, clusters), _ = tiling(512, 28672, 8192, H100)  # 224 tiles: 3.4 rounds of 66 pairs
+    (shape, split, clusters), _ = tiling(512, 28672, 8192, H100)  # 224 tiles: 3.4 rounds of pairs
     assert (shape.tokens, shape.columns, split, clusters) == (256, 128, 1, 66)
     (shape, split, clusters), _ = tiling(512, 4096, 14336, H100)  # 32 tiles, each made by two pairs
     assert (shape.tokens, split, clusters) == (256, 1, 64)

@@ -12,7 +12,9 @@
 //           few tokens there are four of them, two sharing each stage, to hide the look-ups.
 //           Blocks of a cluster share the contraction, and their sums meet in shared memory; or
 //           clusters take stretches of it, as in stretch.cuh. Blocks of 128 columns come in pairs
-//           that bring in half of their common activations each.
+//           that bring in half of their common activations each. The first clusters may make the
+//           small product XA, or dYB, and nothing else: small.cuh.
+// Begins    while the kernel before it ends: W is brought in before the wait, activations after it
 // Decode    one look-up per byte: 256 pairs of f32 in shared memory, once per lane (no conflicts);
 //           a permute makes the address, two products, one rounding: 2.5 instructions per weight
 // Transpose a byte holds two neighbours along K, which are rows of the result there: rows of a
@@ -31,7 +33,7 @@ struct Consumer {
     static constexpr int COLUMNS = S::COLUMNS, STAGES = S::STAGES, PITCH = S::PITCH;
     float c[TILES][TOKENS / 2];
     Fragments<TILES> f[2];
-    Pairs<TILES> pairs[PARTS == 1 ? 2 : 1];  // with two warpgroups to a stage, warps hide the look-ups
+    Pairs<TILES> pairs[PARTS == 1 ? 2 : 1];  // two warpgroups to a stage: warps hide the look-ups
     Way way;
     const u32 table, lane_offset;
     const int consumer, part, lane;
@@ -211,8 +213,8 @@ __device__ __forceinline__ void fused(const TensorMap& activations, const Tensor
     Barrier* empty = full + S::STAGES;
     u32* word = reinterpret_cast<u32*>(empty + S::STAGES);
     static_assert(S::STAGES * sizeof(Stage<S>) >= S::SUMS_BYTES, "no room");
-    launch_next_kernel();  // it waits for this one's end before it touches anything of it
     typedef Grid<S, Way::TRANSPOSED> Tiles;
+    launch_next_kernel();  // it waits for this one's end before it touches anything of it
     if (own_cluster() < small.makers) {
         make_small<T, Way::TRANSPOSED, S>(small, p, reinterpret_cast<float*>(memory));
         return;
@@ -262,7 +264,7 @@ __device__ __forceinline__ void fused(const TensorMap& activations, const Tensor
                 consumer.run(p, w, stages, full, empty, before);
                 before += w.steps + w.low_rank_steps;
             }
-            const Tiles grid(p);
+            const Tiles grid(p);  // again: there was no register for it
             const Stretch stretch(grid.tiles, grid.quads, small.makers, done);
             const Work w = grid.work(stretch);
             const bool apart = grid.apart();
@@ -286,11 +288,11 @@ __device__ __forceinline__ void fused(const TensorMap& activations, const Tensor
     extern "C" __global__ void __launch_bounds__(128 + Shape<__VA_ARGS__>::THREADS, 1)            \
         NAME(const __grid_constant__ TensorMap activations,                                       \
              const __grid_constant__ TensorMap packed_map,                                        \
-             const __grid_constant__ TensorMap small, const u8* packed, const void* absmax,       \
+             const __grid_constant__ TensorMap small_map, const u8* packed, const void* absmax,   \
              const float* nested, const float* offset, const u16* bias, const u16* factor,        \
              u16* out, float* partial, u32* arrived, const u16* x, const u16* other, u16* low,    \
-             float* parts, u32* words, long long m, long long n, long long k, long long rank, long long makers, \
-             long long settled, float scale) {                                                    \
+             float* parts, u32* words, long long m, long long n, long long k, long long rank,     \
+             long long makers, long long settled, float scale) {                                  \
         typedef Shape<__VA_ARGS__> S;                                                             \
         const Problem p{packed,                                                                   \
                         NF4Scales{absmax, nested, offset, 6},                                     \
@@ -304,8 +306,8 @@ __device__ __forceinline__ void fused(const TensorMap& activations, const Tensor
                         static_cast<int>(k),                                                      \
                         static_cast<int>(rank),                                                   \
                         settled != 0};                                                            \
-        const Small made{x, other, low, parts, words, scale, static_cast<int>(makers)};                  \
-        fused<T, WAY<T, S>, S>(activations, packed_map, small, p, made);                          \
+        const Small small{x, other, low, parts, words, scale, static_cast<u32>(makers)};          \
+        fused<T, WAY<T, S>, S>(activations, packed_map, small_map, p, small);                     \
     }
 
 // One source file for each dtype and number of tokens: a call compiles only what it needs.

@@ -1,13 +1,10 @@
 // The low-rank factor's own product: small = scale * activations F, begun early so that the fused
 // product that follows can start beside it.
-// Shapes    activations (M,C) | factor (r,C), or transposed (C,r) | small (M,r) | words that are set
-//           to zero, counters of the kernel that follows
-// Begins    while the kernel before it ends, for which it waits; so nothing is read through the path
-//           for what stays the same as long as a kernel runs (ld.global.nc)
+// Shapes    activations (M,C) | factor (r,C), or transposed (C,r) | small (M,r) | words that are
+//           set to zero, counters of the kernel that follows
+// Begins    while the kernel before it ends, for which it waits
 // Requires  sm_90a, C % 8 == 0, 16-byte alignment; checked in qlora_kit/ops/nf4_linear/hopper.py
-// Tile      32 tokens x 16 ranks per cluster, whose warps share the contraction, 32 a step each. A
-//           thread takes 8 neighbours of a row on both sides: the same permutation of the sum's
-//           order for both operands of mma.
+// Tile      32 tokens x 16 ranks per cluster, whose warps share the contraction: small.cuh
 // Numerics  f32 accumulate, fixed order, one rounding after the scale: repeatable
 // Truth     qlora_kit/ops/nf4_linear/reference.py: scaled_product
 #include "nf4_linear/hopper/small.cuh"

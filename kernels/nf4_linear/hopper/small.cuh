@@ -1,13 +1,13 @@
-// The low-rank factor's own product, small = scale * activations F: of a tile of tokens and 16 ranks,
-// by all warps of a block. Made by a kernel of its own (low_rank.cu), or by the first clusters of the
-// fused product, for whose last steps it is there in time.
+// The low-rank factor's own product, small = scale * activations F: of a tile of tokens and 16
+// ranks, by all warps of a block. Made by a kernel of its own (low_rank.cu), or by the first
+// clusters of the fused product, for whose last steps it is there in time.
 // Shapes    activations (M,C) | factor (r,C), or transposed (C,r) | small (M,r)
 // Requires  C % 8 == 0, r % 8 == 0, 16-byte alignment
 // How       tokens are the 16-row operand of mma.m16n8k16, ranks the 8-column one, 32 of the
 //           contraction a step. A lane takes 8 neighbours of a row of activations, the same
-//           permutation of the sum's order for both operands. F (r,C): as many of its rows. F (C,r):
-//           a lane reads four neighbours of a row, and movmatrix turns pairs of ranks into pairs of
-//           the contraction.
+//           permutation of the sum's order for both operands. F (r,C): the same of its rows.
+//           F (C,r): a lane reads four neighbours of a row, and movmatrix turns pairs of ranks into
+//           pairs of the contraction.
 // Loads     plain ones: what is read may have been written by the kernel that ends while this one
 //           begins, and ld.global.nc is for what stays the same as long as a kernel runs
 // Numerics  f32 accumulate, fixed order, one rounding after the scale: repeatable
@@ -23,14 +23,14 @@ constexpr int MOST_PARTS = 8;  // of all tiles, where blocks share them
 // What the first clusters of a launch make, and where those who need it learn that it is there.
 struct Small {
     const u16* x;       // activations
-    const u16* factor;  // null: made by another kernel
+    const u16* factor;  // null: another kernel makes it
     u16* out;
-    float* partial;  // sums of parts, MOST_PARTS tiles of them
+    float* partial;  // sums of parts: MOST_PARTS tiles of them
     // Tiles that are there, readers who have seen it, and of each tile its parts that are there:
     // zero before and after a launch.
     u32* words;
     float scale;
-    int makers;  // clusters
+    u32 makers;  // clusters
 };
 
 __device__ __forceinline__ u32 transposed(u32 rows) {
@@ -170,7 +170,8 @@ __device__ __forceinline__ void make_small(const Small& small, const Problem& p,
     static_assert(WARPS * TOKENS * RANKS * 4 + 4 <= TABLE_BYTES, "no room");
     const int warp = threadIdx.x / 32, contraction = TRANSPOSED ? p.n : p.k;
     const int across = (p.rank + RANKS - 1) / RANKS, tiles = small_tiles<TOKENS>(p);
-    const int blocks = small.makers * cluster_size(), parts = max(1, min(blocks, MOST_PARTS) / tiles);
+    const int blocks = small.makers * cluster_size();
+    const int parts = max(1, min(blocks, MOST_PARTS) / tiles);
     u32* last = reinterpret_cast<u32*>(sums + WARPS * TOKENS * RANKS);
     wait_for_previous_kernel();
 #pragma unroll 1

@@ -47,7 +47,7 @@ class Shape:
 
     @property
     def shared(self) -> int:
-        """Bytes of shared memory: table, stages, the 8-bit scales' map, barriers; sums of few rows."""
+        """Bytes of shared memory: table, stages, map of scales, barriers; sums of few rows."""
         stage = self.tokens * DEPTH * 2 + self.columns * (DEPTH // 2 + 4)
         stage = -(-stage // 1024) * 1024
         sums = self.groups // 2 * self.tokens * (self.columns + 4) * 4 if self.own_sums else 0

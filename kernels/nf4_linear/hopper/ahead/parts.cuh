@@ -73,10 +73,6 @@ struct Place {
     }
 };
 
-// Between what threads have written to memory and what the copy engine reads.
-__device__ __forceinline__ void fence_copy_engine() {
-    asm volatile("fence.proxy.async.global;" ::: "memory");
-}
 // No barrier to the compiler: look-ups may pass it. What says that it is there may not.
 __device__ __forceinline__ void store16(u16* to, const u32 (&v)[4]) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v[0]), "r"(v[1]),

@@ -53,7 +53,7 @@ struct Producer {
         const int known = missing == 0 ? 32 : __ffs(missing) - 1;
         if (lane < known && mine < grid.chunks) read_acquired(cell);
         __syncwarp();
-        fence_copy_engine();
+        fence_global_copies();
         return chunk + known;
     }
 
