@@ -7,8 +7,17 @@ What every strategy must do is tested in test_nf4_linear_gpu.py, with the cut th
 import pytest
 import torch
 
+from qlora_kit.ops import jit
 from qlora_kit.ops.nf4_linear import cuda, hopper
-from qlora_kit.ops.nf4_linear.hopper_tiling import H100, SHAPES, Cut, sums_bytes, tiling
+from qlora_kit.ops.nf4_linear.hopper_tiling import (
+    H100,
+    SHAPES,
+    SMALL_PARTS,
+    SMALL_RANKS,
+    Cut,
+    sums_bytes,
+    tiling,
+)
 from qlora_kit.ops.nf4_linear.op import nf4_linear
 from tests.ops.helpers import SCALE, Options, float32_sums, make_case, poison, truth
 
@@ -43,6 +52,78 @@ def test_a_cut_covers_the_product_and_fits():
                 else:  # all run at once
                     assert split == 1
                     assert clusters + makers <= H100[shape.sharing - 1]
+
+
+def test_a_part_of_a_chip_and_products_beyond_32_bits():
+    """Where blocks that make the small product find no room, none do; counts fit a word."""
+    for count in (2, 8, 14, 16, 17, 40):
+        clusters = tuple(count // size for size in range(1, 9))
+        for m in (1, 8, 64, 512):
+            (shape, split, most), makers = tiling(m, 4096, 4096, clusters, 16)
+            assert most + makers <= clusters[shape.sharing - 1] or most == shape.tiles_of(m, 4096)
+            assert split * shape.sharing <= len(clusters)
+    for m, columns, contraction in (
+        (32768, 28672, 8192),
+        (16384, 128256, 4096),
+        (4096, 262144, 5376),
+    ):
+        cut, _ = tiling(m, columns, contraction, H100, 16)
+        quads = cut.shape.tiles_of(m, columns) * -(-contraction // 256)
+        assert quads * cut.clusters < 1 << 32
+        assert quads * cut.shape.tiles_of(m, columns) >= 1 << 32  # a tile each would not fit
+
+
+def test_numbers_are_those_of_the_sources():
+    folder = jit.kernels_folder() / "nf4_linear" / "hopper"
+    small, shape = ((folder / name).read_text() for name in ("small.cuh", "shape.cuh"))
+    assert f"constexpr int RANKS = {SMALL_RANKS};" in small
+    assert f"constexpr int MOST_PARTS = {SMALL_PARTS};" in small
+    assert "SMALL_TOKENS = GROUPS == 4 ? 16 : 32, SMALL_AHEAD = 4;" in shape
+    assert "OWN_SUMS = TOKENS <= 16;" in shape
+    for block in SHAPES:
+        assert block.small_tokens == (16 if block.groups == 4 else 32)
+        assert block.own_sums == (block.tokens <= 16)
+        counts = f"{block.tokens}, {block.stages}, {block.groups}, {block.tiles})"
+        for name in ("bfloat16", "float16"):
+            source = folder / f"{name}_{block.tokens}x{block.columns}.cu"
+            assert counts in source.read_text()
+
+
+@pytest.mark.gpu
+def test_a_weight_written_just_before_is_read_as_written():
+    """A product may start before the copy that brings its weight has ended; it must not read."""
+    case = make_case(64, 4096, 4096, Options(rank=16, bias=False), "cuda")
+    weight, codes = case.weight, case.weight.packed.clone()
+    with cuda.force_strategy("hopper"), torch.no_grad():
+        wanted = nf4_linear(case.x, weight, lora_a=case.a, lora_b=case.b, scale=SCALE)
+        for _ in range(20):
+            weight.packed.fill_(0)
+            weight.packed.add_(codes)
+            got = nf4_linear(case.x, weight, lora_a=case.a, lora_b=case.b, scale=SCALE)
+            assert torch.equal(got, wanted)
+
+
+@pytest.mark.gpu
+def test_a_product_waits_for_the_one_whose_result_it_takes():
+    """Products of a chain in little memory; each may begin before the one ahead has ended."""
+    first, second = (make_case(40, 2048, 2048, Options(rank=16, bias=False), "cuda") for _ in "ab")
+
+    def chain(strategy):
+        x = first.x.detach()
+        with cuda.force_strategy(strategy), torch.no_grad():
+            for case in (first, second) * 10:
+                y = nf4_linear(x, case.weight, lora_a=case.a, lora_b=case.b, scale=SCALE)
+                x = y / y.float().norm(dim=1, keepdim=True).to(y.dtype)
+                del y
+                x = nf4_linear(x, case.weight, lora_a=case.a, lora_b=case.b, scale=SCALE)
+                x = nf4_linear(x, case.weight, lora_a=case.a, lora_b=case.b, scale=SCALE)
+        return x
+
+    chain("hopper")
+    again = chain("hopper")
+    assert again.isfinite().all()
+    for _ in range(5):
+        assert torch.equal(chain("hopper"), again)
 
 
 def test_stretches_where_rounds_would_leave_the_chip_idle():
@@ -161,6 +242,7 @@ def test_cut_tiles_on_two_streams_and_in_a_graph(monkeypatch):
             return nf4_linear(case.x, case.weight, lora_a=case.a, lora_b=case.b, scale=SCALE)
 
     wanted = [run(case) for case in cases]
+    assert not hopper.WORDS.take(cases[0].x.device, 80).any()  # zero again for the next launch
     torch.cuda.synchronize()
     results = [[], []]
     for _ in range(20):

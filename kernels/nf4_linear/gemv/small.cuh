@@ -10,7 +10,7 @@
 //           so. Blocks that make parts may not all have found room beside other kernels: who has
 //           waited for long makes everything itself, to the same bits. Whoever is done last sets
 //           the words back to zero.
-// Truth     qlora_kit/ops/low_rank_product/reference.py: scaled_product
+// Truth     qlora_kit/ops/nf4_linear/reference.py: scaled_product
 #pragma once
 #include "common/counters.cuh"
 #include "nf4_linear/gemv/parts.cuh"

@@ -3,7 +3,7 @@
 // Tiles lie one behind the other, each as long as its contraction; clusters take stretches of equal
 // length, so all of them end at about the same time whatever the number of tiles. A tile that a
 // stretch cuts is made by several clusters: each leaves its sums in memory and counts itself; who
-// finds all others counted adds them up, in the order of the contraction. Nobody waits for anybody.
+// finds all others counted adds them up, in the order of the contraction. Nobody waits for that.
 #pragma once
 #include "common/counters.cuh"
 #include "nf4_linear/hopper/shape.cuh"
@@ -24,7 +24,7 @@ struct Stretch {
     __device__ __forceinline__ u32 cluster() const { return own_cluster() - makers; }
     __device__ __forceinline__ u32 clusters() const { return cluster_count() - makers; }
     __device__ __forceinline__ int begin_of(u32 which) const {
-        return static_cast<u32>(tiles * quads) * which / clusters();  // below 2^32: hopper.py
+        return static_cast<u32>(tiles * quads) * which / clusters();  // below 2^32: hopper_tiling.py
     }
     // Whose stretch a quad is part of.
     __device__ __forceinline__ int owner_of(int quad) const {

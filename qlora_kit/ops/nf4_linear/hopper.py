@@ -14,6 +14,7 @@ from torch import Tensor
 from qlora_kit.ops.jit import architecture_of
 from qlora_kit.ops.launch import Kernels, tensor_map
 from qlora_kit.ops.nf4_linear import low_rank
+from qlora_kit.ops.nf4_linear.early import may_be_read_early
 from qlora_kit.ops.nf4_linear.hopper_tiling import (
     DEPTH,
     SHAPES,
@@ -29,11 +30,11 @@ from qlora_kit.quant.weight import NF4Weight
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 _MOST_PRODUCTS = 1 << 47
-"""M x N x K: stretches are counted in 32 bits."""
+"""M x N x K: a cut's stretches are counted in 32 bits, and up to here there is one (`tiling`)."""
 _LOW_RANK_TILE = 32, 16
 """Tokens and ranks of a cluster of low_rank.cu."""
 _SMALL_WORDS = 16
-"""Before the counters of tiles: a launch that makes the small product counts in the first ten."""
+"""Before the counters of tiles: a launch that makes the small product counts in the first six."""
 
 
 class _Meeting(NamedTuple):
@@ -137,7 +138,7 @@ def multiply_low_rank(
     lora_b: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Compute xa = scale·x·Aᵀ and x·Wᵀ + xa·Bᵀ + bias, the second beginning during the first.
+    """Compute xa = scale·x·Aᵀ and x·Wᵀ + xa·Bᵀ + bias, at once or the second beginning early.
 
     Args:
         x: (M, K), on a Hopper GPU, aligned to 16 bytes.
@@ -156,7 +157,7 @@ def multiply_low_rank(
 def multiply_transposed_low_rank(
     dy: Tensor, weight: NF4Weight, lora_a: Tensor, lora_b: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Compute dyb = scale·dy·B and dy·W + dyb·A, the second beginning during the first.
+    """Compute dyb = scale·dy·B and dy·W + dyb·A, at once or the second beginning early.
 
     Args:
         dy: (M, N), on a Hopper GPU, aligned to 16 bytes.
@@ -319,6 +320,9 @@ class _Plan(NamedTuple):
     meeting: _Meeting | None
     to_be_zeroed: Tensor | None
     """Words of the meeting that are not zero yet."""
+    out: Tensor
+    """The result; not initialised. Made before the small product is launched, whose kernel waits
+    for whoever used this memory last."""
 
 
 def _plan(kind: str, x: Tensor, weight: NF4Weight, rank: int) -> _Plan:
@@ -330,13 +334,14 @@ def _plan(kind: str, x: Tensor, weight: NF4Weight, rank: int) -> _Plan:
     size = sums_bytes(cut, tiles)
     count = tiles * cut.shape.sharing if size else 0
     words = WORDS.take(x.device, _SMALL_WORDS + count) if rank or count else None
+    out = x.new_empty((m, columns))
     if not size:
-        return _Plan(cut, makers, words, None, None)
+        return _Plan(cut, makers, words, None, None, out)
     sums = x.new_empty(size // 4, dtype=torch.float32)
     if words is None:
         arrived = x.new_empty(count, dtype=torch.int32)
-        return _Plan(cut, makers, None, _Meeting(sums, arrived), arrived)
-    return _Plan(cut, makers, words, _Meeting(sums, words[_SMALL_WORDS:]), None)
+        return _Plan(cut, makers, None, _Meeting(sums, arrived), arrived, out)
+    return _Plan(cut, makers, words, _Meeting(sums, words[_SMALL_WORDS:]), None, out)
 
 
 def _launch(
@@ -354,10 +359,9 @@ def _launch(
 ) -> Tensor:
     """`settled`: the kernel before began when all before that had ended."""
     n, k = weight.shape
-    m, columns = x.shape[0], k if kind else n
+    m = x.shape[0]
     shape, split, clusters = plan.cut
     makers = 0 if made is None else plan.makers
-    out = x.new_empty((m, columns))
     packed = weight.packed.view(n, k // 2)
     box = (shape.tokens // shape.sharing, DEPTH)
     x_map = tensor_map(x, box, 128)
@@ -370,16 +374,16 @@ def _launch(
             tensor_map(packed, *shape.packed_box(bool(kind))),
             x_map if small is None else tensor_map(small, box, 128),
             *(weight.packed, weight.absmax, weight.nested_absmax, weight.offset),
-            *(bias, factor, out, *(plan.meeting or (None, None))),
+            *(bias, factor, plan.out, *(plan.meeting or (None, None))),
             *(made or (None, None, None, None, None)),
             *(m, n, k, 0 if small is None else small.shape[1], makers, int(settled), scale),
         ),
         device=x.device,
         shared=shape.shared,
         cluster=split * shape.sharing,
-        overlap=True,
+        overlap=may_be_read_early(weight) or settled or plan.to_be_zeroed is not None,
     )
-    return out
+    return plan.out
 
 
 @lru_cache(maxsize=64)

@@ -145,6 +145,8 @@ class _Costs:
 
 
 _COSTS = _Costs()
+_MOST_COUNTED = 1 << 32
+"""The kernel finds a cluster's stretch by a product of all tiles' quads and the clusters."""
 _MAKERS = 0, 4, 8, 16
 """Blocks that make the small product; none: another kernel does."""
 
@@ -247,7 +249,7 @@ def tiling(
     Example:
         >>> cut, makers = tiling(16, 4096, 14336, (132, 66, 44, 32, 26, 22, 18, 16), 16)
         >>> cut.shape.tokens, cut.split, cut.clusters, makers
-        (16, 1, 131, 1)
+        (16, 1, 128, 4)
     """
     quads = -(-contraction // (4 * DEPTH))
     tokens = next((shape.tokens for shape in SHAPES if shape.tokens >= m), SHAPES[-1].tokens)
@@ -259,11 +261,14 @@ def tiling(
         for blocks in _MAKERS if rank else (0,):
             makers = -(-blocks // shape.sharing)
             most = clusters[shape.sharing - 1] - makers
-            cuts = [(Cut(shape, 1, count), makers) for count in _stretches(tiles, quads, most)]
+            counts = _stretches(tiles, quads, most) if most > 0 else ()
+            cuts = [(Cut(shape, 1, count), makers) for count in counts]
             for split in range(1, min(len(clusters) // shape.sharing, quads) + 1):
                 makers = -(-blocks // (split * shape.sharing))
                 cuts.append((Cut(shape, split, tiles), makers))
             for cut, makers in cuts:
+                if tiles * quads * cut.clusters >= _MOST_COUNTED:
+                    continue
                 size = cut.split * shape.sharing
                 cost, first = _times(cut, tiles, quads, clusters[size - 1] - makers)
                 if makers:

@@ -14,18 +14,19 @@ from torch import Tensor
 class Words:
     """Words of a GPU's memory that a launch counts in: zero before it and after it.
 
-    Launches of a stream follow one another and share a few. A captured one may run beside
+    Launches of a stream follow one another and share a few: a kernel that may begin before the one
+    ahead of it has ended touches them only once it has. A captured one may run beside
     anything later, so that it gets its own, for good.
     """
 
     _EACH = 8
-    """Given out together: no two launches write the same 32 bytes."""
+    """Words given out together: no two launches write the same 32 bytes."""
     _POOL = 1 << 17
-    """Of so many: 4 MiB."""
+    """Eights of a pool: 4 MiB."""
     _SPARE = 1 << 15
-    """Left for launches captured next, or another pool is made."""
+    """Eights left for launches captured next, or another pool is made."""
     _EACH_STREAM = 64
-    """A stream gets so many at first, so that few launches find them too few."""
+    """Eights that a stream gets at first, so that few launches find them too few."""
 
     def __init__(self) -> None:
         """None yet."""
