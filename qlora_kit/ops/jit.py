@@ -29,6 +29,8 @@ from qlora_kit.quant.nf4 import NF4_VALUES
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 """What every kernel must compile for."""
 
+_SPLITS_SINCE = 12, 8
+"""Version of NVRTC that compiles the kernels of one source side by side; 12.4 does not know how."""
 _INCLUDE = re.compile(r'^#include "([^"]+)"$', re.MULTILINE)
 
 
@@ -156,6 +158,7 @@ def compile_source(file: str, architecture: str, *, use_cache: bool = True) -> t
         arch=architecture,
         std="c++17",
         ptxas_options=["-v"],
+        split_compile=_threads(),
         no_cache=None if use_cache else True,  # NVRTC has a cache of its own, which says nothing
     )
     log = _Log()
@@ -170,6 +173,15 @@ def compile_source(file: str, architecture: str, *, use_cache: bool = True) -> t
     # The compiler always names the kernels it makes; a cache has nothing to say.
     COMPILATIONS[file] = Compilation(architecture, seconds, log.text == "")
     return code, log.text
+
+
+@lru_cache(maxsize=1)
+def _threads() -> int | None:
+    """For the kernels of one source: all there are (0), or what an older NVRTC does by itself."""
+    from cuda.bindings import nvrtc
+
+    _, major, minor = nvrtc.nvrtcVersion()
+    return 0 if (major, minor) >= _SPLITS_SINCE else None
 
 
 def errors() -> tuple[type[Exception], ...]:

@@ -90,7 +90,7 @@ struct Forward {
 #pragma unroll
             for (int i = 0; i < 4; ++i)
                 *reinterpret_cast<uint4*>(&x[tile][4 * i]) =
-                    present ? __ldg(from + i) : uint4{0, 0, 0, 0};
+                    present ? from[i] : uint4{0, 0, 0, 0};
         }
     }
 

@@ -25,6 +25,7 @@
 #pragma once
 #include "nf4_linear/hopper/decode.cuh"
 #include "nf4_linear/hopper/produce.cuh"
+#include "nf4_linear/hopper/result.cuh"
 #include "nf4_linear/hopper/stretch.cuh"
 
 template <typename T, typename Way, typename S>
@@ -209,6 +210,8 @@ __device__ __forceinline__ void fused(const TensorMap& activations, const Tensor
     after += MAP_BYTES;
     float* sums = reinterpret_cast<float*>(S::OWN_SUMS ? after : memory + TABLE_BYTES);
     after += S::OWN_SUMS ? S::SUMS_BYTES : 0;
+    u8* result = after;
+    after += S::RESULT_BYTES;
     Barrier* full = reinterpret_cast<Barrier*>(after);
     Barrier* empty = full + S::STAGES;
     u32* word = reinterpret_cast<u32*>(empty + S::STAGES);
@@ -269,8 +272,14 @@ __device__ __forceinline__ void fused(const TensorMap& activations, const Tensor
             const Work w = grid.work(stretch);
             const bool apart = grid.apart();
             done += stretch.length();
-            sync_threads<1, S::THREADS>();  // every stage has been read, and the sums before these
-            if (Meeting<S>(p, stretch, w.half, word).has_all(consumer.c)) {
+            const bool direct = grid.direct();
+            if (!direct) sync_threads<1, S::THREADS>();  // stages have been read, and sums before
+            if (!Meeting<S>(p, stretch, w.half, word).has_all(consumer.c)) {
+                // who comes last adds them up
+            } else if (direct) {
+                Result<T, Way, S>(p, w.first, consumer.consumer, result)
+                    .write(p, w, grid.columns, consumer.c);
+            } else {
                 consumer.store(sums);
                 if (grid.ranks > 1)
                     sync_cluster();
@@ -282,6 +291,8 @@ __device__ __forceinline__ void fused(const TensorMap& activations, const Tensor
             if (!apart) grid.sync_all();  // nobody's memory is used any more
         }
     }
+    if (S::SHARING > 1) meet_cluster();  // a neighbour's copies have come, and its barriers are not
+                                         // used any more
 }
 
 #define FUSED(NAME, T, WAY, ...)                                                                  \

@@ -76,8 +76,12 @@ struct Grid {
         const bool adds = from == 0 && rank == 0;
         return {first, token, begin, end - begin, adds ? low_rank_steps : 0, half};
     }
+    // Whether this block's registers have all sums of its piece, and no other block's any.
+    __device__ __forceinline__ bool direct() const { return S::PARTS == 1 && ranks == 1; }
     // Whether a piece can begin before the one before it has ended.
-    __device__ __forceinline__ bool apart() const { return S::OWN_SUMS && blocks == 1; }
+    __device__ __forceinline__ bool apart() const {
+        return direct() || (S::OWN_SUMS && blocks == 1);
+    }
     // Of this block and of its cluster; from two places of the code, so by a number.
     __device__ __forceinline__ void sync_all() const {
         sync_threads<3, 128 + S::THREADS>();

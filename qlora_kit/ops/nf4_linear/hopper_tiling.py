@@ -13,6 +13,7 @@ from typing import NamedTuple
 DEPTH = 64
 """Of the contraction, in a step."""
 _TABLE_BYTES = 256 * 32 * 8
+_RESULT_BYTES = 10240
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +48,11 @@ class Shape:
 
     @property
     def shared(self) -> int:
-        """Bytes of shared memory: table, stages, map of scales, barriers; sums of few rows."""
+        """Bytes of shared memory: table, stages, map of scales, barriers; sums or results."""
         stage = self.tokens * DEPTH * 2 + self.columns * (DEPTH // 2 + 4)
         stage = -(-stage // 1024) * 1024
         sums = self.groups // 2 * self.tokens * (self.columns + 4) * 4 if self.own_sums else 0
+        sums += _RESULT_BYTES if self.groups == 2 else 0
         return _TABLE_BYTES + self.stages * stage + 1024 + sums + 16 * self.stages + 16
 
     @property
