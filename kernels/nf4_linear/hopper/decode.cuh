@@ -34,15 +34,19 @@ struct Fragments {
     }
 };
 
-// What the table gave for one product, before scaling.
+// What was read for one product: of the table, before scaling, and scales along the contraction.
 template <int TILES>
-using Pairs = float2[4 * TILES];
+struct Found {
+    float2 pairs[4 * TILES];
+    float2 scales[2];  // transposed and DEEP
+};
 
 // Y = X W^T: contraction along a row of W. A thread's row j of four (or two) is
 // 16 TILES warp + 16 (j / 2) + 8 (j % 2) + g; its byte for columns 2q, 2q+1 is byte q of a word.
 template <typename T, typename S>
 struct Forward {
     static constexpr bool TRANSPOSED = false;
+    static constexpr bool DEEP = false;  // gains nothing here
     static constexpr int TILES = S::TILES, ROWS = 2 * TILES;
     u32 words[2][ROWS][4];
     alignas(16) float scale[ROWS];
@@ -76,20 +80,21 @@ struct Forward {
     }
     // The first or second product of the half in a buffer.
     template <int BUFFER, int WHICH>
-    __device__ __forceinline__ void look_up_pairs(Pairs<TILES>& pairs, u32 table,
-                                                  u32 lane_offset) const {
+    __device__ __forceinline__ void find(Found<TILES>& found, u32 table, u32 lane_offset,
+                                         const float*, int) const {
 #pragma unroll
         for (int i = 0; i < 4 * TILES; ++i)
-            pairs[i] =
+            found.pairs[i] =
                 look_up(table, words[BUFFER][i / 2][2 * WHICH + i % 2], lane_offset, selector);
     }
-    __device__ __forceinline__ void round(Fragments<TILES>& f, const Pairs<TILES>& pairs,
+    __device__ __forceinline__ void round(Fragments<TILES>& f, const Found<TILES>& found,
                                           const float*, int) const {
 #pragma unroll
         for (int i = 0; i < 4 * TILES; ++i) {
             const int j = i / 2;
             f.a[j / 2][2 * (i % 2) + (j & 1)] =
-                T::pack(__fmul_rn(pairs[i].x, scale[j]), __fmul_rn(pairs[i].y, scale[j]));
+                T::pack(__fmul_rn(found.pairs[i].x, scale[j]),
+                        __fmul_rn(found.pairs[i].y, scale[j]));
         }
     }
     // 16 columns of B (N, r) from `column` of r on.
@@ -116,6 +121,8 @@ struct Forward {
 template <typename T, typename S>
 struct Backward {
     static constexpr bool TRANSPOSED = true;
+    // Look-ups two products ahead, all else a stage: where there are registers for it.
+    static constexpr bool DEEP = S::PARTS == 1 && S::TILES * S::TOKENS <= 128;
     static constexpr int TILES = S::TILES, ROW_BYTES = 64 * TILES;
     u32 words[2][4];
     u32 address, selector;
@@ -143,27 +150,32 @@ struct Backward {
                      : "memory");
     }
     __device__ __forceinline__ void load_scales(const float*) {}
+    __device__ __forceinline__ float2 scales_of(const float* scales, int step, int part) const {
+        return *reinterpret_cast<const float2*>(scales + scale_row + 16 * step + 8 * part);
+    }
     // Pair 2 TILES part + TILES row + tile: row 2q + row of the sixteen's half `part`.
     template <int BUFFER, int WHICH>
-    __device__ __forceinline__ void look_up_pairs(Pairs<TILES>& pairs, u32 table,
-                                                  u32 lane_offset) const {
+    __device__ __forceinline__ void find(Found<TILES>& found, u32 table, u32 lane_offset,
+                                         const float* scales, int step) const {
+#pragma unroll
+        for (int part = 0; part < 2; ++part)
+            if (DEEP) found.scales[part] = scales_of(scales, step, part);
 #pragma unroll
         for (int i = 0; i < 4 * TILES; ++i) {
             const int part = i / (2 * TILES), row = i / TILES % 2, tile = i % TILES;
-            pairs[i] = look_up(table, words[BUFFER][2 * WHICH + part], lane_offset,
-                               selector + 0x10u * (2 * row + tile));
+            found.pairs[i] = look_up(table, words[BUFFER][2 * WHICH + part], lane_offset,
+                                     selector + 0x10u * (2 * row + tile));
         }
     }
-    __device__ __forceinline__ void round(Fragments<TILES>& f, const Pairs<TILES>& pairs,
+    __device__ __forceinline__ void round(Fragments<TILES>& f, const Found<TILES>& found,
                                           const float* scales, int step) const {
 #pragma unroll
         for (int part = 0; part < 2; ++part) {
-            const float2 scale =
-                *reinterpret_cast<const float2*>(scales + scale_row + 16 * step + 8 * part);
+            const float2 scale = DEEP ? found.scales[part] : scales_of(scales, step, part);
 #pragma unroll
             for (int tile = 0; tile < TILES; ++tile) {
-                const float2 v = pairs[2 * TILES * part + tile];
-                const float2 w = pairs[2 * TILES * part + TILES + tile];
+                const float2 v = found.pairs[2 * TILES * part + tile];
+                const float2 w = found.pairs[2 * TILES * part + TILES + tile];
                 f.a[tile][2 * part] = T::pack(__fmul_rn(v.x, scale.x), __fmul_rn(w.x, scale.y));
                 f.a[tile][2 * part + 1] =
                     T::pack(__fmul_rn(v.y, scale.x), __fmul_rn(w.y, scale.y));

@@ -34,7 +34,10 @@ struct Consumer {
     static constexpr int COLUMNS = S::COLUMNS, STAGES = S::STAGES, PITCH = S::PITCH;
     float c[TILES][TOKENS / 2];
     Fragments<TILES> f[2];
-    Pairs<TILES> pairs[PARTS == 1 ? 2 : 1];  // two warpgroups to a stage: warps hide the look-ups
+    // How many products ahead the table is looked up; two warpgroups to a stage: warps hide it.
+    static constexpr int AHEAD = PARTS == 2 ? 0 : Way::DEEP ? 2 : 1;
+    static constexpr int FOUND = AHEAD == 0 ? 1 : 2 * AHEAD;
+    Found<TILES> found[FOUND];
     Way way;
     const u32 table, lane_offset;
     const int consumer, part, lane;
@@ -47,9 +50,11 @@ struct Consumer {
           part(PARTS == 1 ? 0 : (warp_of_block() - 4) / 8),
           lane(threadIdx.x % 32) {}
 
-    template <int BUFFER, int WHICH>
-    __device__ __forceinline__ void look_up(Pairs<TILES>& to) {
-        way.template look_up_pairs<BUFFER, WHICH>(to, table, lane_offset);
+    // For a product of a stage's: half of its bytes lies in each buffer.
+    template <int PRODUCT>
+    __device__ __forceinline__ void find(const Stage<S>& stage) {
+        way.template find<PRODUCT / 2, PRODUCT % 2>(found[PRODUCT % FOUND], table, lane_offset,
+                                                    stage.scales, PRODUCT);
     }
 
     __device__ __forceinline__ void multiply(int which, u64 b) {
@@ -62,15 +67,17 @@ struct Consumer {
         f[which ^ 1].keep_all();
     }
 
-    // Rounds and multiplies product s of this warpgroup, whose table entries have arrived, and
-    // looks the following one up: the entries of the half in BUFFER, its first or second product.
-    template <int BUFFER, int WHICH>
-    __device__ __forceinline__ void product(const Stage<S>& stage, u64 b, int s) {
-        const int step = PARTS == 1 ? s : 2 * part + s;
-        if (PARTS == 1) look_up<BUFFER, WHICH>(pairs[(s + 1) % (3 - PARTS)]);
-        way.round(f[s & 1], pairs[s % (3 - PARTS)], stage.scales, step);
-        if (PARTS == 2) look_up<BUFFER, WHICH>(pairs[0]);
-        multiply(s & 1, b + 2 * step);
+    // Rounds and multiplies a product of this warpgroup's, whose table entries have arrived, and
+    // looks up the one after it, or after that: of this stage, or of the next.
+    template <int PRODUCT>
+    __device__ __forceinline__ void product(const Stage<S>& stage, const Stage<S>& next, u64 b) {
+        constexpr int LATER = PRODUCT + (AHEAD == 2 ? 2 : 1);
+        const Stage<S>& later = LATER < S::PRODUCTS ? stage : next;
+        const int step = PARTS == 1 ? PRODUCT : 2 * part + PRODUCT;
+        if (AHEAD > 0) find<LATER % S::PRODUCTS>(later);
+        way.round(f[PRODUCT % 2], found[PRODUCT % FOUND], stage.scales, step);
+        if (AHEAD == 0) find<LATER % S::PRODUCTS>(later);
+        multiply(PRODUCT % 2, b + 2 * step);
     }
 
     // A stage whose products are done, to all who fill it.
@@ -89,27 +96,40 @@ struct Consumer {
         for (int i = 0; i < TILES * TOKENS / 2; ++i) c[i % TILES][i / TILES] = 0.f;
         int waiting = -1;  // the stage to give back once its products are done
         if (w.steps > 0) {
-            const u32 slot = before % STAGES;
-            full[slot].wait(before / STAGES & 1);
-            way.template load<0>(stages[slot].packed, PARTS == 1 ? 0 : part);
-            look_up<0, 0>(pairs[0]);
+            const Stage<S>& stage = stages[before % STAGES];
+            full[before % STAGES].wait(before / STAGES & 1);
+            way.template load<0>(stage.packed, PARTS == 1 ? 0 : part);
+            if constexpr (AHEAD == 2) {
+                way.template load<1>(stage.packed, 1);
+                find<1>(stage);
+            }
+            find<0>(stage);
         }
 #pragma unroll 1
         for (int step = 0; step < w.steps; ++step) {
-            const u32 next = before + step + 1;
-            const int slot = (before + step) % STAGES, after = next % STAGES;
-            const Stage<S>& stage = stages[slot];
+            const u32 at = before + step + 1;
+            const int slot = (before + step) % STAGES, after = at % STAGES;
+            const Stage<S>&stage = stages[slot], &next = stages[after];
             const u64 b = tile_descriptor(stage.activations);
-            if (PARTS == 1) way.template load<1>(stage.packed, 1);
-            way.load_scales(stage.scales);
-
-            product<0, 1>(stage, b, 0);
-            give_back(empty, waiting);
-            if (PARTS == 1) product<1, 0>(stage, b, 1);
-            if (step + 1 < w.steps) full[after].wait(next / STAGES & 1);
-            way.template load<0>(stages[after].packed, PARTS == 1 ? 0 : part);
-            if (PARTS == 1) product<1, 1>(stage, b, 2);
-            product<0, 0>(stage, b, S::PRODUCTS - 1);
+            if constexpr (AHEAD == 2) {
+                product<0>(stage, next, b);
+                give_back(empty, waiting);
+                if (step + 1 < w.steps) full[after].wait(at / STAGES & 1);
+                way.template load<0>(next.packed, 0);
+                product<1>(stage, next, b);
+                way.template load<1>(next.packed, 1);
+                product<2>(stage, next, b);
+            } else {
+                if (PARTS == 1) way.template load<1>(stage.packed, 1);
+                way.load_scales(stage.scales);
+                product<0>(stage, next, b);
+                give_back(empty, waiting);
+                if constexpr (PARTS == 1) product<1>(stage, next, b);
+                if (step + 1 < w.steps) full[after].wait(at / STAGES & 1);
+                way.template load<0>(next.packed, PARTS == 1 ? 0 : part);
+                if constexpr (PARTS == 1) product<2>(stage, next, b);
+            }
+            product<S::PRODUCTS - 1>(stage, next, b);
             waiting = slot;
         }
         wgmma_wait<0>();
