@@ -91,17 +91,17 @@ class Cut(NamedTuple):
     """How many take stretches of all tiles' contraction; as many as there are tiles: one each."""
 
 
-# Steps are fitted, with the constants below, to times of 92 products, cut in 1,100 ways, on one
-# H100; what they chose was 0.7% slower on average than the best that was measured.
+# Steps are fitted, with the constants below, to times of 100 products, cut in 1,200 ways, on one
+# H100; what they chose was 0.4% slower on average than the best that was measured.
 SHAPES = (
     Shape(8, 12, 4, 2, 1.0),
-    Shape(16, 11, 4, 2, 1.07),
-    Shape(32, 10, 4, 2, 1.20),
-    Shape(64, 8, 2, 2, 1.18),
-    Shape(64, 10, 2, 1, 0.67),
-    Shape(128, 6, 2, 2, 1.78),
-    Shape(128, 7, 2, 1, 0.95),
-    Shape(256, 4, 2, 1, 1.41),
+    Shape(16, 11, 4, 2, 1.09),
+    Shape(32, 10, 4, 2, 1.24),
+    Shape(64, 8, 2, 2, 1.26),
+    Shape(64, 10, 2, 1, 0.66),
+    Shape(128, 6, 2, 2, 1.80),
+    Shape(128, 7, 2, 1, 0.925),
+    Shape(256, 4, 2, 1, 1.355),
 )
 
 
@@ -116,33 +116,36 @@ H100 = 132, 66, 39, 30, 22, 17, 15, 15
 
 @dataclass(frozen=True, slots=True)
 class _Costs:
-    """What a cluster costs besides its steps, in steps of eight tokens: 0.53 µs each."""
+    """What a cluster costs besides its steps, in steps of eight tokens: 0.54 µs each."""
 
-    fixed: float = 13.1
+    fixed: float = 12.0
     """To begin and to end."""
-    split_tile: float = 1.32
+    split_tile: float = 0.77
     """To add up through shared memory, if blocks of it share the contraction, per 16 tokens x
     256 columns of a block."""
-    piece: float = 5.0
+    piece: float = 2.34
     """To end one tile and begin another."""
-    piece_few: float = 3.4
-    """The same where sums have memory of their own."""
-    piece_tile: float = 1.10
-    meeting: float = 1.36
+    piece_few: float = 3.6
+    """The same of up to 32 tokens, whose sums meet in shared memory."""
+    piece_tile: float = 0.74
+    meeting: float = 1.07
     """To add up in memory, if clusters share a tile."""
-    meeting_tile: float = 0.49
+    meeting_tile: float = 0.38
     """And for each of them, per 16 tokens x 256 columns."""
-    small: float = 3.6
+    apart: float = 1.034
+    """Of a step of 128 tokens and more, if clusters are not at the same place of the contraction:
+    what one has brought in another no longer finds in the cache."""
+    small: float = 13.5
     """To begin and to end the small product."""
-    small_step: float = 5.0
+    small_step: float = 3.8
     """For four of a warp's steps of it,"""
-    small_step_far: float = 8.5e-8
+    small_step_far: float = 8.0e-8
     """more for each value that all read,"""
-    small_step_long: float = 1.8e-4
+    small_step_long: float = 2.1e-4
     """and for each of its contraction: loads wait for longer."""
-    outside: float = 7.6
+    outside: float = 5.9
     """If another kernel makes it,"""
-    outside_each: float = 3.4e-6
+    outside_each: float = 2.2e-6
     """and for each value that it reads."""
 
 
@@ -177,13 +180,15 @@ def _times(cut: Cut, tiles: int, quads: int, most: int) -> _Times:
     pieces = max(
         (end - 1) // quads - begin // quads + 1 for begin, end in itertools.pairwise(bounds)
     )
-    piece = _COSTS.piece_few if shape.own_sums else _COSTS.piece
+    piece = _COSTS.piece_few if shape.tokens <= 32 else _COSTS.piece
     own += (pieces - 1) * (piece + _COSTS.piece_tile * tile)
+    step = shape.step
     if tiles % count:
         sharers = max(1, -(-quads * count // total))
         own += _COSTS.meeting + _COSTS.meeting_tile * tile * sharers
-    steps = 4 * -(-total // count) * shape.step
-    return _Times(steps + own, _COSTS.fixed + min(steps, 4 * quads * shape.step))
+        step *= _COSTS.apart if shape.tokens >= 128 else 1
+    steps = 4 * -(-total // count) * step
+    return _Times(steps + own, _COSTS.fixed + min(steps, 4 * quads * step))
 
 
 def _stretches(tiles: int, quads: int, most: int) -> set[int]:
