@@ -89,8 +89,7 @@ struct Forward {
                 reinterpret_cast<const uint4*>(p.x + static_cast<long long>(token) * p.k + column);
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                *reinterpret_cast<uint4*>(&x[tile][4 * i]) =
-                    present ? from[i] : uint4{0, 0, 0, 0};
+                *reinterpret_cast<uint4*>(&x[tile][4 * i]) = present ? from[i] : uint4{0, 0, 0, 0};
         }
     }
 

@@ -45,10 +45,8 @@ __device__ __forceinline__ Operands load_small(const u16* x, const u16* factor, 
         const u16* from = x + static_cast<long long>(token) * contraction + at;
         const u16* line = factor + static_cast<long long>(r) * contraction + at;
         const bool inside = at < contraction;
-        o.x[h] =
-            inside && token < m ? *reinterpret_cast<const uint4*>(from) : uint4{0, 0, 0, 0};
-        o.f[h] =
-            inside && r < rank ? *reinterpret_cast<const uint4*>(line) : uint4{0, 0, 0, 0};
+        o.x[h] = inside && token < m ? *reinterpret_cast<const uint4*>(from) : uint4{0, 0, 0, 0};
+        o.f[h] = inside && r < rank ? *reinterpret_cast<const uint4*>(line) : uint4{0, 0, 0, 0};
     }
     return o;
 }

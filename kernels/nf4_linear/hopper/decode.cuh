@@ -92,15 +92,13 @@ struct Forward {
 #pragma unroll
         for (int i = 0; i < 4 * TILES; ++i) {
             const int j = i / 2;
-            f.a[j / 2][2 * (i % 2) + (j & 1)] =
-                T::pack(__fmul_rn(found.pairs[i].x, scale[j]),
-                        __fmul_rn(found.pairs[i].y, scale[j]));
+            f.a[j / 2][2 * (i % 2) + (j & 1)] = T::pack(__fmul_rn(found.pairs[i].x, scale[j]),
+                                                        __fmul_rn(found.pairs[i].y, scale[j]));
         }
     }
     // 16 columns of B (N, r) from `column` of r on.
     static __device__ __forceinline__ void low_rank(Fragments<TILES>& f, const Problem& p,
-                                                    int first, int consumer, int lane,
-                                                    int column) {
+                                                    int first, int consumer, int lane, int column) {
         const int g = lane / 4, q = lane % 4;
 #pragma unroll
         for (int j = 0; j < ROWS; ++j)
@@ -177,15 +175,13 @@ struct Backward {
                 const float2 v = found.pairs[2 * TILES * part + tile];
                 const float2 w = found.pairs[2 * TILES * part + TILES + tile];
                 f.a[tile][2 * part] = T::pack(__fmul_rn(v.x, scale.x), __fmul_rn(w.x, scale.y));
-                f.a[tile][2 * part + 1] =
-                    T::pack(__fmul_rn(v.y, scale.x), __fmul_rn(w.y, scale.y));
+                f.a[tile][2 * part + 1] = T::pack(__fmul_rn(v.y, scale.x), __fmul_rn(w.y, scale.y));
             }
         }
     }
     // 16 rows of A (r, K) from `column` of r on.
     static __device__ __forceinline__ void low_rank(Fragments<TILES>& f, const Problem& p,
-                                                    int first, int consumer, int lane,
-                                                    int column) {
+                                                    int first, int consumer, int lane, int column) {
         const int g = lane / 4, q = lane % 4;
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile)

@@ -199,19 +199,18 @@ struct Consumer {
                 for (int part = 0; part < PARTS; ++part)
 #pragma unroll
                     for (int h = 0; h < 2; ++h) {
-                        const float* own =
-                            sums + (part * TOKENS + row) * PITCH + column + 4 * h;
-                        const float4 add = ranks == 1 ? *reinterpret_cast<const float4*>(own)
-                                                      : read_peer(shared_address(own),
-                                                                  r * S::SHARING + w.half);
+                        const float* own = sums + (part * TOKENS + row) * PITCH + column + 4 * h;
+                        const float4 add =
+                            ranks == 1 ? *reinterpret_cast<const float4*>(own)
+                                       : read_peer(shared_address(own), r * S::SHARING + w.half);
                         v[4 * h] += add.x;
                         v[4 * h + 1] += add.y;
                         v[4 * h + 2] += add.z;
                         v[4 * h + 3] += add.w;
                     }
             }
-            const uint4 packed = {T::pack(v[0], v[1]), T::pack(v[2], v[3]),
-                                  T::pack(v[4], v[5]), T::pack(v[6], v[7])};
+            const uint4 packed = {T::pack(v[0], v[1]), T::pack(v[2], v[3]), T::pack(v[4], v[5]),
+                                  T::pack(v[6], v[7])};
             u16* to = p.out + static_cast<long long>(w.token + row) * columns + w.first + column;
             *reinterpret_cast<uint4*>(to) = packed;
         }
@@ -311,37 +310,37 @@ __device__ __forceinline__ void fused(const TensorMap& activations, const Tensor
             if (!apart) grid.sync_all();  // nobody's memory is used any more
         }
     }
-    if (S::SHARING > 1) meet_cluster();  // a neighbour's copies have come, and its barriers are not
-                                         // used any more
+    if (S::SHARING > 1)
+        meet_cluster();  // a neighbour's copies have come, and its barriers are not
+                         // used any more
 }
 
-#define FUSED(NAME, T, WAY, ...)                                                                  \
-    extern "C" __global__ void __launch_bounds__(128 + Shape<__VA_ARGS__>::THREADS, 1)            \
-        NAME(const __grid_constant__ TensorMap activations,                                       \
-             const __grid_constant__ TensorMap packed_map,                                        \
-             const __grid_constant__ TensorMap small_map, const u8* packed, const void* absmax,   \
-             const float* nested, const float* offset, const u16* bias, const u16* factor,        \
-             u16* out, float* partial, u32* arrived, const u16* x, const u16* other, u16* low,    \
-             float* parts, u32* words, long long m, long long n, long long k, long long rank,     \
-             long long makers, long long settled, float scale) {                                  \
-        typedef Shape<__VA_ARGS__> S;                                                             \
-        const Problem p{packed,                                                                   \
-                        NF4Scales{absmax, nested, offset, 6},                                     \
-                        bias,                                                                     \
-                        factor,                                                                   \
-                        out,                                                                      \
-                        partial,                                                                  \
-                        arrived,                                                                  \
-                        static_cast<int>(m),                                                      \
-                        static_cast<int>(n),                                                      \
-                        static_cast<int>(k),                                                      \
-                        static_cast<int>(rank),                                                   \
-                        settled != 0};                                                            \
-        const Small small{x, other, low, parts, words, scale, static_cast<u32>(makers)};          \
-        fused<T, WAY<T, S>, S>(activations, packed_map, small_map, p, small);                     \
+#define FUSED(NAME, T, WAY, ...)                                                                   \
+    extern "C" __global__ void __launch_bounds__(128 + Shape<__VA_ARGS__>::THREADS, 1) NAME(       \
+        const __grid_constant__ TensorMap activations,                                             \
+        const __grid_constant__ TensorMap packed_map, const __grid_constant__ TensorMap small_map, \
+        const u8* packed, const void* absmax, const float* nested, const float* offset,            \
+        const u16* bias, const u16* factor, u16* out, float* partial, u32* arrived, const u16* x,  \
+        const u16* other, u16* low, float* parts, u32* words, long long m, long long n,            \
+        long long k, long long rank, long long makers, long long settled, float scale) {           \
+        typedef Shape<__VA_ARGS__> S;                                                              \
+        const Problem p{packed,                                                                    \
+                        NF4Scales{absmax, nested, offset, 6},                                      \
+                        bias,                                                                      \
+                        factor,                                                                    \
+                        out,                                                                       \
+                        partial,                                                                   \
+                        arrived,                                                                   \
+                        static_cast<int>(m),                                                       \
+                        static_cast<int>(n),                                                       \
+                        static_cast<int>(k),                                                       \
+                        static_cast<int>(rank),                                                    \
+                        settled != 0};                                                             \
+        const Small small{x, other, low, parts, words, scale, static_cast<u32>(makers)};           \
+        fused<T, WAY<T, S>, S>(activations, packed_map, small_map, p, small);                      \
     }
 
 // One source file for each dtype and number of tokens: a call compiles only what it needs.
-#define NF4_FUSED(T, ...)                                                                         \
-    FUSED(nf4_fused, T, Forward, __VA_ARGS__)                                                     \
+#define NF4_FUSED(T, ...)                     \
+    FUSED(nf4_fused, T, Forward, __VA_ARGS__) \
     FUSED(nf4_fused_transposed, T, Backward, __VA_ARGS__)

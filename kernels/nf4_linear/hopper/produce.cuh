@@ -88,15 +88,16 @@ __device__ __forceinline__ void bring_activations(const TensorMap& from, const W
 
 // Warpgroup 0: its warps take turns at keeping the copy engine busy, all threads decode scales, of
 // four stages at once. `before` stages have gone through the ring; `fresh`: all of them are empty.
-// W and its scales are asked for before the kernel ahead has ended: hopper.py launches so only where
-// that one does not write them. Who orders is told in a way from which the compiler knows addresses for uniform: otherwise
-// an order costs 400 cycles, and one thread that gave them all was what the block waited for.
+// W and its scales are asked for before the kernel ahead has ended: hopper.py launches so only
+// where that one does not write them. Who orders is told in a way from which the compiler knows
+// addresses for uniform: otherwise an order costs 400 cycles, and one thread that gave them all was
+// what the block waited for.
 template <bool TRANSPOSED, typename S>
 __device__ __forceinline__ void produce(const TensorMap& activations, const TensorMap& packed,
                                         const TensorMap& small_map, const Problem& p,
                                         const Small& small, int readers, const Work& w,
-                                        Stage<S>* stages, Barrier* full, Barrier* empty,
-                                        float* map, u32 before, bool fresh) {
+                                        Stage<S>* stages, Barrier* full, Barrier* empty, float* map,
+                                        u32 before, bool fresh) {
     const int t = threadIdx.x;
     const int at_once = fresh ? min(S::STAGES, w.steps) : 0;
     static_assert(QUAD == 4, "a stage of four for each warp");

@@ -5,10 +5,10 @@
 #include "nf4_linear/hopper/decode.cuh"
 
 __device__ __forceinline__ void store_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                     address),
-                 "r"(a), "r"(b), "r"(c), "r"(d)
-                 : "memory");
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+        "r"(a), "r"(b), "r"(c), "r"(d)
+        : "memory");
 }
 
 template <typename T, typename Way, typename S>
@@ -31,8 +31,7 @@ struct Result {
 #pragma unroll
         for (int i = 0; i < 2 * TILES; ++i) {
             const int column = first + Way::column(consumer, lane / 4, i / 2, i % 2);
-            bias[i / 2][i % 2] =
-                p.bias != nullptr && column < p.n ? T::read(p.bias[column]) : 0.f;
+            bias[i / 2][i % 2] = p.bias != nullptr && column < p.n ? T::read(p.bias[column]) : 0.f;
         }
     }
     // All who have these columns; between two rounds another buffer makes up for a second time.
@@ -70,8 +69,8 @@ struct Result {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             const int j = 2 * round + k / 2, i = k % 2;
-            u32* row = reinterpret_cast<u32*>(
-                to + (8 * (k / 2) + lane % 4 * 2 + i) * PITCH + column);
+            u32* row =
+                reinterpret_cast<u32*>(to + (8 * (k / 2) + lane % 4 * 2 + i) * PITCH + column);
             const u32 v = T::pack(value(c, 0, j, 0, i), value(c, 0, j, 1, i));
             if (TILES == 1)
                 *row = v;

@@ -89,17 +89,17 @@ struct SmallTile {
                                                   int rows, int at) {
 #pragma unroll
         for (int i = 0; i < ROWS; ++i)
-            o.a[i] = 8 * i < rows ? *reinterpret_cast<const uint4*>(
-                                        from + at + 8ll * i * contraction)
-                                  : uint4{0, 0, 0, 0};
+            o.a[i] = 8 * i < rows
+                         ? *reinterpret_cast<const uint4*>(from + at + 8ll * i * contraction)
+                         : uint4{0, 0, 0, 0};
     }
     static __device__ __forceinline__ void load_rows(Operands& o, const u16* from, int contraction,
                                                      int ranks, int at) {
 #pragma unroll
         for (int h = 0; h < 2; ++h)
-            o.b[h] = 8 * h < ranks ? *reinterpret_cast<const uint4*>(
-                                         from + at + 8ll * h * contraction)
-                                   : uint4{0, 0, 0, 0};
+            o.b[h] = 8 * h < ranks
+                         ? *reinterpret_cast<const uint4*>(from + at + 8ll * h * contraction)
+                         : uint4{0, 0, 0, 0};
     }
     // Lines 2i and 2i+1 of eights.
     static __device__ __forceinline__ void load_lines(Operands& o, const u16* from, int rank,
@@ -137,8 +137,8 @@ struct SmallTile {
             for (int h = 0; h < 2; ++h)
 #pragma unroll
                 for (int i = 0; i < 2; ++i)
-                    *reinterpret_cast<float2*>(
-                        sums + (16 * tile + 8 * i + g) * RANKS + rank_of<TRANSPOSED>(h, q, 0)) = {
+                    *reinterpret_cast<float2*>(sums + (16 * tile + 8 * i + g) * RANKS +
+                                               rank_of<TRANSPOSED>(h, q, 0)) = {
                         c[tile][h][2 * i], c[tile][h][2 * i + 1]};
     }
 };
@@ -179,8 +179,8 @@ __device__ __forceinline__ void make_small(const Small& small, const Problem& p,
         const int tile = item / parts, part = item % parts;
         const int token = tile / across * TOKENS, first = tile % across * RANKS;
         SmallTile<T, TRANSPOSED, TOKENS> product;
-        product.template accumulate<S::SMALL_AHEAD>(small.x, small.factor, p.m, contraction,
-                                                    p.rank, token, first, warp + WARPS * part,
+        product.template accumulate<S::SMALL_AHEAD>(small.x, small.factor, p.m, contraction, p.rank,
+                                                    token, first, warp + WARPS * part,
                                                     WARPS * parts);
         product.store(sums + warp * TOKENS * RANKS);
         __syncthreads();
@@ -221,8 +221,7 @@ __device__ __forceinline__ void make_small(const Small& small, const Problem& p,
 // readers. Blocks get their room in the order of their numbers, so whoever waits here has
 // seen the makers begin. The last reader sets the words back to zero.
 template <int TOKENS>
-__device__ __forceinline__ void wait_for_small(const Small& small, const Problem& p,
-                                               u32 readers) {
+__device__ __forceinline__ void wait_for_small(const Small& small, const Problem& p, u32 readers) {
     if (small.factor == nullptr) {
         wait_for_previous_kernel();  // which made it
         return;

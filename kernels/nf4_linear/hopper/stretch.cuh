@@ -1,41 +1,57 @@
 // A cluster's part of Hopper's fused product: a stretch of all tiles' contraction. See fused.cuh.
 //
-// Tiles lie one behind the other, each as long as its contraction; clusters take stretches of equal
-// length, so all of them end at about the same time whatever the number of tiles. A tile that a
-// stretch cuts is made by several clusters: each leaves its sums in memory and counts itself; who
-// finds all others counted adds them up, in the order of the contraction. Nobody waits for that.
+// First each cluster makes as many whole tiles as all can: they are at the same place of the
+// contraction, so that what one brings in the others find in the cache. The tiles that are left lie
+// one behind the other, each as long as its contraction; clusters take stretches of equal length,
+// so all of them end at about the same time whatever the number of tiles. A tile that a stretch
+// cuts is made by several clusters: each leaves its sums in memory and counts itself; who finds all
+// others counted adds them up, in the order of the contraction. Nobody waits for that.
 #pragma once
 #include "common/counters.cuh"
 #include "nf4_linear/hopper/shape.cuh"
 
 // The first `makers` clusters take none: they make the small product.
 struct Stretch {
-    const int tiles, quads;  // of all; of a tile
+    const int quads;  // of a tile
     const u32 makers;
-    int at, end;  // in quads
+    int whole, left;     // tiles that are made whole, and the others
+    int tile, from, to;  // the piece that comes next, in quads of its tile
 
-    // After so many quads of it.
+    // After so many quads of this cluster's.
     __device__ __forceinline__ Stretch(int tiles, int quads, u32 makers, int done)
-        : tiles(tiles),
-          quads(quads),
-          makers(makers),
-          at(begin_of(cluster()) + done),
-          end(begin_of(cluster() + 1)) {}
+        : quads(quads), makers(makers), whole(0), left(tiles), tile(0), from(0), to(0) {
+        const int count = clusters();
+        if (tiles >= count) {
+            whole = tiles / count * count;
+            left = tiles - whole;
+            if (left > 0 && left * quads < count) {  // a quad for everybody
+                whole -= count;
+                left += count;
+            }
+        }
+        const int turn = done > 0 ? done / quads : 0;
+        if (turn * count < whole) {
+            tile = turn * count + cluster();
+            to = quads;
+        } else if (left > 0) {
+            const int at = begin_of(cluster()) + done - whole / count * quads;
+            from = at % quads;
+            to = min(quads, from + begin_of(cluster() + 1) - at);
+            tile = whole + at / quads;
+        }
+    }
     __device__ __forceinline__ u32 cluster() const { return own_cluster() - makers; }
     __device__ __forceinline__ u32 clusters() const { return cluster_count() - makers; }
+    // Quads of the tiles that are left, of which there are less than 2^32: hopper_tiling.py.
     __device__ __forceinline__ int begin_of(u32 which) const {
-        return static_cast<u32>(tiles * quads) * which / clusters();  // below 2^32: hopper_tiling.py
+        return static_cast<u32>(left * quads) * which / clusters();
     }
-    // Whose stretch a quad is part of.
+    // Whose stretch such a quad is part of.
     __device__ __forceinline__ int owner_of(int quad) const {
-        return ((quad + 1u) * clusters() - 1) / static_cast<u32>(tiles * quads);
+        return ((quad + 1u) * clusters() - 1) / static_cast<u32>(left * quads);
     }
-    // The piece of a tile that comes next.
-    __device__ __forceinline__ int tile() const { return at / quads; }
-    __device__ __forceinline__ int from() const { return at % quads; }
-    __device__ __forceinline__ int to() const { return min(quads, from() + end - at); }
-    __device__ __forceinline__ bool done() const { return at >= end; }
-    __device__ __forceinline__ int length() const { return to() - from(); }
+    __device__ __forceinline__ bool done() const { return to <= from; }
+    __device__ __forceinline__ int length() const { return to - from; }
 };
 
 // Where tiles and blocks are. Worked out anew for each piece: in between every register is needed.
@@ -66,11 +82,11 @@ struct Grid {
     // steps: of a tile that a stretch cuts, that is whose stretch ends with it, and so comes late.
     __device__ __forceinline__ Work work(const Stretch& stretch) const {
         constexpr int WIDTH = S::COLUMNS * S::SHARING;
-        const int tile = stretch.tile(), group = tile / (8 * rows);
+        const int tile = stretch.tile, group = tile / (8 * rows);
         const int width = min(8, token_tiles - 8 * group), inside = tile - group * 8 * rows;
         const int token = (8 * group + inside % width) * S::TOKENS;
         const int first = inside / width * WIDTH + half * S::COLUMNS;
-        const int from = stretch.from(), length = stretch.to() - from;
+        const int from = stretch.from, length = stretch.length();
         const int begin = QUAD * (from + static_cast<int>(length * rank / ranks));
         const int end = min(depths, QUAD * (from + static_cast<int>(length * (rank + 1) / ranks)));
         const bool adds = from == 0 && rank == 0;
@@ -102,9 +118,12 @@ struct Meeting {
     __device__ __forceinline__ Meeting(const Problem& p, const Stretch& stretch, u32 half,
                                        u32* word)
         : p(p), stretch(stretch), half(half), word(word) {
-        const int tile = stretch.tile();
-        first = stretch.owner_of(tile * stretch.quads);
-        others = stretch.owner_of((tile + 1) * stretch.quads - 1) - first;
+        first = others = 0;
+        const int quad = (stretch.tile - stretch.whole) * stretch.quads;
+        if (quad >= 0) {
+            first = stretch.owner_of(quad);
+            others = stretch.owner_of(quad + stretch.quads - 1) - first;
+        }
         mine = stretch.cluster() - first;
     }
     // Where the i-th of them leaves its sums: of a cluster's stretch only the first and the last
@@ -123,7 +142,7 @@ struct Meeting {
     // Whether the tile is this block's to finish; then `c` has all sums.
     __device__ __forceinline__ bool has_all(float (&c)[S::TILES][S::TOKENS / 2]) const {
         if (others == 0) return true;
-        u32* counter = p.arrived + stretch.tile() * S::SHARING + half;
+        u32* counter = p.arrived + stretch.tile * S::SHARING + half;
         u32 there = 0;
         if (threadIdx.x == 128) {
             wait_for_previous_kernel();  // which made the zeros, or counted here itself

@@ -1,8 +1,8 @@
 """How a product of `hopper` is cut into blocks: shapes of block, and the model that chooses.
 
-Tiles of the result lie one behind the other, each as long as its contraction. Either blocks of
-a cluster share each tile's contraction and add up through their shared memory, or clusters take
-stretches of equal length of all of them, and tiles that are cut are added up in memory.
+Either blocks of a cluster share each tile's contraction and add up through their shared memory,
+or clusters make whole tiles as long as there is one for each, and then take stretches of equal
+length of the tiles that are left, one behind the other; those that are cut are added up in memory.
 """
 
 import itertools
@@ -175,20 +175,22 @@ def _times(cut: Cut, tiles: int, quads: int, most: int) -> _Times:
         rounds = -(-tiles // max(1, most))
         steps = 4 * -(-quads // split) * shape.step
         return _Times(rounds * (steps + own), _COSTS.fixed + steps)
-    total = tiles * quads
-    bounds = [total * i // count for i in range(count + 1)]
-    pieces = max(
-        (end - 1) // quads - begin // quads + 1 for begin, end in itertools.pairwise(bounds)
+    each, left = divmod(tiles, count)
+    if each and 0 < left * quads < count:  # a quad for everybody
+        each, left = each - 1, left + count
+    bounds = [left * quads * i // count for i in range(count + 1)]
+    pieces = each + max(
+        -(-end // quads) - begin // quads if end > begin else 0
+        for begin, end in itertools.pairwise(bounds)
     )
     piece = _COSTS.piece_few if shape.tokens <= 32 else _COSTS.piece
     own += (pieces - 1) * (piece + _COSTS.piece_tile * tile)
-    step = shape.step
-    if tiles % count:
-        sharers = max(1, -(-quads * count // total))
-        own += _COSTS.meeting + _COSTS.meeting_tile * tile * sharers
-        step *= _COSTS.apart if shape.tokens >= 128 else 1
-    steps = 4 * -(-total // count) * step
-    return _Times(steps + own, _COSTS.fixed + min(steps, 4 * quads * step))
+    steps = 4 * each * quads * shape.step
+    if left:
+        own += _COSTS.meeting + _COSTS.meeting_tile * tile * -(-count // left)
+        apart = _COSTS.apart if shape.tokens >= 128 else 1
+        steps += 4 * -(-left * quads // count) * shape.step * apart
+    return _Times(steps + own, _COSTS.fixed + min(steps, 4 * quads * shape.step))
 
 
 def _stretches(tiles: int, quads: int, most: int) -> set[int]:
