@@ -108,7 +108,8 @@ struct Consumer {
 #pragma unroll 1
         for (int step = 0; step < w.steps; ++step) {
             const u32 at = before + step + 1;
-            const int slot = (before + step) % STAGES, after = at % STAGES;
+            const int slot = (before + step) % STAGES;
+            const int after = step + 1 < w.steps ? at % STAGES : slot;  // nothing that is not there
             const Stage<S>&stage = stages[slot], &next = stages[after];
             const u64 b = tile_descriptor(stage.activations);
             if constexpr (AHEAD == 2) {

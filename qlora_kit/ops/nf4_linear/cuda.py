@@ -48,7 +48,7 @@ FUSED_ROWS = 1536
 
 ROWS: dict[tuple[str, str], tuple[tuple[int, str], ...]] = {
     ("hopper", "multiply"): ((16, "gemv"), (FUSED_ROWS, "hopper"), (2**30, "ahead")),
-    ("hopper", "multiply_transposed"): ((1024, "hopper"), (2**30, "ahead")),
+    ("hopper", "multiply_transposed"): ((768, "hopper"), (2**30, "ahead")),
     ("other", "multiply"): ((16, "small_m"), (256, "portable")),
     ("other", "multiply_transposed"): ((256, "portable"),),
 }
