@@ -260,7 +260,7 @@ __device__ __forceinline__ void fused(const TensorMap& activations, const Tensor
 #pragma unroll 1
         for (u32 before = 0, done = 0;;) {
             const Tiles grid(p);
-            const Stretch stretch(grid.tiles, grid.quads, small.makers, done);
+            const Stretch<S> stretch(grid.tiles, grid.quads, small.makers, done);
             if (stretch.done()) break;
             const Work w = grid.work(stretch);
             const bool apart = grid.apart();
@@ -281,14 +281,14 @@ __device__ __forceinline__ void fused(const TensorMap& activations, const Tensor
         for (u32 before = 0, done = 0;;) {
             {
                 const Tiles grid(p);
-                const Stretch stretch(grid.tiles, grid.quads, small.makers, done);
+                const Stretch<S> stretch(grid.tiles, grid.quads, small.makers, done);
                 if (stretch.done()) break;
                 const Work w = grid.work(stretch);
                 consumer.run(p, w, stages, full, empty, before);
                 before += w.steps + w.low_rank_steps;
             }
             const Tiles grid(p);  // again: there was no register for it
-            const Stretch stretch(grid.tiles, grid.quads, small.makers, done);
+            const Stretch<S> stretch(grid.tiles, grid.quads, small.makers, done);
             const Work w = grid.work(stretch);
             const bool apart = grid.apart();
             done += stretch.length();

@@ -28,6 +28,8 @@ struct Shape {
     // Of a tile of the small product, and how many steps of it are on their way.
     static constexpr int SMALL_TOKENS = GROUPS == 4 ? 16 : 32, SMALL_AHEAD = 4;
     static constexpr int SUMS_BYTES = PARTS * TOKENS * PITCH * 4;
+    // Whether clusters make whole tiles first: Stretch. It costs few tokens more than it gains.
+    static constexpr bool WHOLE = PARTS == 1;
     // Who has a tile's sums in one place writes them by way of this much: Result.
     static constexpr int RESULT_BYTES = PARTS == 1 ? 10240 : 0;
 };

@@ -1,16 +1,18 @@
 // A cluster's part of Hopper's fused product: a stretch of all tiles' contraction. See fused.cuh.
 //
-// First each cluster makes as many whole tiles as all can: they are at the same place of the
-// contraction, so that what one brings in the others find in the cache. The tiles that are left lie
-// one behind the other, each as long as its contraction; clusters take stretches of equal length,
-// so all of them end at about the same time whatever the number of tiles. A tile that a stretch
-// cuts is made by several clusters: each leaves its sums in memory and counts itself; who finds all
-// others counted adds them up, in the order of the contraction. Nobody waits for that.
+// Of more than 32 tokens, each cluster first makes as many whole tiles as all can: they are at the
+// same place of the contraction, so that what one brings in the others find in the cache. The tiles
+// that are left lie one behind the other, each as long as its contraction; clusters take stretches
+// of equal length, so all of them end at about the same time whatever the number of tiles. A tile
+// that a stretch cuts is made by several clusters: each leaves its sums in memory and counts
+// itself; who finds all others counted adds them up, in the order of the contraction. Nobody waits
+// for that.
 #pragma once
 #include "common/counters.cuh"
 #include "nf4_linear/hopper/shape.cuh"
 
 // The first `makers` clusters take none: they make the small product.
+template <typename S>
 struct Stretch {
     const int quads;  // of a tile
     const u32 makers;
@@ -21,7 +23,7 @@ struct Stretch {
     __device__ __forceinline__ Stretch(int tiles, int quads, u32 makers, int done)
         : quads(quads), makers(makers), whole(0), left(tiles), tile(0), from(0), to(0) {
         const int count = clusters();
-        if (tiles >= count) {
+        if (S::WHOLE && tiles >= count) {
             whole = tiles / count * count;
             left = tiles - whole;
             if (left > 0 && left * quads < count) {  // a quad for everybody
@@ -29,12 +31,13 @@ struct Stretch {
                 left += count;
             }
         }
-        const int turn = done > 0 ? done / quads : 0;
-        if (turn * count < whole) {
+        const int turn = S::WHOLE && done > 0 ? done / quads : 0;
+        if (S::WHOLE && turn * count < whole) {
             tile = turn * count + cluster();
             to = quads;
-        } else if (left > 0) {
-            const int at = begin_of(cluster()) + done - whole / count * quads;
+        } else if (!S::WHOLE || left > 0) {
+            const int made = S::WHOLE ? whole / count * quads : 0;
+            const int at = begin_of(cluster()) + done - made;
             from = at % quads;
             to = min(quads, from + begin_of(cluster() + 1) - at);
             tile = whole + at / quads;
@@ -80,7 +83,7 @@ struct Grid {
     // Tiles in groups of eight along the tokens: neighbours in time share both operands. Ranks
     // share a piece; who has the contraction's beginning also adds the low-rank product, after its
     // steps: of a tile that a stretch cuts, that is whose stretch ends with it, and so comes late.
-    __device__ __forceinline__ Work work(const Stretch& stretch) const {
+    __device__ __forceinline__ Work work(const Stretch<S>& stretch) const {
         constexpr int WIDTH = S::COLUMNS * S::SHARING;
         const int tile = stretch.tile, group = tile / (8 * rows);
         const int width = min(8, token_tiles - 8 * group), inside = tile - group * 8 * rows;
@@ -110,17 +113,17 @@ template <typename S>
 struct Meeting {
     static constexpr int EACH = S::TILES * S::TOKENS / 8;  // float4 of a thread
     const Problem& p;
-    const Stretch& stretch;
+    const Stretch<S>& stretch;
     const u32 half;
     u32* word;  // of shared memory
     int first, others, mine;
 
-    __device__ __forceinline__ Meeting(const Problem& p, const Stretch& stretch, u32 half,
+    __device__ __forceinline__ Meeting(const Problem& p, const Stretch<S>& stretch, u32 half,
                                        u32* word)
         : p(p), stretch(stretch), half(half), word(word) {
         first = others = 0;
         const int quad = (stretch.tile - stretch.whole) * stretch.quads;
-        if (quad >= 0) {
+        if (!S::WHOLE || quad >= 0) {
             first = stretch.owner_of(quad);
             others = stretch.owner_of(quad + stretch.quads - 1) - first;
         }

@@ -1,8 +1,9 @@
 """How a product of `hopper` is cut into blocks: shapes of block, and the model that chooses.
 
 Either blocks of a cluster share each tile's contraction and add up through their shared memory,
-or clusters make whole tiles as long as there is one for each, and then take stretches of equal
-length of the tiles that are left, one behind the other; those that are cut are added up in memory.
+or clusters take stretches of equal length of all tiles, one behind the other, and those that are
+cut are added up in memory. For more than 32 tokens clusters first make whole tiles, as long as
+there is one for each.
 """
 
 import itertools
@@ -59,6 +60,11 @@ class Shape:
     def own_sums(self) -> bool:
         """Whether sums have shared memory of their own, and do not lie over the stages."""
         return self.tokens <= 16
+
+    @property
+    def whole(self) -> bool:
+        """Whether clusters make whole tiles before they take stretches of those that are left."""
+        return self.groups == 2
 
     @property
     def small_tokens(self) -> int:
@@ -175,7 +181,7 @@ def _times(cut: Cut, tiles: int, quads: int, most: int) -> _Times:
         rounds = -(-tiles // max(1, most))
         steps = 4 * -(-quads // split) * shape.step
         return _Times(rounds * (steps + own), _COSTS.fixed + steps)
-    each, left = divmod(tiles, count)
+    each, left = divmod(tiles, count) if shape.whole else (0, tiles)
     if each and 0 < left * quads < count:  # a quad for everybody
         each, left = each - 1, left + count
     bounds = [left * quads * i // count for i in range(count + 1)]
@@ -183,13 +189,14 @@ def _times(cut: Cut, tiles: int, quads: int, most: int) -> _Times:
         -(-end // quads) - begin // quads if end > begin else 0
         for begin, end in itertools.pairwise(bounds)
     )
-    piece = _COSTS.piece_few if shape.tokens <= 32 else _COSTS.piece
+    piece = _COSTS.piece if shape.whole else _COSTS.piece_few
     own += (pieces - 1) * (piece + _COSTS.piece_tile * tile)
     steps = 4 * each * quads * shape.step
-    if left:
+    apart = 1.0
+    if tiles % count:
         own += _COSTS.meeting + _COSTS.meeting_tile * tile * -(-count // left)
-        apart = _COSTS.apart if shape.tokens >= 128 else 1
-        steps += 4 * -(-left * quads // count) * shape.step * apart
+        apart = _COSTS.apart if shape.tokens >= 128 else 1.0
+    steps += 4 * -(-left * quads // count) * shape.step * apart
     return _Times(steps + own, _COSTS.fixed + min(steps, 4 * quads * shape.step))
 
 
