@@ -99,6 +99,17 @@ def test_a_cached_binary_is_reused(monkeypatch, tmp_path):
     assert bytes(first.code) == bytes(again.code)
 
 
+@pytest.mark.parametrize(("version", "threads"), [((12, 4), None), ((12, 8), 0), ((13, 0), 0)])
+def test_kernels_are_compiled_side_by_side_where_the_compiler_can(monkeypatch, version, threads):
+    from cuda.bindings import nvrtc
+
+    monkeypatch.setattr(nvrtc, "nvrtcVersion", lambda: (0, *version))
+    jit._threads.cache_clear()
+    assert jit._threads() == threads
+    monkeypatch.undo()
+    jit._threads.cache_clear()
+
+
 def test_arguments_keep_their_width():
     """Kernels read addresses and integers as 64 bits, floats as 32."""
     from cuda.core._kernel_arg_handler import ParamHolder

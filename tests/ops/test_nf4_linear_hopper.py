@@ -133,6 +133,12 @@ def test_stretches_where_rounds_would_leave_the_chip_idle():
     assert (shape.tokens, split, clusters) == (256, 1, 64)
 
 
+def test_tiles_that_go_up_evenly_are_not_shared():
+    (shape, split, clusters), makers = tiling(512, 8192, 28672, H100, 16)  # 64 tiles of pairs
+    assert (shape.tokens, split, clusters, makers) == (256, 1, 64, 0)
+    assert [shape.whole for shape in SHAPES] == [shape.tokens > 32 for shape in SHAPES]
+
+
 def test_only_shared_tiles_take_memory():
     cut, _ = tiling(512, 28672, 8192, H100)
     assert sums_bytes(cut, 224) == 2 * 66 * 2 * 256 * 128 * 4
