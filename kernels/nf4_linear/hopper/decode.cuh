@@ -46,7 +46,7 @@ struct Found {
 template <typename T, typename S>
 struct Forward {
     static constexpr bool TRANSPOSED = false;
-    static constexpr bool DEEP = false;  // gains nothing here
+    static constexpr bool DEEP = false;  // gained nothing; scales would be a stage ahead, too
     static constexpr int TILES = S::TILES, ROWS = 2 * TILES;
     u32 words[2][ROWS][4];
     alignas(16) float scale[ROWS];

@@ -295,7 +295,7 @@ __device__ __forceinline__ void fused(const TensorMap& activations, const Tensor
             const bool direct = grid.direct();
             if (!direct) sync_threads<1, S::THREADS>();  // stages have been read, and sums before
             if (!Meeting<S>(p, stretch, w.half, word).has_all(consumer.c)) {
-                // who comes last adds them up
+                // whose cluster comes last adds them up
             } else if (direct) {
                 Result<T, Way, S>(p, w.first, consumer.consumer, result)
                     .write(p, w, grid.columns, consumer.c);
@@ -311,9 +311,8 @@ __device__ __forceinline__ void fused(const TensorMap& activations, const Tensor
             if (!apart) grid.sync_all();  // nobody's memory is used any more
         }
     }
-    if (S::SHARING > 1)
-        meet_cluster();  // a neighbour's copies have come, and its barriers are not
-                         // used any more
+    // A neighbour's copies have come, and its barriers are not used any more.
+    if (S::SHARING > 1) meet_cluster();
 }
 
 #define FUSED(NAME, T, WAY, ...)                                                                   \
