@@ -182,6 +182,18 @@ __device__ __forceinline__ void meet_cluster() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// Writes a word at the same shared address of another block, whose barrier counts its bytes.
+__device__ __forceinline__ void write_to_peer(u32 address, u32 value, u32 rank, u32 barrier) {
+    asm volatile(
+        "{ .reg .b32 remote, there;\n"
+        "mapa.shared::cluster.u32 remote, %0, %2;\n"
+        "mapa.shared::cluster.u32 there, %3, %2;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [remote], %1, [there]; }" ::"r"(
+            address),
+        "r"(value), "r"(rank), "r"(barrier)
+        : "memory");
+}
+
 // Four floats at the same shared address of another block of the cluster.
 __device__ __forceinline__ float4 read_peer(u32 address, u32 rank) {
     u32 remote;

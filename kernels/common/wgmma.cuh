@@ -57,25 +57,28 @@ __device__ __forceinline__ void keep(float& value) {
 #define QK_SUMS_64(d, i) QK_SUMS_32(d, i), QK_SUMS_32(d, i + 32)
 #define QK_SUMS_128(d, i) QK_SUMS_64(d, i), QK_SUMS_64(d, i + 64)
 
-// d (64 x N, f32) += a (64 x 16, registers) x b (16 x N, shared memory, 64-wide rows).
-template <typename T, int N>
+// d (64 x N, f32) += a (64 x 16, registers) x b (16 x N, shared memory: [N][64], or, if TRANSPOSED,
+// [16][64] of several tiles).
+template <typename T, int N, bool TRANSPOSED = false>
 struct Wgmma;
 
-#define QK_WGMMA_OF(T, TYPE, N, SUMS, A, B)                                                       \
+#define QK_WGMMA_OF(T, TYPE, N, SUMS, A, B, TRANSPOSED, TURNED)                                   \
     template <>                                                                                   \
-    struct Wgmma<T, N> {                                                                          \
+    struct Wgmma<T, N, TRANSPOSED> {                                                              \
         static __device__ __forceinline__ void run(float (&d)[SUMS], const u32 (&a)[4], u64 b) {  \
             asm volatile(                                                                         \
                 "{ .reg .pred add; setp.eq.u32 add, 0, 0; "                                       \
                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                   \
-                " {" QK_REGISTERS_##SUMS "}, {" A "}, " B ", add, 1, 1, 0; }"                     \
+                " {" QK_REGISTERS_##SUMS "}, {" A "}, " B ", add, 1, 1, " TURNED "; }"            \
                 : QK_SUMS_##SUMS(d, 0)                                                            \
                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                            \
         }                                                                                         \
     };
-#define QK_WGMMA(N, SUMS, A, B)                  \
-    QK_WGMMA_OF(BFloat16, "bf16", N, SUMS, A, B) \
-    QK_WGMMA_OF(Float16, "f16", N, SUMS, A, B)
+#define QK_WGMMA(N, SUMS, A, B)                              \
+    QK_WGMMA_OF(BFloat16, "bf16", N, SUMS, A, B, false, "0") \
+    QK_WGMMA_OF(BFloat16, "bf16", N, SUMS, A, B, true, "1")  \
+    QK_WGMMA_OF(Float16, "f16", N, SUMS, A, B, false, "0")   \
+    QK_WGMMA_OF(Float16, "f16", N, SUMS, A, B, true, "1")
 
 QK_WGMMA(8, 4, "%4, %5, %6, %7", "%8")
 QK_WGMMA(16, 8, "%8, %9, %10, %11", "%12")

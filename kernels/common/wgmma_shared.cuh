@@ -11,6 +11,14 @@ __device__ __forceinline__ u64 transposed_tile_descriptor(const void* tile, u32 
     return SWIZZLE_128 | EIGHT_ROWS | next | ((shared_address(tile) & 0x3FFFF) >> 4);
 }
 
+// The same of 16 columns alone, permuted over 32 bytes.
+__device__ __forceinline__ u64 transposed_narrow_descriptor(const void* tile) {
+    constexpr u64 SWIZZLE_32 = 3ull << 62;
+    constexpr u64 EIGHT_ROWS = static_cast<u64>(256 >> 4) << 32;
+    constexpr u64 UNUSED = 1ull << 16;
+    return SWIZZLE_32 | EIGHT_ROWS | UNUSED | ((shared_address(tile) & 0x3FFFF) >> 4);
+}
+
 // d (64 x N, f32) = a (64 x 16) x b (16 x N), added to d unless `fresh`; b stored [N][16] or, if
 // TRANSPOSED, [16][N].
 template <typename T, int N, bool TRANSPOSED>
@@ -35,5 +43,6 @@ struct WgmmaShared;
     QK_WGMMA_SHARED_OF(Float16, "f16", N, SUMS, A, B, FRESH, false, "0")              \
     QK_WGMMA_SHARED_OF(Float16, "f16", N, SUMS, A, B, FRESH, true, "1")
 
+QK_WGMMA_SHARED(16, 8, "%8", "%9", "%10")
 QK_WGMMA_SHARED(128, 64, "%64", "%65", "%66")
 QK_WGMMA_SHARED(256, 128, "%128", "%129", "%130")

@@ -28,7 +28,7 @@ from qlora_kit.ops.gather_rows.op import gather_rows
 from qlora_kit.ops.jit import architecture_of
 from qlora_kit.ops.low_rank_gradients import cuda as low_rank_cuda
 from qlora_kit.ops.nf4_dequantize.op import nf4_dequantize
-from qlora_kit.ops.nf4_linear import cuda, hopper
+from qlora_kit.ops.nf4_linear import ahead, cuda, hopper
 from qlora_kit.ops.nf4_linear import low_rank as small
 from qlora_kit.ops.nf4_linear.hopper_tiling import SHAPES as SHAPES_OF_BLOCKS
 from qlora_kit.ops.nf4_linear.hopper_tiling import Cut
@@ -234,6 +234,20 @@ def stretches() -> int:
     return ran
 
 
+def tiles() -> int:
+    """`ahead` with few blocks for its tiles, which make the small product; how many ran."""
+    chosen = ahead._pairs, ahead.makes_small_product
+    try:
+        ahead._pairs = lambda _: 2
+        ahead.makes_small_product = lambda m, width, rank, pairs: rank <= 16
+        return sum(
+            products(600, 776, 512, Options(rank, dtype, bias=False), ["ahead"])
+            for rank, dtype in ((16, torch.bfloat16), (8, torch.float16), (0, torch.float16))
+        )
+    finally:
+        ahead._pairs, ahead.makes_small_product = chosen
+
+
 def stretch(
     shape: Any, count: int, m: int, columns: int, contraction: int, _: Any, rank: int
 ) -> tuple[Cut, int]:
@@ -269,6 +283,7 @@ HALVES = DTYPES[1:]
 PARTS: dict[str, Callable[[], int]] = {
     **{name: partial(linears, name) for name in cuda.STRATEGIES},
     "stretches": stretches,
+    "tiles": tiles,
     "public_ops": public_ops,
     "elementwise": partial(
         over, elementwise, ((3, 64), (5, 34), (2, 1032), (3, 4096), (1, 16_384)), DTYPES

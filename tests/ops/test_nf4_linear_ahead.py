@@ -23,6 +23,12 @@ CASES = [  # M, N, K, options: either width of blocks, edges of tiles, chunks an
     (2049, 1024, 4096, Options(rank=128, bias=False)),
     (4097, 2048, 1536, Options(rank=16, nested=False)),
 ]
+MANY_TILES = [  # groups of rows of which the last is narrower, or one; the small product inside
+    (4353, 2304, 256, Options(rank=16)),
+    (5000, 256, 2304, Options(rank=8, bias=False, nested=False)),
+    (700, 12296, 512, Options(rank=8, dtype=torch.float16)),
+    (700, 512, 12288, Options(rank=16, dtype=torch.float16, bias=False)),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +38,7 @@ def _sums():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("m", "n", "k", "options"), CASES, ids=str)
+@pytest.mark.parametrize(("m", "n", "k", "options"), CASES + MANY_TILES, ids=str)
 def test_against_float64(m, n, k, options):
     """All gradients, over memory filled with NaN, the decoded weight's among it; twice the same."""
     case = make_case(m, n, k, options, "cuda")
@@ -74,7 +80,7 @@ def test_a_tile_waits_for_its_weights(monkeypatch):
         space = spaces(*arguments)
         space.decoded.fill_(float("nan"))
         strips = space.columns * 128 // (32 * 128)
-        space.state[ahead._WORDS_BEFORE :] = strips
+        space.state[ahead._WORDS_BEFORE :] = strips  # no small product here
         return space
 
     monkeypatch.setattr(ahead, "_workspace", too_early)
@@ -83,9 +89,57 @@ def test_a_tile_waits_for_its_weights(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_two_at_once_on_two_streams():
-    """Each launch wants the whole chip and waits for its own strips only."""
-    cases = [make_case(1100 + i, 8192, 2048, Options(rank=16, bias=False), "cuda") for i in (0, 1)]
+@pytest.mark.parametrize("pairs", [1, 5])
+def test_a_tile_waits_for_none_that_comes_after_it(monkeypatch, pairs):
+    """However few blocks find room, all tiles are made, and the same."""
+    case = make_case(2600, 1032, 512, Options(rank=16), "cuda")
+    arguments = case.a.detach(), case.b.detach(), SCALE
+    x, dy, bias = case.x.detach(), case.dy, case.bias.detach()
+    monkeypatch.setattr(ahead, "makes_small_product", lambda *_: True)
+    monkeypatch.setattr(ahead, "columns_of", lambda *_: 256)
+    wanted = (
+        *ahead.multiply_low_rank(x, case.weight, bias, *arguments),
+        *ahead.multiply_transposed_low_rank(dy, case.weight, *arguments),
+    )
+    monkeypatch.setattr(ahead, "_pairs", lambda _: pairs)
+    for _ in "ab":
+        poison("cuda", *(w.shape for w in wanted), (1032, 512), dtype=x.dtype)
+        found = (
+            *ahead.multiply_low_rank(x, case.weight, bias, *arguments),
+            *ahead.multiply_transposed_low_rank(dy, case.weight, *arguments),
+        )
+        assert all(torch.equal(got, right) for got, right in zip(found, wanted, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_tile_waits_for_the_small_product(monkeypatch):
+    """It is what a kernel before would have made; said to be there too early, it is not."""
+    case = make_case(2600, 8192, 512, Options(rank=16, bias=False), "cuda")
+    x, a, b = (v.detach() for v in (case.x, case.a, case.b))
+    y, small = ahead.multiply_low_rank(x, case.weight, None, a, b, SCALE)
+    exact = SCALE * x.double() @ a.double().T
+    assert (small - exact).abs().max() <= torch.finfo(x.dtype).eps * exact.abs().max()
+    assert torch.equal(y, ahead.multiply(x, case.weight, None, small, b))
+    spaces = ahead._workspace
+
+    def too_early(*arguments):
+        """Counts of `small` that are full before anything is made."""
+        space = spaces(*arguments)
+        space.state[-2 * -(-2600 // 256) :] = ahead._MULTIPLIERS
+        return space
+
+    monkeypatch.setattr(ahead, "_workspace", too_early)
+    poison("cuda", (2600, 16), dtype=x.dtype)
+    wrong, again = ahead.multiply_low_rank(x, case.weight, None, a, b, SCALE)
+    assert torch.equal(again, small)
+    assert not torch.equal(wrong, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1100, 2600])
+def test_two_at_once_on_two_streams(m):
+    """Each launch wants the whole chip and waits for its own strips and tiles only."""
+    cases = [make_case(m + i, 8192, 2048, Options(rank=16, bias=False), "cuda") for i in (0, 1)]
     assert not torch.equal(cases[0].weight.packed, cases[1].weight.packed)
     streams = [torch.cuda.Stream() for _ in cases]
 
@@ -106,10 +160,10 @@ def test_two_at_once_on_two_streams():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rank", [16, 48])
-def test_a_graph_runs_on_new_inputs(rank):
-    """Counters are zero again in every replay, behind either way of making the small product."""
-    case = make_case(600, 4096, 1024, Options(rank=rank, bias=False), "cuda")
+@pytest.mark.parametrize(("m", "rank"), [(600, 16), (600, 48), (2600, 16)])
+def test_a_graph_runs_on_new_inputs(m, rank):
+    """Counters are zero again in every replay, with each way of making the small product."""
+    case = make_case(m, 4096, 1024, Options(rank=rank, bias=False), "cuda")
     inputs, side = case.x.detach().clone(), torch.cuda.Stream()
 
     def run():
@@ -160,6 +214,12 @@ def test_blocks_are_wide_unless_narrow_ones_fill_the_chip():
     assert ahead.columns_of(2048, 1024, 66) == 128
 
 
+def test_a_launch_makes_the_small_product_of_few_ranks_for_many_tiles():
+    for m, width, inside in ((2048, 4096, False), (2304, 4096, True), (1024, 14336, True)):
+        assert ahead.makes_small_product(m, width, 16, 66) == inside
+        assert not ahead.makes_small_product(m, width, 24, 66)
+
+
 def test_its_memory_is_what_the_kernel_lays_out():
     """Sizes are said in two languages; both blocks fit a processor of Hopper."""
     text = (jit.kernels_folder() / "nf4_linear/hopper/ahead/parts.cuh").read_text()
@@ -168,6 +228,8 @@ def test_its_memory_is_what_the_kernel_lays_out():
         "CELL_DEPTH": ahead._CELL_DEPTH,
         "TOKENS": ahead._TOKENS,
         "DECODERS": ahead._DECODERS,
+        "MULTIPLIERS": ahead._MULTIPLIERS,
+        "RANKS": ahead._RANKS,
         "WORDS_BEFORE": ahead._WORDS_BEFORE,
     }.items():
         assert f"constexpr int {name} = {value};" in text, name

@@ -289,7 +289,7 @@ def empty_weight(n, k):
         ("sm_90a", 4096, 2048, 1, "hopper", "hopper"),
         ("sm_90a", 14336, 4096, 768, "hopper", "hopper"),
         ("sm_90a", 14336, 4096, 769, "hopper", "ahead"),
-        ("sm_90a", 4096, 14336, 1537, "ahead", "ahead"),
+        ("sm_90a", 4096, 14336, 1281, "ahead", "ahead"),
         ("sm_90a", 4096, 14400, 2048, "dense", "dense"),
         ("sm_80", 4096, 14336, 2048, "dense", "dense"),
         ("sm_90a", 64, 192, 4, "dense", "dense"),

@@ -4,8 +4,10 @@ A launch of `kernels/nf4_linear/hopper/ahead/` decodes W to 16 bits, in memory, 
 multiplies: three warps of each block decode strips in the order in which tiles want
 them, and a tile begins as soon as its first weights are there. So decoding runs beside
 the products; how much of it that hides is in docs/kernels.md. LoRA is a few more steps
-of the contraction. The decoded weight is a temporary of the caching allocator, as large
-as one layer.
+of the contraction. Where tiles are many and ranks few, its small product is made in the same
+launch: for tiles of the first columns that is one narrow product more, on activations that
+are in shared memory anyway, and other tiles of the same rows wait for it at their end. The
+decoded weight is a temporary of the caching allocator, as large as one layer.
 """
 
 from functools import lru_cache
@@ -25,8 +27,11 @@ _TOKENS = 128
 _DEPTH = 64
 _CELL_DEPTH = 128
 _DECODERS = 3
-_THREADS = 32 * (1 + _DECODERS + 8)
-_WORDS_BEFORE = 32
+_MULTIPLIERS = 8
+_THREADS = 32 * (1 + _DECODERS + _MULTIPLIERS)
+_WORDS_BEFORE = 64
+_RANKS = 16
+_NOTES = 4
 _STAGES = {256: 4, 128: 6}
 """Columns of a block to stages in flight."""
 
@@ -42,13 +47,21 @@ _KERNELS = {
 serves = hopper.serves
 
 
+class _Narrow(NamedTuple):
+    """What a launch makes the small product of."""
+
+    factor: Tensor
+    """(r, K) or, transposed, (N, r), r at most `_RANKS`."""
+    scale: float
+
+
 class _Workspace(NamedTuple):
     """What a launch works in."""
 
     decoded: Tensor
     """(N, K)."""
     state: Tensor
-    """Zeros."""
+    """Zeros: counts of strips and tiles, then a word for each cell and for 128 rows each."""
     columns: int
     """Of a block."""
     out: Tensor
@@ -72,7 +85,8 @@ def multiply(
     """
     if xa is not None and lora_b is not None:
         xa, lora_b = hopper.in_eights(xa), hopper.in_eights(lora_b)
-    return _launch("", x, weight, bias, xa, lora_b, _workspace(x, weight, False), False)
+    space = _workspace(x, weight, False)
+    return _launch("", x, weight, bias, xa, lora_b, space, overlap=xa is None)
 
 
 def multiply_transposed(
@@ -92,7 +106,7 @@ def multiply_transposed(
     if dyb is not None and lora_a is not None:
         dyb, lora_a = hopper.in_eights(dyb), hopper.in_eights(lora_a.T).T.contiguous()
     space = _workspace(dy, weight, True)
-    return _launch("_transposed", dy, weight, None, dyb, lora_a, space, False)
+    return _launch("_transposed", dy, weight, None, dyb, lora_a, space, overlap=dyb is None)
 
 
 def multiply_low_rank(
@@ -147,12 +161,17 @@ def _multiply_low_rank(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The factor that meets x comes first."""
+    space = _workspace(x, weight, bool(kind))
+    rank = first.shape[1 if kind else 0]
+    if makes_small_product(x.shape[0], space.out.shape[1], rank, _pairs(x.device)):
+        small = x.new_empty((x.shape[0], rank))
+        narrow = _Narrow(first, scale)
+        return _launch(kind, x, weight, bias, small, second, space, narrow=narrow), small
     # The small product's kernel lets the next one begin only when all before itself, the zeros and
     # whatever used this memory, has ended. Of cuBLAS's kernels that is not known.
-    space = _workspace(x, weight, bool(kind))
-    small = hopper.small_product(kind, x, first, first.shape[1 if kind else 0], scale)
+    small = hopper.small_product(kind, x, first, rank, scale)
     overlap = hopper.makes_small_product(kind, x, first)
-    return _launch(kind, x, weight, bias, small, second, space, overlap), small
+    return _launch(kind, x, weight, bias, small, second, space, overlap=overlap), small
 
 
 def _workspace(x: Tensor, weight: NF4Weight, transposed: bool) -> _Workspace:
@@ -160,7 +179,9 @@ def _workspace(x: Tensor, weight: NF4Weight, transposed: bool) -> _Workspace:
     contraction, width = (n, k) if transposed else (k, n)
     columns = columns_of(x.shape[0], width, _pairs(x.device))
     cells = -(-width // columns) * -(-contraction // _CELL_DEPTH)
-    state = torch.zeros(_WORDS_BEFORE + cells, dtype=torch.int32, device=x.device)
+    rows = 2 * -(-x.shape[0] // (2 * _TOKENS))
+    state = torch.empty(_WORDS_BEFORE + cells + rows, dtype=torch.int32, device=x.device)
+    hopper.set_to_zero(state)
     out = x.new_empty((x.shape[0], width))
     return _Workspace(x.new_empty((n, k)), state, columns, out)
 
@@ -173,8 +194,11 @@ def _launch(
     small: Tensor | None,
     factor: Tensor | None,
     space: _Workspace,
-    overlap: bool,
+    *,
+    narrow: _Narrow | None = None,
+    overlap: bool = True,
 ) -> Tensor:
+    """`overlap`: the kernel before began when all before that had ended."""
     n, k = weight.shape
     m = x.shape[0]
     columns = space.columns
@@ -183,17 +207,24 @@ def _launch(
     left = _TOKENS, _DEPTH
     right = (_DEPTH, _DEPTH) if kind else (columns // 2, _DEPTH)
     x_map = tensor_map(x, left, 128)
+    narrow_map = x_map
+    if narrow is not None:
+        box = (_DEPTH, _RANKS) if kind else (_RANKS, _DEPTH)
+        narrow_map = tensor_map(narrow.factor, box, 2 * box[1])
     _KERNELS[x.dtype, columns].launch(
         f"nf4_ahead{kind}",
-        2 * pairs,
+        pairs,
         _THREADS,
         (
             x_map,
             tensor_map(space.decoded, right, 128),
+            narrow_map,
             x_map if small is None else tensor_map(small, left, 128),
             x_map if factor is None else tensor_map(factor, right, 128),
             *(weight.packed, weight.absmax, weight.nested_absmax, weight.offset),
-            *(space.decoded, bias, space.out, space.state),
+            *(space.decoded, bias, space.out),
+            *((None, 0.0) if narrow is None else (small, float(narrow.scale))),
+            space.state,
             *(m, n, k, 0 if small is None else small.shape[1], group, -(-pairs // group)),
         ),
         device=x.device,
@@ -205,9 +236,10 @@ def _launch(
 
 
 def _shared_bytes(columns: int) -> int:
-    """Stages, the table of values, what warps decode, the map of 8-bit scales, barriers."""
-    stage = (_TOKENS + columns) * _DEPTH * 2
-    return _STAGES[columns] * (stage + 16) + 2048 + (2 * 2048 + 256) * _DECODERS + 1024
+    """Stages with two barriers and a tile's number each; the rest as it lies behind them."""
+    stage = (_TOKENS + columns + _RANKS) * _DEPTH * 2 + 2 * 8 + 4
+    table, desk, scales, note = 2048, 2 * 2048 + 256, 1024, 16
+    return _STAGES[columns] * stage + table + desk * _DECODERS + scales + note * _NOTES
 
 
 @lru_cache(maxsize=64)
@@ -233,6 +265,32 @@ def columns_of(m: int, width: int, pairs: int) -> int:
         >>> columns_of(512, 4096, 66), columns_of(1024, 4096, 66)
         (128, 256)
     """
-    rows = -(-m // (2 * _TOKENS))
-    rounds = {columns: -(-rows * -(-width // columns) // pairs) for columns in (256, 128)}
+    rounds = {columns: -(-_tiles(m, width, columns) // pairs) for columns in (256, 128)}
     return 256 if rounds[256] <= 0.6 * rounds[128] else 128
+
+
+def makes_small_product(m: int, width: int, rank: int, pairs: int) -> bool:
+    """Tell whether a launch makes LoRA's small product itself.
+
+    Tiles that begin together with those that make it wait for them, once. On an H100 that costs
+    as much as a kernel before it where blocks have two tiles each, and more where they have one.
+
+    Args:
+        m: rows of the activations.
+        width: columns of the result.
+        rank: of LoRA.
+        pairs: of blocks that the GPU holds at once.
+
+    Returns:
+        True for at most 16 ranks and more than two tiles each.
+
+    Example:
+        >>> [makes_small_product(m, 4096, 16, 66) for m in (2048, 4096)]
+        [False, True]
+    """
+    return rank <= _RANKS and _tiles(m, width, columns_of(m, width, pairs)) > 2 * pairs
+
+
+def _tiles(m: int, width: int, columns: int) -> int:
+    """Of a pair of blocks."""
+    return -(-m // (2 * _TOKENS)) * -(-width // columns)

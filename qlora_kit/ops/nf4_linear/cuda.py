@@ -43,7 +43,7 @@ STRATEGIES: dict[str, ModuleType] = {
 }
 """Each has `serves`, `multiply` and, where it has a transposed product, `multiply_transposed`."""
 
-FUSED_ROWS = 1536
+FUSED_ROWS = 1280
 """Most rows that `hopper` serves, in either direction."""
 
 ROWS: dict[tuple[str, str], tuple[tuple[int, str], ...]] = {

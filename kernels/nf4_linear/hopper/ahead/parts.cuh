@@ -12,7 +12,10 @@ constexpr int STRIP = 32 * 128;   // weights that a warp decodes at once
 constexpr int TOKENS = 128;       // of a block; a pair of blocks takes neighbours
 constexpr int DECODERS = 3;       // warps that decode
 constexpr int MOST_AT_ONCE = 4;   // strips that a warp says are there
-constexpr int WORDS_BEFORE = 32;  // of the state, before the cells: the count has its own line
+constexpr int WORDS_BEFORE = 64;  // of the state, before the cells: each count has its own line
+constexpr int TILES_GIVEN = 32;   // which of them counts tiles
+constexpr int RANKS = 16;         // of the small product, where a launch makes it
+constexpr int MULTIPLIERS = 8;    // warps that multiply
 
 template <bool TRANSPOSED_, int COLUMNS_, int STAGES_>
 struct Shape {
@@ -20,12 +23,14 @@ struct Shape {
     static constexpr int COLUMNS = COLUMNS_, STAGES = STAGES_;
     static constexpr int STRIPS = COLUMNS * CELL_DEPTH / STRIP;  // of a cell
     static constexpr int LEFT_BYTES = TOKENS * DEPTH * 2, RIGHT_BYTES = COLUMNS * DEPTH * 2;
+    static constexpr int NARROW_BYTES = RANKS * DEPTH * 2;
 };
 
 template <typename S>
 struct alignas(1024) Stage {
-    u8 left[S::LEFT_BYTES];    // activations
-    u8 right[S::RIGHT_BYTES];  // decoded weights
+    u8 left[S::LEFT_BYTES];      // activations
+    u8 right[S::RIGHT_BYTES];    // decoded weights
+    u8 narrow[S::NARROW_BYTES];  // of the factor that meets the activations
 };
 
 struct Problem {
@@ -34,7 +39,10 @@ struct Problem {
     u16* decoded;     // (n,k)
     const u16* bias;  // null without
     u16* out;         // (m, columns)
-    u32* state;       // zeros: strips given out, then for each cell strips that are there
+    u16* small;       // (m, rank), made here; null: made before, or no ranks
+    float scale;      // of the small product
+    u32* state;       // zeros: strips and tiles given out, then for each cell strips that are
+                      // there, then for each 128 rows warps whose part of `small` is
     int m, n, k, rank;
     int group;     // pairs of token tiles that are neighbours in time
     int together;  // column tiles that are worked on at once
@@ -47,6 +55,7 @@ struct Grid {
     int chunks, column_tiles;  // cells
     int token_pairs, tiles;    // tiles of a pair of blocks
     u32* cells;                // strips that are there
+    u32* smalls;               // parts of the small product that are
 
     __device__ __forceinline__ explicit Grid(const Problem& p) {
         contraction = S::TRANSPOSED ? p.n : p.k;
@@ -56,20 +65,51 @@ struct Grid {
         token_pairs = (p.m + 2 * TOKENS - 1) / (2 * TOKENS);
         tiles = token_pairs * column_tiles;
         cells = p.state + WORDS_BEFORE;
+        smalls = cells + column_tiles * chunks;
     }
 };
 
-// Tiles in groups of token pairs: neighbours in time share both operands.
+// Tiles in groups of token pairs: neighbours in time share both operands. A group's first column,
+// which makes the small product, comes before the other columns of the group before it.
 struct Place {
     int pair, column;
 
     template <typename S>
     __device__ __forceinline__ Place(const Grid<S>& grid, int group, int tile) {
-        const int per_group = group * grid.column_tiles, which = tile / per_group;
-        const int width = min(group, grid.token_pairs - which * group);
-        const int inside = tile - which * per_group;
-        pair = which * group + inside % width;
-        column = inside / width;
+        const int first = min(group, grid.token_pairs), columns = grid.column_tiles - 1;
+        pair = tile, column = 0;
+        if (tile < first) return;
+        const int last = (grid.token_pairs - 1) / group;
+        int inside = tile - first;
+        int which = min(inside / (group * grid.column_tiles), max(last - 1, 0));
+        inside -= which * group * grid.column_tiles;
+        int next = width(grid, group, which + 1);
+        if (which < last && inside >= next + group * columns) {
+            inside -= next + group * columns;
+            next = width(grid, group, ++which + 1);
+        }
+        const bool ahead = inside < next;
+        if (!ahead) inside -= next;
+        const int own = width(grid, group, which);
+        pair = (which + ahead) * group + (ahead ? inside : inside % own);
+        column = ahead ? 0 : 1 + inside / own;
+    }
+
+    template <typename S>
+    static __device__ __forceinline__ int width(const Grid<S>& grid, int group, int which) {
+        return max(0, min(group, grid.token_pairs - which * group));
+    }
+};
+
+// Where in the ring of stages a warp is.
+template <int STAGES>
+struct Ring {
+    int slot = 0, phase = 0;
+    __device__ __forceinline__ void advance() {
+        if (++slot == STAGES) {
+            slot = 0;
+            phase ^= 1;
+        }
     }
 };
 

@@ -1,119 +1,37 @@
 // Hopper's product for many rows: Y = X W^T + XA B^T + bias, and dX = dY W + dYB A, by tensor cores
 // on 16-bit weights that warps of the same launch decode ahead of them.
-// Shapes    activations (M,C) | packed (N*K/2) u8 | decoded (N,K) | small (M,r) | factor (N,r) or
-//           (r,K) | out (M,R)
-//           C, the contraction, is K and R, the result's columns, is N; in the transpose N and K
+// Shapes    activations (M,C) | packed (N*K/2) u8 | decoded (N,K) | small (M,r) | narrow (r,K) or
+//           (N,r), factor (N,r) or (r,K): what meets the activations, what meets `small` | out
+//           (M,R) C, the contraction, is K and R, the result's columns, is N; in the transpose N
+//           and K
 // Format    qlora_kit/quant/nf4.py and double_quant.py, block size 64
 // Requires  sm_90a, K % 256 == 0, N % 8 == 0, r % 8 == 0, 16-byte alignment; seen to in
 //           qlora_kit/ops/nf4_linear/hopper.py (serves) and cuda.py
 // Tile      128 rows of the activations x COLUMNS of the result a block; two blocks that are
 //           neighbours along the rows are a pair, which brings the weights in once. Blocks stay
 //           for all tiles. Warp 0 brings tiles in with the copy engine, three warps decode, two
-//           warpgroups multiply 64 rows each.
+//           warpgroups multiply 64 rows each. Pairs take tiles from a count, in order
 // Decoding  strips of 32 x 128 weights, given out in the order in which tiles want them. Who is
 //           done with one counts it in its cell; who brings a cell in waits for the count. A strip
 //           that is given out is always finished, so that no block waits for one that has not begun
+// Small     up to 16 ranks, tiles of the first column make XA (dYB) of their rows besides, by one
+//           wgmma more for each of theirs; others wait for it at their end, and none for a tile
+//           that was given out after it. Beyond, a kernel before this one makes it
 // Numerics  W rounded to the compute dtype as everywhere, f32 accumulate, fixed order: repeatable
 // Truth     qlora_kit/ops/nf4_linear/reference.py
 // Idea      warp-specialised, persistent products: https://github.com/NVIDIA/cutlass
 #pragma once
 #include "nf4_linear/hopper/ahead/decode.cuh"
-
-// Where in the ring of stages a warp is.
-template <int STAGES>
-struct Ring {
-    int slot = 0, phase = 0;
-    __device__ __forceinline__ void advance() {
-        if (++slot == STAGES) {
-            slot = 0;
-            phase ^= 1;
-        }
-    }
-};
-
-template <typename S>
-struct Producer {
-    const Problem& p;
-    const Grid<S>& grid;
-    const TensorMap &left, &right, &small, &factor;
-    Stage<S>* stages;
-    Barrier *full, *empty;
-    const int lane, half;
-    Ring<S::STAGES> ring;
-
-    // Waits for a chunk of a column tile; returns how many of its chunks are there.
-    __device__ __forceinline__ int wait_for(int column, int chunk) const {
-        const int mine = chunk + lane;
-        const u32* cell = grid.cells + column * grid.chunks + mine;
-        u32 missing;
-        do {
-            const bool there = mine >= grid.chunks || read_relaxed(cell) >= S::STRIPS;
-            missing = ~__ballot_sync(0xffffffffu, there);
-        } while (missing & 1);
-        const int known = missing == 0 ? 32 : __ffs(missing) - 1;
-        if (lane < known && mine < grid.chunks) read_acquired(cell);
-        __syncwarp();
-        fence_global_copies();
-        return chunk + known;
-    }
-
-    // One stage: this block's activations, and half of the pair's weights for both.
-    __device__ __forceinline__ void bring(const TensorMap& a, const TensorMap& b, int token, int at,
-                                          int column) {
-        empty[ring.slot].wait(ring.phase ^ 1);
-        if (elected()) {
-            Stage<S>& stage = stages[ring.slot];
-            Barrier& barrier = full[ring.slot];
-            barrier.arrive_expecting(S::LEFT_BYTES + S::RIGHT_BYTES);
-            copy_box(stage.left, a, token, at, barrier);
-            constexpr int PART = S::RIGHT_BYTES / 2;
-            if (S::TRANSPOSED) {  // tiles of 64 columns
-#pragma unroll
-                for (int i = 0; i < S::COLUMNS / 128; ++i) {
-                    const int tile = half * (S::COLUMNS / 128) + i;
-                    copy_box_to_pair(stage.right + tile * DEPTH * 128, b, at, column + 64 * tile,
-                                     barrier);
-                }
-            } else {
-                copy_box_to_pair(stage.right + half * PART, b, column + half * (S::COLUMNS / 2), at,
-                                 barrier);
-            }
-        }
-        __syncwarp();
-        ring.advance();
-    }
-
-    __device__ __forceinline__ void run(int first, int step) {
-        bool waited = false;
-        const int depths = (grid.contraction + DEPTH - 1) / DEPTH;
-#pragma unroll 1
-        for (int tile = first; tile < grid.tiles; tile += step) {
-            const Place at(grid, p.group, tile);
-            const int token = (2 * at.pair + half) * TOKENS, column = at.column * S::COLUMNS;
-            int known = 0;
-#pragma unroll 1
-            for (int depth = 0; depth < depths; ++depth) {
-                const int chunk = depth / (CELL_DEPTH / DEPTH);
-                if (chunk >= known) known = wait_for(at.column, chunk);
-                bring(left, right, token, depth * DEPTH, column);
-            }
-            if (p.rank > 0 && !waited) {
-                wait_for_previous_kernel();  // which made `small`
-                waited = true;
-            }
-#pragma unroll 1
-            for (int r = 0; r < p.rank; r += DEPTH) bring(small, factor, token, r, column);
-        }
-    }
-};
+#include "nf4_linear/hopper/ahead/produce.cuh"
 
 template <typename T, typename S>
 struct Consumer {
     static constexpr int COLUMNS = S::COLUMNS;
-    float c[COLUMNS / 2];
+    float c[COLUMNS / 2], narrow[RANKS / 2];
     const Problem& p;
     const Grid<S>& grid;
     Stage<S>* stages;
+    const int* tile_of;
     Barrier *full, *empty;
     const int group, warp, lane, half;
     Ring<S::STAGES> ring;
@@ -126,18 +44,28 @@ struct Consumer {
                 empty[waiting].arrive_at((lane + turn) % 2);
     }
 
-    __device__ __forceinline__ void multiply(int products) {
+    __device__ __forceinline__ u64 right_operand(const Stage<S>& stage) const {
+        return S::TRANSPOSED ? transposed_tile_descriptor(stage.right, DEPTH * 128)
+                             : tile_descriptor(stage.right);
+    }
+
+    // NARROW: the small product besides.
+    template <bool NARROW, int PRODUCTS = DEPTH / 16>
+    __device__ __forceinline__ void multiply() {
         full[ring.slot].wait(ring.phase);
         const Stage<S>& stage = stages[ring.slot];
         const u64 a = tile_descriptor(stage.left + group * 64 * 128);
-        const u64 b = S::TRANSPOSED ? transposed_tile_descriptor(stage.right, DEPTH * 128)
-                                    : tile_descriptor(stage.right);
+        const u64 b = right_operand(stage);
+        const u64 few = S::TRANSPOSED ? transposed_narrow_descriptor(stage.narrow)
+                                      : tile_descriptor(stage.narrow);
         wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < DEPTH / 16; ++i) {
-            if (i >= products) break;
+        for (int i = 0; i < PRODUCTS; ++i) {
             WgmmaShared<T, COLUMNS, S::TRANSPOSED>::run(c, a + 2 * i,
                                                         b + (S::TRANSPOSED ? 128 : 2) * i, fresh);
+            if (NARROW)
+                WgmmaShared<T, RANKS, S::TRANSPOSED>::run(
+                    narrow, a + 2 * i, few + (S::TRANSPOSED ? 32 : 2) * i, fresh);
             fresh = 0;
         }
         wgmma_commit();
@@ -145,6 +73,42 @@ struct Consumer {
         give_back();
         waiting = ring.slot;
         ring.advance();
+    }
+
+    __device__ __forceinline__ void finish() {
+        wgmma_wait<0>();
+#pragma unroll
+        for (int i = 0; i < COLUMNS / 2; ++i) keep(c[i]);
+        give_back();
+        waiting = -1;
+    }
+
+    // The small product's sums are the next product's left operand where they lie.
+    __device__ __forceinline__ void multiply_ranks(int token) {
+        finish();
+        u32 a[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            keep(narrow[2 * i]), keep(narrow[2 * i + 1]);
+            a[i] = T::pack(p.scale * narrow[2 * i], p.scale * narrow[2 * i + 1]);
+        }
+        full[ring.slot].wait(ring.phase);
+        wgmma_fence();
+        Wgmma<T, COLUMNS, S::TRANSPOSED>::run(c, a, right_operand(stages[ring.slot]));
+        wgmma_commit();
+        waiting = ring.slot;
+        ring.advance();
+        const int q = lane % 4, row = token + 64 * group + 16 * warp + lane / 4;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int at = row + 8 * (i % 2), rank = 2 * q + 8 * (i / 2);
+            if (at < p.m && rank < p.rank)
+                *reinterpret_cast<u32*>(p.small + static_cast<u64>(at) * p.rank + rank) = a[i];
+        }
+        __syncwarp();  // all lanes' ranks come before
+        if (lane == 0) add_one_released(grid.smalls + token / TOKENS);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) keep(a[i]);
     }
 
     // Four neighbouring lanes trade what they have, so that each has 16 bytes of a row.
@@ -192,33 +156,44 @@ struct Consumer {
             }
     }
 
-    __device__ __forceinline__ void run(int first, int step) {
+    __device__ __forceinline__ void run() {
         const int depths = (grid.contraction + DEPTH - 1) / DEPTH;
 #pragma unroll 1
-        for (int tile = first; tile < grid.tiles; tile += step) {
+        for (;;) {
+            full[ring.slot].wait(ring.phase);
+            const int tile = __shfl_sync(0xffffffffu, tile_of[ring.slot], 0);
+            if (__any_sync(0xffffffffu, tile >= grid.tiles)) break;
             const Place at(grid, p.group, tile);
+            const int token = (2 * at.pair + half) * TOKENS;
             waiting = -1;
             fresh = 1;
+            if (__any_sync(0xffffffffu, p.small != nullptr && at.column == 0)) {  // uniform
 #pragma unroll 1
-            for (int depth = 0; depth < depths; ++depth) multiply(DEPTH / 16);
+                for (int depth = 0; depth < depths; ++depth) multiply<true>();
+                multiply_ranks(token);
+            } else {
 #pragma unroll 1
-            for (int r = 0; r < p.rank; r += DEPTH) multiply((min(DEPTH, p.rank - r) + 15) / 16);
-            wgmma_wait<0>();
-#pragma unroll
-            for (int i = 0; i < COLUMNS / 2; ++i) keep(c[i]);
-            give_back();
-            write((2 * at.pair + half) * TOKENS, at.column * COLUMNS);
+                for (int depth = 0; depth < depths; ++depth) multiply<false>();
+                if (p.rank > 0 && p.rank <= RANKS)
+                    multiply<false, RANKS / 16>();
+                else
+#pragma unroll 1
+                    for (int r = 0; r < p.rank; r += DEPTH) multiply<false>();
+            }
+            finish();
+            write(token, at.column * COLUMNS);
         }
     }
 };
 
 template <typename T, typename S>
 __device__ __forceinline__ void ahead(const TensorMap& left, const TensorMap& right,
-                                      const TensorMap& small, const TensorMap& factor,
-                                      const Problem& p) {
+                                      const TensorMap& narrow, const TensorMap& small,
+                                      const TensorMap& factor, const Problem& p) {
     extern __shared__ __align__(1024) u8 memory[];
-    static_assert(sizeof(Stage<S>) == S::LEFT_BYTES + S::RIGHT_BYTES && sizeof(NF4Table) == 2048 &&
-                      sizeof(Desk) == 2 * 2048 + 256,
+    static_assert(sizeof(Stage<S>) == S::LEFT_BYTES + S::RIGHT_BYTES + S::NARROW_BYTES &&
+                      sizeof(NF4Table) == 2048 && sizeof(Desk) == 2 * 2048 + 256 &&
+                      sizeof(Note) == 16,
                   "as ahead.py counts them: _shared_bytes");
     Stage<S>* stages = reinterpret_cast<Stage<S>*>(memory);
     NF4Table* table = reinterpret_cast<NF4Table*>(memory + S::STAGES * sizeof(Stage<S>));
@@ -226,52 +201,66 @@ __device__ __forceinline__ void ahead(const TensorMap& left, const TensorMap& ri
     float* map = reinterpret_cast<float*>(desks + DECODERS);
     Barrier* full = reinterpret_cast<Barrier*>(map + 256);
     Barrier* empty = full + S::STAGES;
+    Note* notes = reinterpret_cast<Note*>(empty + S::STAGES);
+    int* tile_of = reinterpret_cast<int*>(notes + NOTES);
     const Grid<S> grid(p);
-    const int half = cluster_rank(), first = blockIdx.x / 2, step = gridDim.x / 2;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int half = cluster_rank();
+    const int warp = warp_of_block(), lane = threadIdx.x % 32;
 
     if (threadIdx.x == 0) {
         prefetch_map(left);
         prefetch_map(right);
         for (int s = 0; s < S::STAGES; ++s) {
             full[s].init(1);
-            empty[s].init(8 * 2 * ARRIVING_LANES);
+            empty[s].init(2 * MULTIPLIERS * ARRIVING_LANES);
         }
+        for (int i = 0; i < NOTES; ++i) notes[i].there.init(1);
         fence_barrier_init();
     }
     meet_cluster();  // a neighbour's copies count on these barriers
+    launch_next_kernel();
+    // The kernel before has set the counters to zero, or makes `small`, after the one that did.
+    const bool small_comes = p.rank > 0 && p.small == nullptr;
     if (warp <= DECODERS) {
         if (warp == 0) {
-            Producer<S>{p, grid, left, right, small, factor, stages, full, empty, lane, half}.run(
-                first, step);
+            if (!small_comes) wait_for_previous_kernel();
+            const Turns turns{p.state + TILES_GIVEN, notes, half, lane};
+            Producer<S>{p,      grid,    left, right, narrow, small, factor,
+                        stages, tile_of, full, empty, lane,   half,  turns}
+                .run();
         } else {
             const int thread = threadIdx.x - 32;
             table->fill(thread, 32 * DECODERS);
             for (int i = thread; i < 256; i += 32 * DECODERS) map[i] = DYNAMIC_MAP_VALUES[i];
             sync_threads<1, 32 * DECODERS>();
+            if (!small_comes) wait_for_previous_kernel();
             Decoder<T, S>{p, grid, *table, map, desks[warp - 1], lane}.run();
         }
     } else {
         const int group = (warp - DECODERS - 1) / 4;
-        Consumer<T, S> consumer{{}, p, grid, stages, full, empty, group, warp % 4, lane, half};
-        consumer.run(first, step);
+        Consumer<T, S> consumer{{},   {},    p,     grid,     stages, tile_of,
+                                full, empty, group, warp % 4, lane,   half};
+        consumer.run();
     }
     __syncwarp();    // lanes that went ways of their own
     meet_cluster();  // nobody leaves while its memory or barriers are in use
 }
 
 #define AHEAD(NAME, T, ...)                                                                     \
-    extern "C" __global__ void __launch_bounds__(32 * (1 + DECODERS + 8), 1)                     \
+    extern "C" __global__ void __launch_bounds__(32 * (1 + DECODERS + MULTIPLIERS), 1)          \
         NAME(const __grid_constant__ TensorMap left, const __grid_constant__ TensorMap right,   \
-             const __grid_constant__ TensorMap small, const __grid_constant__ TensorMap factor, \
-             const u8* packed, const void* absmax, const float* nested, const float* offset,    \
-             u16* decoded, const u16* bias, u16* out, u32* state, long long m, long long n,     \
-             long long k, long long rank, long long group, long long together) {                \
+             const __grid_constant__ TensorMap narrow, const __grid_constant__ TensorMap small, \
+             const __grid_constant__ TensorMap factor, const u8* packed, const void* absmax,    \
+             const float* nested, const float* offset, u16* decoded, const u16* bias, u16* out, \
+             u16* made, float scale, u32* state, long long m, long long n, long long k,         \
+             long long rank, long long group, long long together) {                             \
         const Problem p{packed,                                                                 \
                         NF4Scales{absmax, nested, offset, 6},                                   \
                         decoded,                                                                \
                         bias,                                                                   \
                         out,                                                                    \
+                        made,                                                                   \
+                        scale,                                                                  \
                         state,                                                                  \
                         static_cast<int>(m),                                                    \
                         static_cast<int>(n),                                                    \
@@ -279,7 +268,7 @@ __device__ __forceinline__ void ahead(const TensorMap& left, const TensorMap& ri
                         static_cast<int>(rank),                                                 \
                         static_cast<int>(group),                                                \
                         static_cast<int>(together)};                                            \
-        ahead<T, Shape<__VA_ARGS__>>(left, right, small, factor, p);                            \
+        ahead<T, Shape<__VA_ARGS__>>(left, right, narrow, small, factor, p);                    \
     }
 
 #define NF4_AHEAD(T, COLUMNS, STAGES)           \
