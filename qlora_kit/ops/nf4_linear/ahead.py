@@ -205,7 +205,7 @@ def _launch(
     pairs = _pairs(x.device)
     group = min(_PAIRS_TOGETHER, -(-m // (2 * _TOKENS)))
     left = _TOKENS, _DEPTH
-    right = (_DEPTH, _DEPTH) if kind else (columns // 2, _DEPTH)
+    right = _DEPTH, _DEPTH
     x_map = tensor_map(x, left, 128)
     narrow_map = x_map
     if narrow is not None:

@@ -24,6 +24,7 @@ struct Shape {
     static constexpr int STRIPS = COLUMNS * CELL_DEPTH / STRIP;  // of a cell
     static constexpr int LEFT_BYTES = TOKENS * DEPTH * 2, RIGHT_BYTES = COLUMNS * DEPTH * 2;
     static constexpr int NARROW_BYTES = RANKS * DEPTH * 2;
+    static constexpr int HALF = COLUMNS / 2 % 128 == 0 ? COLUMNS / 2 : COLUMNS;  // see Grid
 };
 
 template <typename S>
@@ -54,6 +55,7 @@ struct Grid {
     int contraction, columns;  // of the product
     int chunks, column_tiles;  // cells
     int token_pairs, tiles;    // tiles of a pair of blocks
+    int whole, turns;          // tiles in full, those and halves of the others
     u32* cells;                // strips that are there
     u32* smalls;               // parts of the small product that are
 
@@ -64,6 +66,11 @@ struct Grid {
         column_tiles = (columns + S::COLUMNS - 1) / S::COLUMNS;
         token_pairs = (p.m + 2 * TOKENS - 1) / (2 * TOKENS);
         tiles = token_pairs * column_tiles;
+        // Tiles of the last round are shared by two where half of the pairs would have none.
+        const int pairs = static_cast<int>(cluster_count()), over = tiles % pairs;
+        const bool shared = S::HALF < S::COLUMNS && 2 * over <= pairs;
+        whole = shared ? tiles - over : tiles;
+        turns = shared ? tiles + over : tiles;
         cells = p.state + WORDS_BEFORE;
         smalls = cells + column_tiles * chunks;
     }
@@ -72,31 +79,40 @@ struct Grid {
 // Tiles in groups of token pairs: neighbours in time share both operands. A group's first column,
 // which makes the small product, comes before the other columns of the group before it.
 struct Place {
-    int pair, column;
+    int pair, tile;     // of tokens, of columns
+    int column, width;  // of the result: the first one, how many
 
     template <typename S>
-    __device__ __forceinline__ Place(const Grid<S>& grid, int group, int tile) {
-        const int first = min(group, grid.token_pairs), columns = grid.column_tiles - 1;
-        pair = tile, column = 0;
-        if (tile < first) return;
-        const int last = (grid.token_pairs - 1) / group;
-        int inside = tile - first;
-        int which = min(inside / (group * grid.column_tiles), max(last - 1, 0));
-        inside -= which * group * grid.column_tiles;
-        int next = width(grid, group, which + 1);
-        if (which < last && inside >= next + group * columns) {
-            inside -= next + group * columns;
-            next = width(grid, group, ++which + 1);
-        }
-        const bool ahead = inside < next;
-        if (!ahead) inside -= next;
-        const int own = width(grid, group, which);
-        pair = (which + ahead) * group + (ahead ? inside : inside % own);
-        column = ahead ? 0 : 1 + inside / own;
+    __device__ __forceinline__ Place(const Grid<S>& grid, int group, int turn) {
+        const int half = turn - grid.whole;
+        find(grid, group, half < 0 ? turn : grid.whole + half / 2);
+        column = tile * S::COLUMNS + (half < 0 ? 0 : half % 2 * S::HALF);
+        width = half < 0 ? S::COLUMNS : S::HALF;
     }
 
     template <typename S>
-    static __device__ __forceinline__ int width(const Grid<S>& grid, int group, int which) {
+    __device__ __forceinline__ void find(const Grid<S>& grid, int group, int index) {
+        const int first = min(group, grid.token_pairs), columns = grid.column_tiles - 1;
+        pair = index, tile = 0;
+        if (index < first) return;
+        const int last = (grid.token_pairs - 1) / group;
+        int inside = index - first;
+        int which = min(inside / (group * grid.column_tiles), max(last - 1, 0));
+        inside -= which * group * grid.column_tiles;
+        int next = pairs_of(grid, group, which + 1);
+        if (which < last && inside >= next + group * columns) {
+            inside -= next + group * columns;
+            next = pairs_of(grid, group, ++which + 1);
+        }
+        const bool ahead = inside < next;
+        if (!ahead) inside -= next;
+        const int own = pairs_of(grid, group, which);
+        pair = (which + ahead) * group + (ahead ? inside : inside % own);
+        tile = ahead ? 0 : 1 + inside / own;
+    }
+
+    template <typename S>
+    static __device__ __forceinline__ int pairs_of(const Grid<S>& grid, int group, int which) {
         return max(0, min(group, grid.token_pairs - which * group));
     }
 };

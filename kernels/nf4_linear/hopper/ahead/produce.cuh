@@ -3,8 +3,8 @@
 #include "nf4_linear/hopper/ahead/parts.cuh"
 
 // Which tile comes next. The first block of a pair takes a number in the middle of the tile before,
-// so that tiles are given out in the order in which they begin, and tells its neighbour. A tile that
-// is given out is always finished, and waits for none that is given out after it.
+// so that tiles are given out in the order in which they begin, and tells its neighbour. A tile
+// that is given out is always finished, and waits for none that is given out after it.
 struct Note {
     Barrier there;
     int tile;
@@ -50,14 +50,14 @@ struct Producer {
     const Grid<S>& grid;
     const TensorMap &left, &right, &narrow, &small, &factor;
     Stage<S>* stages;
-    int* tile_of;  // whose stage it is
+    int* turn_of;  // whose stage it is
     Barrier *full, *empty;
     const int lane, half;
     Turns turns;
     Ring<S::STAGES> ring;
 
     // The tile that is brought in.
-    int tile = 0, token = 0, column = 0;
+    int turn = 0, token = 0, column_tile = 0, column = 0, width = 0;
     bool makes = false;     // the small product besides
     bool is_there = false;  // the small product of this block's rows, as far as is known
 
@@ -67,7 +67,7 @@ struct Producer {
     // will be waited for is looked at in the same round trip.
     __device__ __forceinline__ int wait_for(int chunk) {
         const int mine = chunk + lane;
-        const u32* cell = grid.cells + column / S::COLUMNS * grid.chunks + mine;
+        const u32* cell = grid.cells + column_tile * grid.chunks + mine;
         const u32 made = read_relaxed(parts());
         u32 missing;
         do {
@@ -98,24 +98,18 @@ struct Producer {
         if (elected()) {
             Stage<S>& stage = stages[ring.slot];
             Barrier& barrier = full[ring.slot];
-            tile_of[ring.slot] = tile;
-            barrier.arrive_expecting((a != nullptr ? S::LEFT_BYTES : 0) + S::RIGHT_BYTES +
+            turn_of[ring.slot] = turn;
+            barrier.arrive_expecting((a != nullptr ? S::LEFT_BYTES : 0) + width * DEPTH * 2 +
                                      (with_narrow ? S::NARROW_BYTES : 0));
             if (a != nullptr) copy_box(stage.left, *a, token, at, barrier);
             if (with_narrow)
                 copy_box(stage.narrow, narrow, S::TRANSPOSED ? at : 0, S::TRANSPOSED ? 0 : at,
                          barrier);
-            constexpr int PART = S::RIGHT_BYTES / 2;
-            if (S::TRANSPOSED) {  // boxes of 64 columns
-#pragma unroll
-                for (int i = 0; i < S::COLUMNS / 128; ++i) {
-                    const int box = half * (S::COLUMNS / 128) + i;
-                    copy_box_to_pair(stage.right + box * DEPTH * 128, b, at, column + 64 * box,
-                                     barrier);
-                }
-            } else {
-                copy_box_to_pair(stage.right + half * PART, b, column + half * (S::COLUMNS / 2), at,
-                                 barrier);
+            for (int i = 0; i < width / 128; ++i) {  // boxes of 64 columns
+                const int box = half * (width / 128) + i;
+                copy_box_to_pair(stage.right + box * DEPTH * 128, b,
+                                 S::TRANSPOSED ? at : column + 64 * box,
+                                 S::TRANSPOSED ? column + 64 * box : at, barrier);
             }
         }
         __syncwarp();
@@ -128,10 +122,11 @@ struct Producer {
         turns.take();
         turns.tell();
 #pragma unroll 1
-        while ((tile = turns.go_on()) < grid.tiles) {
-            const Place at(grid, p.group, tile);
-            token = (2 * at.pair + half) * TOKENS, column = at.column * S::COLUMNS;
-            makes = p.small != nullptr && at.column == 0;
+        while ((turn = turns.go_on()) < grid.turns) {
+            const Place at(grid, p.group, turn);
+            token = (2 * at.pair + half) * TOKENS;
+            column_tile = at.tile, column = at.column, width = at.width;
+            makes = p.small != nullptr && column == 0;
             int known = 0;
 #pragma unroll 1
             for (int depth = 0; depth < depths; ++depth) {
@@ -153,7 +148,7 @@ struct Producer {
         }
         empty[ring.slot].wait(ring.phase ^ 1);
         if (elected()) {
-            tile_of[ring.slot] = tile;  // none: the end
+            turn_of[ring.slot] = turn;  // none: the end
             full[ring.slot].arrive();
         }
     }

@@ -1,8 +1,8 @@
 // Hopper's product for many rows: Y = X W^T + XA B^T + bias, and dX = dY W + dYB A, by tensor cores
 // on 16-bit weights that warps of the same launch decode ahead of them.
-// Shapes    activations (M,C) | packed (N*K/2) u8 | decoded (N,K) | small (M,r) | narrow (r,K) or
-//           (N,r), factor (N,r) or (r,K): what meets the activations, what meets `small` | out
-//           (M,R) C, the contraction, is K and R, the result's columns, is N; in the transpose N
+// Shapes    activations (M,C) | packed (N*K/2) u8 | decoded (N,K) | out (M,R) | small (M,r)
+//           narrow (r,K) or (N,r), which meets activations | factor (N,r) or (r,K), which meets
+//           small C, the contraction, is K and R, the result's columns, is N; in the transpose N
 //           and K
 // Format    qlora_kit/quant/nf4.py and double_quant.py, block size 64
 // Requires  sm_90a, K % 256 == 0, N % 8 == 0, r % 8 == 0, 16-byte alignment; seen to in
@@ -14,9 +14,9 @@
 // Decoding  strips of 32 x 128 weights, given out in the order in which tiles want them. Who is
 //           done with one counts it in its cell; who brings a cell in waits for the count. A strip
 //           that is given out is always finished, so that no block waits for one that has not begun
-// Small     up to 16 ranks, tiles of the first column make XA (dYB) of their rows besides, by one
-//           wgmma more for each of theirs; others wait for it at their end, and none for a tile
-//           that was given out after it. Beyond, a kernel before this one makes it
+// Small     for few ranks tiles of the first columns make XA (dYB) of their rows besides, by one
+//           narrow wgmma for each of theirs; others wait for it at their end, and none for a tile
+//           that was given out after it. For more ranks a kernel before this one makes it
 // Numerics  W rounded to the compute dtype as everywhere, f32 accumulate, fixed order: repeatable
 // Truth     qlora_kit/ops/nf4_linear/reference.py
 // Idea      warp-specialised, persistent products: https://github.com/NVIDIA/cutlass
@@ -31,7 +31,7 @@ struct Consumer {
     const Problem& p;
     const Grid<S>& grid;
     Stage<S>* stages;
-    const int* tile_of;
+    const int* turn_of;
     Barrier *full, *empty;
     const int group, warp, lane, half;
     Ring<S::STAGES> ring;
@@ -49,8 +49,13 @@ struct Consumer {
                              : tile_descriptor(stage.right);
     }
 
+    // The sums of the first columns.
+    template <int WIDTH>
+    __device__ __forceinline__ float (&sums())
+        [WIDTH / 2] { return reinterpret_cast<float (&)[WIDTH / 2]>(c); }
+
     // NARROW: the small product besides.
-    template <bool NARROW, int PRODUCTS = DEPTH / 16>
+    template <int WIDTH, bool NARROW, int PRODUCTS = DEPTH / 16>
     __device__ __forceinline__ void multiply() {
         full[ring.slot].wait(ring.phase);
         const Stage<S>& stage = stages[ring.slot];
@@ -61,8 +66,8 @@ struct Consumer {
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < PRODUCTS; ++i) {
-            WgmmaShared<T, COLUMNS, S::TRANSPOSED>::run(c, a + 2 * i,
-                                                        b + (S::TRANSPOSED ? 128 : 2) * i, fresh);
+            WgmmaShared<T, WIDTH, S::TRANSPOSED>::run(sums<WIDTH>(), a + 2 * i,
+                                                      b + (S::TRANSPOSED ? 128 : 2) * i, fresh);
             if (NARROW)
                 WgmmaShared<T, RANKS, S::TRANSPOSED>::run(
                     narrow, a + 2 * i, few + (S::TRANSPOSED ? 32 : 2) * i, fresh);
@@ -75,17 +80,19 @@ struct Consumer {
         ring.advance();
     }
 
+    template <int WIDTH>
     __device__ __forceinline__ void finish() {
         wgmma_wait<0>();
 #pragma unroll
-        for (int i = 0; i < COLUMNS / 2; ++i) keep(c[i]);
+        for (int i = 0; i < WIDTH / 2; ++i) keep(c[i]);
         give_back();
         waiting = -1;
     }
 
     // The small product's sums are the next product's left operand where they lie.
+    template <int WIDTH>
     __device__ __forceinline__ void multiply_ranks(int token) {
-        finish();
+        finish<WIDTH>();
         u32 a[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -94,7 +101,7 @@ struct Consumer {
         }
         full[ring.slot].wait(ring.phase);
         wgmma_fence();
-        Wgmma<T, COLUMNS, S::TRANSPOSED>::run(c, a, right_operand(stages[ring.slot]));
+        Wgmma<T, WIDTH, S::TRANSPOSED>::run(sums<WIDTH>(), a, right_operand(stages[ring.slot]));
         wgmma_commit();
         waiting = ring.slot;
         ring.advance();
@@ -127,11 +134,12 @@ struct Consumer {
         return {v[0], v[1], v[2], v[3]};
     }
 
+    template <int WIDTH>
     __device__ __forceinline__ void write(int token, int column) {
         const int g = lane / 4, q = lane % 4, row = token + 64 * group + 16 * warp + g;
         if (p.bias != nullptr)
 #pragma unroll
-            for (int j = 0; j < COLUMNS / 8; ++j) {
+            for (int j = 0; j < WIDTH / 8; ++j) {
                 const int at = column + 8 * j + 2 * q;
                 if (at >= grid.columns) continue;
                 const u32 two = __ldg(reinterpret_cast<const u32*>(p.bias + at));
@@ -141,7 +149,7 @@ struct Consumer {
                 c[4 * j + 1] += high, c[4 * j + 3] += high;
             }
 #pragma unroll
-        for (int j = 0; j < COLUMNS / 8; j += 4)
+        for (int j = 0; j < WIDTH / 8; j += 4)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 u32 v[4];
@@ -156,32 +164,40 @@ struct Consumer {
             }
     }
 
-    __device__ __forceinline__ void run() {
+    template <int WIDTH>
+    __device__ __forceinline__ void make(int token, int column) {
         const int depths = (grid.contraction + DEPTH - 1) / DEPTH;
+        waiting = -1;
+        fresh = 1;
+        if (__any_sync(0xffffffffu, p.small != nullptr && column == 0)) {  // uniform
+#pragma unroll 1
+            for (int depth = 0; depth < depths; ++depth) multiply<WIDTH, true>();
+            multiply_ranks<WIDTH>(token);
+        } else {
+#pragma unroll 1
+            for (int depth = 0; depth < depths; ++depth) multiply<WIDTH, false>();
+            if (p.rank > 0 && p.rank <= RANKS)
+                multiply<WIDTH, false, RANKS / 16>();
+            else
+#pragma unroll 1
+                for (int r = 0; r < p.rank; r += DEPTH) multiply<WIDTH, false>();
+        }
+        finish<WIDTH>();
+        write<WIDTH>(token, column);
+    }
+
+    __device__ __forceinline__ void run() {
 #pragma unroll 1
         for (;;) {
             full[ring.slot].wait(ring.phase);
-            const int tile = __shfl_sync(0xffffffffu, tile_of[ring.slot], 0);
-            if (__any_sync(0xffffffffu, tile >= grid.tiles)) break;
-            const Place at(grid, p.group, tile);
+            const int turn = __shfl_sync(0xffffffffu, turn_of[ring.slot], 0);
+            if (__any_sync(0xffffffffu, turn >= grid.turns)) break;
+            const Place at(grid, p.group, turn);
             const int token = (2 * at.pair + half) * TOKENS;
-            waiting = -1;
-            fresh = 1;
-            if (__any_sync(0xffffffffu, p.small != nullptr && at.column == 0)) {  // uniform
-#pragma unroll 1
-                for (int depth = 0; depth < depths; ++depth) multiply<true>();
-                multiply_ranks(token);
-            } else {
-#pragma unroll 1
-                for (int depth = 0; depth < depths; ++depth) multiply<false>();
-                if (p.rank > 0 && p.rank <= RANKS)
-                    multiply<false, RANKS / 16>();
-                else
-#pragma unroll 1
-                    for (int r = 0; r < p.rank; r += DEPTH) multiply<false>();
-            }
-            finish();
-            write(token, at.column * COLUMNS);
+            if (__any_sync(0xffffffffu, at.width < COLUMNS))
+                make<S::HALF>(token, at.column);
+            else
+                make<COLUMNS>(token, at.column);
         }
     }
 };
@@ -202,7 +218,7 @@ __device__ __forceinline__ void ahead(const TensorMap& left, const TensorMap& ri
     Barrier* full = reinterpret_cast<Barrier*>(map + 256);
     Barrier* empty = full + S::STAGES;
     Note* notes = reinterpret_cast<Note*>(empty + S::STAGES);
-    int* tile_of = reinterpret_cast<int*>(notes + NOTES);
+    int* turn_of = reinterpret_cast<int*>(notes + NOTES);
     const Grid<S> grid(p);
     const int half = cluster_rank();
     const int warp = warp_of_block(), lane = threadIdx.x % 32;
@@ -222,11 +238,12 @@ __device__ __forceinline__ void ahead(const TensorMap& left, const TensorMap& ri
     // The kernel before has set the counters to zero, or makes `small`, after the one that did.
     const bool small_comes = p.rank > 0 && p.small == nullptr;
     if (warp <= DECODERS) {
+        give_registers<120>();
         if (warp == 0) {
             if (!small_comes) wait_for_previous_kernel();
             const Turns turns{p.state + TILES_GIVEN, notes, half, lane};
             Producer<S>{p,      grid,    left, right, narrow, small, factor,
-                        stages, tile_of, full, empty, lane,   half,  turns}
+                        stages, turn_of, full, empty, lane,   half,  turns}
                 .run();
         } else {
             const int thread = threadIdx.x - 32;
@@ -237,8 +254,9 @@ __device__ __forceinline__ void ahead(const TensorMap& left, const TensorMap& ri
             Decoder<T, S>{p, grid, *table, map, desks[warp - 1], lane}.run();
         }
     } else {
+        take_registers<192>();
         const int group = (warp - DECODERS - 1) / 4;
-        Consumer<T, S> consumer{{},   {},    p,     grid,     stages, tile_of,
+        Consumer<T, S> consumer{{},   {},    p,     grid,     stages, turn_of,
                                 full, empty, group, warp % 4, lane,   half};
         consumer.run();
     }
