@@ -13,7 +13,7 @@ from qlora_kit.ops.nf4_linear.op import nf4_linear
 from tests.ops.helpers import SCALE, Options, float32_sums, make_case, poison, truth
 
 CASES = [  # M, N, K, options: either width of blocks, edges of tiles, chunks and ranks
-    (1, 8, 256, Options(rank=8)),
+    (1, 72, 256, Options(rank=8)),
     (127, 264, 512, Options(rank=0, bias=False)),
     (129, 1000, 256, Options(rank=24, nested=False)),
     (256, 4096, 1024, Options(rank=16, dtype=torch.float16)),

@@ -291,6 +291,8 @@ def empty_weight(n, k):
         ("sm_90a", 14336, 4096, 769, "hopper", "ahead"),
         ("sm_90a", 4096, 14336, 1281, "ahead", "ahead"),
         ("sm_90a", 4096, 14400, 2048, "dense", "dense"),
+        ("sm_90a", 72, 4096, 2048, "ahead", "ahead"),
+        ("sm_90a", 64, 4096, 2048, "dense", "dense"),
         ("sm_80", 4096, 14336, 2048, "dense", "dense"),
         ("sm_90a", 64, 192, 4, "dense", "dense"),
         ("sm_80", 4096, 4096, 1, "small_m", "portable"),

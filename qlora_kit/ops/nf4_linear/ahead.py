@@ -44,8 +44,6 @@ _KERNELS = {
     for columns in _STAGES
 }
 
-serves = hopper.serves
-
 
 class _Narrow(NamedTuple):
     """What a launch makes the small product of."""
@@ -66,6 +64,20 @@ class _Workspace(NamedTuple):
     """Of a block."""
     out: Tensor
     """(M, N) or, transposed, (M, K)."""
+
+
+def serves(x: Tensor, weight: NF4Weight) -> bool:
+    """Tell whether a call can run here.
+
+    Args:
+        x: (M, K) or, for the transposed product, (M, N).
+        weight: (N, K).
+
+    Returns:
+        True where `hopper` serves and N is above 64, so that tiles of the transposed product have
+        two stages or more: a block that takes tiles for two is never further ahead than its notes.
+    """
+    return weight.shape[0] > _DEPTH and hopper.serves(x, weight)
 
 
 def multiply(

@@ -10,7 +10,9 @@ struct Note {
     int tile;
 };
 
-constexpr int NOTES = 4;  // the first block is at most three tiles ahead of its neighbour
+// The first block is at most six stages ahead of its neighbour: three tiles, which have two stages
+// or more (ahead.py: serves), and one that it tells of.
+constexpr int NOTES = 4;
 
 struct Turns {
     u32* count;

@@ -1,9 +1,8 @@
 // Hopper's product for many rows: Y = X W^T + XA B^T + bias, and dX = dY W + dYB A, by tensor cores
 // on 16-bit weights that warps of the same launch decode ahead of them.
 // Shapes    activations (M,C) | packed (N*K/2) u8 | decoded (N,K) | out (M,R) | small (M,r)
-//           narrow (r,K) or (N,r), which meets activations | factor (N,r) or (r,K), which meets
-//           small C, the contraction, is K and R, the result's columns, is N; in the transpose N
-//           and K
+//           narrow (r,K) or (N,r): meets activations | factor (N,r) or (r,K): meets small
+//           C, the contraction, is K and R, the result's columns, is N; in the transpose N and K
 // Format    qlora_kit/quant/nf4.py and double_quant.py, block size 64
 // Requires  sm_90a, K % 256 == 0, N % 8 == 0, r % 8 == 0, 16-byte alignment; seen to in
 //           qlora_kit/ops/nf4_linear/hopper.py (serves) and cuda.py
