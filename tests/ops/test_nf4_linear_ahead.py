@@ -220,11 +220,14 @@ def test_a_launch_makes_the_small_product_of_few_ranks_for_many_tiles():
     for m, width, inside in ((2048, 4096, False), (2304, 4096, True), (1024, 14336, True)):
         assert ahead.makes_small_product(m, width, 16, 66) == inside
         assert not ahead.makes_small_product(m, width, 24, 66)
+    for m, n, k, options in MANY_TILES:  # of which an H100 holds 66
+        assert ahead.makes_small_product(m, max(n, k), options.rank, 66)
 
 
 def test_its_memory_is_what_the_kernel_lays_out():
     """Sizes are said in two languages; both blocks fit a processor of Hopper."""
-    text = (jit.kernels_folder() / "nf4_linear/hopper/ahead/parts.cuh").read_text()
+    folder = jit.kernels_folder() / "nf4_linear/hopper/ahead"
+    text = "".join((folder / name).read_text() for name in ("parts.cuh", "produce.cuh"))
     for name, value in {
         "DEPTH": ahead._DEPTH,
         "CELL_DEPTH": ahead._CELL_DEPTH,
@@ -232,11 +235,14 @@ def test_its_memory_is_what_the_kernel_lays_out():
         "DECODERS": ahead._DECODERS,
         "MULTIPLIERS": ahead._MULTIPLIERS,
         "RANKS": ahead._RANKS,
+        "NOTES": ahead._NOTES,
         "WORDS_BEFORE": ahead._WORDS_BEFORE,
     }.items():
         assert f"constexpr int {name} = {value};" in text, name
     for columns, stages in ahead._STAGES.items():
         for name, dtype in (("bfloat16", "BFloat16"), ("float16", "Float16")):
-            file = jit.kernels_folder() / f"nf4_linear/hopper/ahead/{name}_{columns}.cu"
+            file = folder / f"{name}_{columns}.cu"
             assert f"NF4_AHEAD({dtype}, {columns}, {stages})" in file.read_text()
         assert ahead._shared_bytes(columns) <= 227 * 1024
+        # Tiles of two stages that a block is ahead of its neighbour, and the one it tells of.
+        assert -(-stages // 2) + 1 <= ahead._NOTES
