@@ -31,7 +31,7 @@ _MULTIPLIERS = 8
 _THREADS = 32 * (1 + _DECODERS + _MULTIPLIERS)
 _WORDS_BEFORE = 64
 _RANKS = 16
-_NOTES = 4
+_NOTES = 8
 _STAGES = {256: 4, 128: 6}
 """Columns of a block to stages in flight."""
 
@@ -43,6 +43,8 @@ _KERNELS = {
     for dtype, name in _NAMES.items()
     for columns in _STAGES
 }
+
+serves = hopper.serves
 
 
 class _Narrow(NamedTuple):
@@ -64,20 +66,6 @@ class _Workspace(NamedTuple):
     """Of a block."""
     out: Tensor
     """(M, N) or, transposed, (M, K)."""
-
-
-def serves(x: Tensor, weight: NF4Weight) -> bool:
-    """Tell whether a call can run here.
-
-    Args:
-        x: (M, K) or, for the transposed product, (M, N).
-        weight: (N, K).
-
-    Returns:
-        True where `hopper` serves and N is above 64, so that tiles of the transposed product have
-        two stages or more: a block that takes tiles for two is never further ahead than its notes.
-    """
-    return weight.shape[0] > _DEPTH and hopper.serves(x, weight)
 
 
 def multiply(

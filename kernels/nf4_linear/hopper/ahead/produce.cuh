@@ -10,9 +10,9 @@ struct Note {
     int tile;
 };
 
-// The first block is at most six stages ahead of its neighbour: three tiles, which have two stages
-// or more (ahead.py: serves), and one that it tells of.
-constexpr int NOTES = 4;
+// The first block is at most all stages ahead of its neighbour, of which each may be a tile's only
+// one; besides there are the tile that it tells of and the one that its neighbour works on.
+constexpr int NOTES = 8;
 
 struct Turns {
     u32* count;

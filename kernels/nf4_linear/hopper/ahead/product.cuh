@@ -193,7 +193,7 @@ struct Consumer {
             if (__any_sync(0xffffffffu, turn >= grid.turns)) break;
             const Place at(grid, p.group, turn);
             const int token = (2 * at.pair + half) * TOKENS;
-            if (__any_sync(0xffffffffu, at.width < COLUMNS))
+            if (S::HALF < COLUMNS && __any_sync(0xffffffffu, at.width < COLUMNS))
                 make<S::HALF>(token, at.column);
             else
                 make<COLUMNS>(token, at.column);
@@ -217,6 +217,7 @@ __device__ __forceinline__ void ahead(const TensorMap& left, const TensorMap& ri
     Barrier* full = reinterpret_cast<Barrier*>(map + 256);
     Barrier* empty = full + S::STAGES;
     Note* notes = reinterpret_cast<Note*>(empty + S::STAGES);
+    static_assert(NOTES >= S::STAGES + 2, "no room");
     int* turn_of = reinterpret_cast<int*>(notes + NOTES);
     const Grid<S> grid(p);
     const int half = cluster_rank();
