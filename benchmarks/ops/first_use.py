@@ -2,10 +2,11 @@
 
     python -m benchmarks.ops.first_use [--architecture sm_90a] [--dtype bfloat16] [--out FOLDER]
 
-Needs NVRTC and no GPU. Every source that linears of one dtype can need on an architecture, one
-after the other as a process meets them, with an empty cache of its own; then again from that
-cache. What the driver takes to load a binary is not in it. NVRTC takes all cores: the machine
-should have nothing else to do.
+Needs NVRTC and no GPU. Every source that linears of one dtype can need on an architecture, with
+an empty cache of its own: one after the other, as a process meets them; again from that cache; and
+all wanted at once while threads compile them, as they do from when a model is loaded on
+(`qlora_kit/ops/precompile.py`). What the driver takes to load a binary is not in it. NVRTC takes
+all cores: the machine should have nothing else to do.
 """
 
 import argparse
@@ -13,16 +14,21 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from benchmarks.harness.record import write_record
-from qlora_kit.ops import jit
+from qlora_kit.core.cores import usable_cores
+from qlora_kit.ops import jit, precompile
 
 TARGET_S, CACHED_TARGET_S = 10.0, 0.2
 """First use in all, and the same from the cache."""
 
-DTYPES = ("bfloat16", "float16", "float32")
-_FOLDERS = ("nf4_linear", "nf4_dequantize", "low_rank_gradients")
+DTYPES = ("bfloat16", "float16")
+_FOLDERS = ("nf4_linear/", "nf4_dequantize/", "low_rank_gradients/")
 
 
 def sources(architecture: str, dtype: str) -> list[str]:
@@ -39,17 +45,8 @@ def sources(architecture: str, dtype: str) -> list[str]:
         >>> "nf4_linear/portable.cu" in sources("sm_80", "bfloat16")
         True
     """
-    return [file for file in jit.source_files() if _is_needed(Path(file), architecture, dtype)]
-
-
-def _is_needed(file: Path, architecture: str, dtype: str) -> bool:
-    others = tuple(other for other in DTYPES if other != dtype)
-    if file.parts[0] not in _FOLDERS or file.stem.startswith(others):
-        return False
-    if file.parts[0] != "nf4_linear":
-        return True
-    # Those that lie in no folder of their own serve where Hopper's do not (cuda.py: ROWS).
-    return (len(file.parts) > 2) == (architecture == "sm_90a")
+    files = precompile.needed(architecture, getattr(torch, dtype))
+    return [file for file in files if file.startswith(_FOLDERS)]
 
 
 def measure(files: list[str], architecture: str) -> dict[str, tuple[float, float]]:
@@ -62,14 +59,39 @@ def measure(files: list[str], architecture: str) -> dict[str, tuple[float, float
     Returns:
         For each, seconds of both.
     """
+    with _empty_cache():
+        first = {file: _seconds(file, architecture, cached=False) for file in files}
+        return {file: (first[file], _seconds(file, architecture, cached=True)) for file in files}
+
+
+def measure_beside(files: list[str], architecture: str) -> float:
+    """Compile all sources by threads, and want each of them from the beginning on.
+
+    Args:
+        files: paths below `kernels/`.
+        architecture: a member of `jit.ARCHITECTURES`.
+
+    Returns:
+        Seconds until all are there.
+    """
+    with _empty_cache():
+        start = time.perf_counter()
+        threads = precompile.compile_beside(files, architecture)
+        for file in reversed(files):  # from the other end: nobody waits for what another does
+            jit.compile_source(file, architecture)
+        seconds = time.perf_counter() - start
+        for thread in threads:
+            thread.join()
+    return seconds
+
+
+@contextmanager
+def _empty_cache() -> Iterator[None]:
     before = os.environ.get("QLORA_KIT_CACHE")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["QLORA_KIT_CACHE"] = folder
         try:
-            first = {file: _seconds(file, architecture, cached=False) for file in files}
-            return {
-                file: (first[file], _seconds(file, architecture, cached=True)) for file in files
-            }
+            yield
         finally:
             if before is None:
                 del os.environ["QLORA_KIT_CACHE"]
@@ -89,7 +111,7 @@ def main() -> None:
     """Measure, print, write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--architecture", default="sm_90a", choices=jit.ARCHITECTURES)
-    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES[:2])
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -97,13 +119,16 @@ def main() -> None:
 
     files = sources(arguments.architecture, arguments.dtype)
     jit.compile_source(files[0], arguments.architecture, use_cache=False)  # loads the compiler
-    runs = [measure(files, arguments.architecture) for _ in range(arguments.repeats)]
+    runs, beside = [], []
+    for _ in range(arguments.repeats):
+        runs.append(measure(files, arguments.architecture))
+        beside.append(measure_beside(files, arguments.architecture))
     _, *version = nvrtc.nvrtcVersion()
     common = {
         "architecture": arguments.architecture,
         "dtype": arguments.dtype,
         "nvrtc": ".".join(map(str, version)),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
     }
     columns = {file: [run[file] for run in runs] for file in files}
     columns["in all"] = [_total(run, "") for run in runs]
@@ -116,11 +141,15 @@ def main() -> None:
         row |= {"cached_s_median": statistics.median(cached), "cached_s_all": cached}
         rows.append(common | row)
         print(f"{name:45} {row['s_median']:7.2f} s   cached {row['cached_s_median']:6.3f} s")
+    all_beside = statistics.median(beside)
+    row = {"source": "in all, by threads", "s_median": all_beside, "s_all": beside}
+    rows.append(common | row)
     first_all, cached_all = (
         statistics.median(pair[i] for pair in columns["in all"]) for i in (0, 1)
     )
     for name, seconds, target in (
-        ("first use", first_all, TARGET_S),
+        ("first use, one after the other", first_all, TARGET_S),
+        ("first use, by threads", all_beside, TARGET_S),
         ("from the cache", cached_all, CACHED_TARGET_S),
     ):
         verdict = "pass" if seconds <= target else "miss"

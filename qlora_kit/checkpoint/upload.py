@@ -13,7 +13,6 @@ meet at its end: where other processes want the cores too, that is several times
 Host memory: the buffers (128 MiB on 8 cores or more), whatever the size of the tensors.
 """
 
-import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+
+from qlora_kit.core.cores import usable_cores
 
 SLOT_BYTES = 8 << 20
 """Of one buffer: large enough that handing it over costs little (0.15 ms of PCIe 5)."""
@@ -70,7 +71,7 @@ class Uploader:
         """
         self.device = device
         self._slot_bytes = slot_bytes
-        self._threads = threads or min(MOST_THREADS, _cores())
+        self._threads = threads or min(MOST_THREADS, usable_cores())
         self._pool = ThreadPoolExecutor(self._threads, "qlora-kit-upload")
         self._slots: list[_Slot] = []
         self._next = 0
@@ -147,10 +148,3 @@ class Uploader:
         if self.device.type == "cuda":  # needs a GPU
             slot.busy = slot.busy or torch.cuda.Event()
             slot.busy.record(torch.cuda.current_stream(self.device))
-
-
-def _cores() -> int:
-    """How many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

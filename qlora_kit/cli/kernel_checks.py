@@ -10,10 +10,12 @@ is named as not tested.
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from qlora_kit.cli.checks import BROKEN, REPORT, Check, first_line
+from qlora_kit.core.cores import usable_cores
 from qlora_kit.core.errors import BackendError
 from qlora_kit.core.units import format_bytes
 
@@ -40,12 +42,13 @@ def check_sources() -> Iterator[Check]:
         return
     yield _cache(jit.cache_folder())
     reason, advice = _why_not()
-    for file in files:
-        if reason:
+    if reason:
+        for file in files:
             yield Check("note", file, f"not compiled, not tested: {reason}", advice)
             advice = ""  # once is enough
-        elif _is_for_this_gpu(file):
-            yield _compiled(file)
+    else:  # needs a GPU
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            yield from pool.map(_compiled, filter(_is_for_this_gpu, files))
 
 
 def _is_for_this_gpu(file: str) -> bool:  # needs a GPU

@@ -48,6 +48,7 @@ from qlora_kit.load.stored import read_headers, stored_dtypes, stored_weights
 from qlora_kit.nn.experts import PROJECTIONS, NF4Experts
 from qlora_kit.nn.linear import NF4Linear, byte_specs
 from qlora_kit.nn.swap import nf4_modules, quantizable, swap, weight_shapes
+from qlora_kit.ops import precompile
 from qlora_kit.quant.format import to_bnb_tensors
 
 UPLOADED_TO: tuple[str, ...] = ("cuda",)
@@ -113,6 +114,8 @@ class NF4HfQuantizer(HfQuantizer):
         """Put empty NF4 modules in place of the layers that are, or will be, quantized."""
         self.uploader = _uploader(device_map)
         dtype = dtype or torch.get_default_dtype()
+        if self.uploader is not None:
+            precompile.begin(self.uploader.device, dtype)
         config = self.quantization_config.quant
         stored = read_headers(checkpoint_files)
         if self.pre_quantized and stored:

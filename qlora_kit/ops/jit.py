@@ -13,7 +13,9 @@ torch's current stream of the tensor's device.
 
 import os
 import re
+import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -133,9 +135,12 @@ class Compilation:
 COMPILATIONS: dict[str, Compilation] = {}
 """Source file to how it was compiled last."""
 
+_COMPILING: dict[tuple[str, str], threading.Lock] = {}
+"""Source file and architecture to who compiles it: others wait, and find it in the cache."""
+
 
 def compile_source(file: str, architecture: str, *, use_cache: bool = True) -> tuple[Any, str]:
-    """Compile one source file; needs NVRTC, not a GPU.
+    """Compile one source file; needs NVRTC, not a GPU. Threads may do so side by side.
 
     Args:
         file: path below `kernels/`.
@@ -165,8 +170,10 @@ def compile_source(file: str, architecture: str, *, use_cache: bool = True) -> t
     start = time.perf_counter()
     program = Program(source_text(file), "c++", options)
     cache = FileStreamProgramCache(cache_folder()) if use_cache else None
+    alone = _COMPILING.setdefault((file, architecture), threading.Lock())
     try:
-        code = program.compile("cubin", logs=log, cache=cache)
+        with alone if use_cache else nullcontext():
+            code = program.compile("cubin", logs=log, cache=cache)
     except NVRTCError as error:
         raise BackendError(f"{file} does not compile for {architecture}: {error}") from error
     seconds = time.perf_counter() - start

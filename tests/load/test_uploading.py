@@ -218,3 +218,14 @@ def test_which_maps_are_ours(device_map, device):
     """One GPU: us. Anything else: transformers."""
     made = hf_quantizer._uploader(device_map)
     assert (None if made is None else str(made.device)) == device
+
+
+def test_kernels_compile_while_weights_come_in(uploading, monkeypatch):
+    """For the device and the dtype of the model; transformers' own way begins nothing."""
+    begun = []
+    monkeypatch.setattr(hf_quantizer.precompile, "begin", lambda *what: begun.append(what))
+    for on, expected in ((True, [(torch.device("cpu"), torch.float32)]), (False, [])):
+        begun.clear()
+        uploading(on)
+        load(tiny_models.saved("llama"), dtype="float32", device="cpu")
+        assert begun == expected

@@ -1,0 +1,115 @@
+"""Compiling beside other work: what is compiled, once by whoever comes first, and in the end."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from qlora_kit.core.errors import BackendError
+from qlora_kit.ops import jit, precompile
+from qlora_kit.ops.nf4_linear import cuda
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Files in the order in which they are compiled, by a compiler that does nothing."""
+    order = []
+
+    def compile_source(file, architecture):
+        order.append(file)
+        if file == "wrong.cu":
+            raise BackendError("does not compile")
+
+    monkeypatch.setattr(jit, "compile_source", compile_source)
+    return order
+
+
+def test_what_is_needed_follows_the_table_of_strategies():
+    for architecture, kind in (("sm_90a", "hopper"), ("sm_80", "other")):
+        files = precompile.needed(architecture, torch.bfloat16)
+        assert all(jit.is_for(file, architecture) for file in files)
+        chosen = {name for (k, _), table in cuda.ROWS.items() for _, name in table if k == kind}
+        for name in ("gemv", "hopper", "ahead", "small_m", "portable"):
+            served = any(f"/{name}/" in file or f"/{name}.cu" in file for file in files)
+            assert served == (name in chosen), (architecture, name)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+def test_every_source_is_some_models(architecture):
+    every = [file for file in jit.source_files() if jit.is_for(file, architecture)]
+    found = {
+        dtype: precompile.needed(architecture, dtype)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    }
+    for dtype, files in found.items():
+        name = str(dtype).removeprefix("torch.")
+        stems = {file.rsplit("/", 1)[1].split(".")[0].split("_")[0] for file in files}
+        assert stems & {"bfloat16", "float16", "float32"} == {name}
+        assert {"nf4_quantize/nf4_quantize.cu", f"rms_norm/{name}.cu"} <= set(files)
+    left = set(every) - set().union(*found.values())
+    linears = {file for file in left if file.startswith("nf4_linear/")}
+    assert left == linears  # other architectures' strategies, which serve where they are forced
+
+
+def test_threads_compile_everything_and_leave_errors_to_who_wants_the_kernel(compiled):
+    files = ["one.cu", "wrong.cu", "two.cu", "three.cu"]
+    for thread in precompile.compile_beside(files, "sm_80"):
+        thread.join()
+    assert sorted(compiled) == sorted(files)
+
+
+def test_a_model_begins_it_once_and_only_on_a_gpu(compiled, monkeypatch):
+    monkeypatch.setattr(jit, "is_available", lambda: True)
+    monkeypatch.setattr(jit, "architecture_of", lambda device: "sm_80")
+    precompile._begin_once.cache_clear()
+    precompile.begin(torch.device("cpu"), torch.bfloat16)
+    assert compiled == []
+    for _ in "ab":
+        precompile.begin(torch.device("cuda"), torch.bfloat16)
+    for thread in threading.enumerate():
+        if thread.name == "qlora-kit-compile":
+            thread.join()
+    assert sorted(compiled) == sorted(precompile.needed("sm_80", torch.bfloat16))
+    precompile._begin_once.cache_clear()
+
+
+def test_a_process_ends_without_what_nobody_has_begun():
+    script = (
+        "import time\n"
+        "from qlora_kit.ops import jit, precompile\n"
+        "def slow(file, architecture):\n"
+        "    print(file, flush=True)\n"
+        "    time.sleep(0.3)\n"
+        "jit.compile_source = slow\n"
+        "precompile.compile_beside([f'{i}.cu' for i in range(5000)], 'sm_80')\n"
+        "time.sleep(0.1)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert 1 <= len(done.stdout.split()) < 500
+    assert done.stderr == ""
+
+
+def test_who_wants_what_another_compiles_waits_and_finds_it(monkeypatch, tmp_path):
+    pytest.importorskip("cuda.bindings.nvrtc")
+    monkeypatch.setenv("QLORA_KIT_CACHE", str(tmp_path))
+    file = "nf4_scales/nf4_scales.cu"
+    said, codes = [], []
+
+    def want():
+        code, log = jit.compile_source(file, "sm_80")
+        said.append(log)
+        codes.append(bytes(code.code))
+
+    threads = [threading.Thread(target=want) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(map(bool, said)) == [False, False, False, True]  # one compiled
+    assert len(set(codes)) == 1
