@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    os.environ["CUDA_CACHE_DISABLE"] = "1"  # NVRTC's own, where it has one
     from cuda.bindings import nvrtc
 
     files = sources(arguments.architecture, arguments.dtype)

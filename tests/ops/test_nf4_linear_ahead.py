@@ -214,7 +214,10 @@ def test_blocks_are_wide_unless_narrow_ones_fill_the_chip():
                 assert columns in (128, 256)
                 if width > 128 and -(-m // 256) * -(-width // 128) > 4 * pairs:
                     assert columns == 256
-    assert ahead.columns_of(2048, 1024, 66) == 128
+    # Half a round more, by halves of wide tiles, against three rounds of narrow ones; not of few
+    # columns, and not for a single round of halves.
+    assert ahead.columns_of(1280, 4096, 66) == ahead.columns_of(1536, 4096, 66) == 256
+    assert ahead.columns_of(5888, 1024, 66) == ahead.columns_of(2048, 1024, 66) == 128
 
 
 def test_a_launch_makes_the_small_product_of_few_ranks_for_many_tiles():

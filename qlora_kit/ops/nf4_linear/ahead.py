@@ -38,6 +38,13 @@ _STAGES = {256: 4, 128: 6}
 _PAIRS_TOGETHER = 8
 """Pairs of blocks along the rows that work on the same columns at once."""
 
+_HELPING_ROWS = 1024
+"""Most rows for which warps that multiply decode a strip first: with few, decoding is what tiles
+wait for; with more, that only delays the first of them."""
+
+_WIDE_ENOUGH_TO_SHARE = 2048
+"""Columns of a result whose last round of tiles is counted as shared: see `columns_of`."""
+
 _KERNELS = {
     (dtype, columns): Kernels(f"nf4_linear/hopper/ahead/{name}_{columns}.cu")
     for dtype, name in _NAMES.items()
@@ -226,6 +233,7 @@ def _launch(
             *((None, 0.0) if narrow is None else (small, float(narrow.scale))),
             space.state,
             *(m, n, k, 0 if small is None else small.shape[1], group, -(-pairs // group)),
+            int(m <= _HELPING_ROWS),
         ),
         device=x.device,
         shared=_shared_bytes(columns),
@@ -262,11 +270,16 @@ def columns_of(m: int, width: int, pairs: int) -> int:
         256 or 128.
 
     Example:
-        >>> columns_of(512, 4096, 66), columns_of(1024, 4096, 66)
-        (128, 256)
+        >>> [columns_of(m, 4096, 66) for m in (512, 1024, 1280)]
+        [128, 256, 256]
     """
-    rounds = {columns: -(-_tiles(m, width, columns) // pairs) for columns in (256, 128)}
-    return 256 if rounds[256] <= 0.6 * rounds[128] else 128
+    # What a round of narrow blocks takes, of one of wide ones; and a last one whose wide tiles are
+    # shared by two, as they are where half of the pairs would have none. With few columns sharing
+    # loses what narrow blocks gain: tiles enough to make the small product in the same launch.
+    narrow, shared = 0.6, 0.61 if width >= _WIDE_ENOUGH_TO_SHARE else 1.0
+    whole, left = divmod(_tiles(m, width, 256), pairs)
+    rounds = whole + (0 if left == 0 else shared if 2 * left <= pairs else 1)
+    return 256 if rounds <= narrow * -(-_tiles(m, width, 128) // pairs) else 128
 
 
 def makes_small_product(m: int, width: int, rank: int, pairs: int) -> bool:

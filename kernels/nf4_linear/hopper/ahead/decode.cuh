@@ -147,10 +147,27 @@ struct Decoder {
         return static_cast<int>(__shfl_sync(0xffffffffu, taken, 0));
     }
 
-    __device__ __forceinline__ void run() {
+    // One strip, by a warp that has nothing to multiply yet.
+    __device__ __forceinline__ void help() {
+        begin();
+        Strip strip;
+        find(strip, given(take()));
+        load(strip, 0);
+        copy_wait<0>();
+        __syncwarp();
+        if (strip.there == nullptr) return;
+        write(strip, 0);
+        finish(strip);
+    }
+
+    __device__ __forceinline__ void begin() {
         mean = p.scales.mean();
         group = before = finished = 0;
         at_once = 1;
+    }
+
+    __device__ __forceinline__ void run() {
+        begin();
         Strip now, after;
         u32 next = take();
         find(now, given(next));

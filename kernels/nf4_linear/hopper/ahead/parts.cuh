@@ -47,6 +47,7 @@ struct Problem {
     int m, n, k, rank;
     int group;     // pairs of token tiles that are neighbours in time
     int together;  // column tiles that are worked on at once
+    bool helping;  // those who multiply decode a strip each before they have weights
 };
 
 // The product as a matter of tiles.

@@ -63,6 +63,10 @@ struct Producer {
     bool makes = false;     // the small product besides
     bool is_there = false;  // the small product of this block's rows, as far as is known
 
+    // Those who multiply have the last stage first, see product.cuh.
+    __device__ __forceinline__ void wait_until_empty() const {
+        empty[ring.slot].wait(ring.slot == S::STAGES - 1 ? ring.phase : ring.phase ^ 1);
+    }
     __device__ __forceinline__ const u32* parts() const { return grid.smalls + token / TOKENS; }
 
     // Waits for a chunk of a column of tiles; returns how many of its chunks are there. What else
@@ -96,7 +100,7 @@ struct Producer {
     // the narrow factor or none.
     __device__ __forceinline__ void bring(const TensorMap* a, const TensorMap& b, int at,
                                           bool with_narrow) {
-        empty[ring.slot].wait(ring.phase ^ 1);
+        wait_until_empty();
         if (elected()) {
             Stage<S>& stage = stages[ring.slot];
             Barrier& barrier = full[ring.slot];
@@ -148,7 +152,7 @@ struct Producer {
             for (int r = 0; r < p.rank; r += DEPTH)
                 bring(makes ? nullptr : &small, factor, r, false);
         }
-        empty[ring.slot].wait(ring.phase ^ 1);
+        wait_until_empty();
         if (elected()) {
             turn_of[ring.slot] = turn;  // none: the end
             full[ring.slot].arrive();

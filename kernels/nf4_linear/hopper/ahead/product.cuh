@@ -12,7 +12,8 @@
 //           warpgroups multiply 64 rows each. Pairs take tiles from a count, in order
 // Decoding  strips of 32 x 128 weights, given out in the order in which tiles want them. Who is
 //           done with one counts it in its cell; who brings a cell in waits for the count. A strip
-//           that is given out is always finished, so that no block waits for one that has not begun
+//           that is given out is always finished, so that no block waits for one that has not
+//           begun. Where rows are few, those who multiply decode a strip each before they begin
 // Small     for few ranks tiles of the first columns make XA (dYB) of their rows besides, by one
 //           narrow wgmma for each of theirs; others wait for it at their end, and none for a tile
 //           that was given out after it. For more ranks a kernel before this one makes it
@@ -210,6 +211,7 @@ __device__ __forceinline__ void ahead(const TensorMap& left, const TensorMap& ri
                       sizeof(NF4Table) == 2048 && sizeof(Desk) == 2 * 2048 + 256 &&
                       sizeof(Note) == 16,
                   "as ahead.py counts them: _shared_bytes");
+    static_assert(MULTIPLIERS * sizeof(Desk) <= sizeof(Stage<S>), "no room");
     Stage<S>* stages = reinterpret_cast<Stage<S>*>(memory);
     NF4Table* table = reinterpret_cast<NF4Table*>(memory + S::STAGES * sizeof(Stage<S>));
     Desk* desks = reinterpret_cast<Desk*>(table + 1);
@@ -237,6 +239,12 @@ __device__ __forceinline__ void ahead(const TensorMap& left, const TensorMap& ri
     launch_next_kernel();
     // The kernel before has set the counters to zero, or makes `small`, after the one that did.
     const bool small_comes = p.rank > 0 && p.small == nullptr;
+    if (warp > 0) {
+        constexpr int THREADS = 32 * (DECODERS + MULTIPLIERS);
+        const int thread = threadIdx.x - 32;
+        table->fill(thread, THREADS);
+        for (int i = thread; i < 256; i += THREADS) map[i] = DYNAMIC_MAP_VALUES[i];
+    }
     if (warp <= DECODERS) {
         give_registers<120>();
         if (warp == 0) {
@@ -246,10 +254,7 @@ __device__ __forceinline__ void ahead(const TensorMap& left, const TensorMap& ri
                         stages, turn_of, full, empty, lane,   half,  turns}
                 .run();
         } else {
-            const int thread = threadIdx.x - 32;
-            table->fill(thread, 32 * DECODERS);
-            for (int i = thread; i < 256; i += 32 * DECODERS) map[i] = DYNAMIC_MAP_VALUES[i];
-            sync_threads<1, 32 * DECODERS>();
+            sync_threads<1, 32 * (DECODERS + MULTIPLIERS)>();
             if (!small_comes) wait_for_previous_kernel();
             Decoder<T, S>{p, grid, *table, map, desks[warp - 1], lane}.run();
         }
@@ -258,6 +263,16 @@ __device__ __forceinline__ void ahead(const TensorMap& left, const TensorMap& ri
         const int group = (warp - DECODERS - 1) / 4;
         Consumer<T, S> consumer{{},   {},    p,     grid,     stages, turn_of,
                                 full, empty, group, warp % 4, lane,   half};
+        sync_threads<1, 32 * (DECODERS + MULTIPLIERS)>();
+        if (p.helping) {  // over the last stage, which the copy engine has after that
+            if (!small_comes) wait_for_previous_kernel();
+            Desk* desk = reinterpret_cast<Desk*>(stages + S::STAGES - 1) + warp - DECODERS - 1;
+            Decoder<T, S>{p, grid, *table, map, *desk, lane}.help();
+            fence_shared_copies();
+            __syncwarp();
+        }
+        consumer.waiting = S::STAGES - 1;
+        consumer.give_back();
         consumer.run();
     }
     __syncwarp();    // lanes that went ways of their own
@@ -271,7 +286,7 @@ __device__ __forceinline__ void ahead(const TensorMap& left, const TensorMap& ri
              const __grid_constant__ TensorMap factor, const u8* packed, const void* absmax,    \
              const float* nested, const float* offset, u16* decoded, const u16* bias, u16* out, \
              u16* made, float scale, u32* state, long long m, long long n, long long k,         \
-             long long rank, long long group, long long together) {                             \
+             long long rank, long long group, long long together, long long helping) {          \
         const Problem p{packed,                                                                 \
                         NF4Scales{absmax, nested, offset, 6},                                   \
                         decoded,                                                                \
@@ -285,7 +300,8 @@ __device__ __forceinline__ void ahead(const TensorMap& left, const TensorMap& ri
                         static_cast<int>(k),                                                    \
                         static_cast<int>(rank),                                                 \
                         static_cast<int>(group),                                                \
-                        static_cast<int>(together)};                                            \
+                        static_cast<int>(together),                                             \
+                        helping != 0};                                                          \
         ahead<T, Shape<__VA_ARGS__>>(left, right, narrow, small, factor, p);                    \
     }
 
