@@ -52,10 +52,13 @@ def begin(device: torch.device, dtype: torch.dtype) -> None:
     """Begin to compile what a model may launch, once per process, architecture and dtype.
 
     Args:
-        device: where the model will be; nothing happens where kernels cannot run.
+        device: where the model will be; nothing happens where kernels cannot run, as on GPUs
+            before Ampere.
         dtype: the model's.
     """
-    if device.type == "cuda" and jit.is_available():  # needs a GPU
+    if device.type != "cuda" or not jit.is_available():
+        return
+    if torch.cuda.get_device_capability(device) >= (8, 0):  # needs a GPU
         _begin_once(jit.architecture_of(device), dtype)
 
 

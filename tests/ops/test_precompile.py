@@ -65,8 +65,12 @@ def test_threads_compile_everything_and_leave_errors_to_who_wants_the_kernel(com
 def test_a_model_begins_it_once_and_only_on_a_gpu(compiled, monkeypatch):
     monkeypatch.setattr(jit, "is_available", lambda: True)
     monkeypatch.setattr(jit, "architecture_of", lambda device: "sm_80")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    capability = [(7, 5)]
     precompile._begin_once.cache_clear()
     precompile.begin(torch.device("cpu"), torch.bfloat16)
+    precompile.begin(torch.device("cuda"), torch.bfloat16)
+    capability[0] = (8, 0)
     assert compiled == []
     for _ in "ab":
         precompile.begin(torch.device("cuda"), torch.bfloat16)
