@@ -35,7 +35,8 @@ struct Barrier {
                      : "memory");
     }
     // Arrives at the same barrier of another block of the cluster. Not `.release.cluster`: that is
-    // a fence of the whole GPU's memory, and what is given back here has only been read.
+    // a fence of the whole GPU's memory, and what is given back here has only been read, or written
+    // for oneself and fenced against the copy engine (ahead's first strips).
     __device__ __forceinline__ void arrive_at(u32 rank) {
         asm volatile(
             "{ .reg .b32 remote;\n"

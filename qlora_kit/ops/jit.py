@@ -127,7 +127,7 @@ class Compilation:
     architecture: str
     """What it was compiled for."""
     seconds: float
-    """How long compiling took, or reading from the cache."""
+    """How long compiling took, or reading from the cache, without waiting for another thread."""
     from_cache: bool
     """Whether the code came from the disk cache."""
 
@@ -167,16 +167,16 @@ def compile_source(file: str, architecture: str, *, use_cache: bool = True) -> t
         no_cache=None if use_cache else True,  # NVRTC has a cache of its own, which says nothing
     )
     log = _Log()
-    start = time.perf_counter()
     program = Program(source_text(file), "c++", options)
     cache = FileStreamProgramCache(cache_folder()) if use_cache else None
     alone = _COMPILING.setdefault((file, architecture), threading.Lock())
     try:
         with alone if use_cache else nullcontext():
+            start = time.perf_counter()
             code = program.compile("cubin", logs=log, cache=cache)
+            seconds = time.perf_counter() - start
     except NVRTCError as error:
         raise BackendError(f"{file} does not compile for {architecture}: {error}") from error
-    seconds = time.perf_counter() - start
     # The compiler always names the kernels it makes; a cache has nothing to say.
     COMPILATIONS[file] = Compilation(architecture, seconds, log.text == "")
     return code, log.text

@@ -90,10 +90,11 @@ def test_a_tile_waits_for_its_weights(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("m", [700, 2600])  # with help of those who multiply, and without
 @pytest.mark.parametrize("pairs", [1, 5])
-def test_a_tile_waits_for_none_that_comes_after_it(monkeypatch, pairs):
+def test_a_tile_waits_for_none_that_comes_after_it(monkeypatch, m, pairs):
     """However few blocks find room, all tiles are made, and the same."""
-    case = make_case(2600, 1032, 512, Options(rank=16), "cuda")
+    case = make_case(m, 1032, 512, Options(rank=16), "cuda")
     x, dy, bias = case.x.detach(), case.dy, case.bias.detach()
     arguments = case.a.detach().to(x.dtype), case.b.detach().to(x.dtype), SCALE
     monkeypatch.setattr(ahead, "makes_small_product", lambda *_: True)
@@ -139,7 +140,29 @@ def test_a_tile_waits_for_the_small_product(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [1100, 2600])
+@pytest.mark.parametrize(("m", "n", "k"), [(300, 72, 256), (700, 4096, 1024), (300, 5000, 2048)])
+def test_who_decodes_changes_nothing(monkeypatch, m, n, k):
+    """Those who multiply help, or not; where strips are fewer than warps, too."""
+    case = make_case(m, n, k, Options(rank=16), "cuda")
+    arguments = [v.detach().to(case.x.dtype) for v in (case.a, case.b)]
+    found = []
+    for rows in (0, 1024, 0, 1024):
+        monkeypatch.setattr(ahead, "_HELPING_ROWS", rows)
+        poison("cuda", (n, k), (m, n), (m, k), dtype=case.x.dtype)
+        found.append(
+            (
+                *ahead.multiply_low_rank(
+                    case.x.detach(), case.weight, case.bias.detach(), *arguments, SCALE
+                ),
+                *ahead.multiply_transposed_low_rank(case.dy, case.weight, *arguments, SCALE),
+            )
+        )
+    for got in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(got, found[0], strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [700, 1100, 2600])
 def test_two_at_once_on_two_streams(m):
     """Each launch wants the whole chip and waits for its own strips and tiles only."""
     cases = [make_case(m + i, 8192, 2048, Options(rank=16, bias=False), "cuda") for i in (0, 1)]

@@ -38,47 +38,85 @@ def test_what_is_needed_follows_the_table_of_strategies():
             assert served == (name in chosen), (architecture, name)
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
-def test_every_source_is_some_models(architecture):
-    every = [file for file in jit.source_files() if jit.is_for(file, architecture)]
-    found = {
-        dtype: precompile.needed(architecture, dtype)
-        for dtype in (torch.bfloat16, torch.float16, torch.float32)
-    }
-    for dtype, files in found.items():
+@pytest.mark.parametrize(
+    ("architecture", "forced_only"),
+    [
+        ("sm_90a", {"nf4_linear/portable.cu", "nf4_linear/small_m.cu"}),
+        (
+            "sm_80",
+            {
+                f"nf4_linear/{name}.cu"
+                for dtype in ("bfloat16", "float16")
+                for name in (f"gemv/{dtype}", f"low_rank/{dtype}_16")
+            },
+        ),
+    ],
+)
+def test_every_source_is_some_models(architecture, forced_only):
+    """But for strategies that serve this architecture only where they are forced."""
+    found = set()
+    for dtype in DTYPES:
+        files = precompile.needed(architecture, dtype)
         name = str(dtype).removeprefix("torch.")
         stems = {file.rsplit("/", 1)[1].split(".")[0].split("_")[0] for file in files}
         assert stems & {"bfloat16", "float16", "float32"} == {name}
         assert {"nf4_quantize/nf4_quantize.cu", f"rms_norm/{name}.cu"} <= set(files)
-    left = set(every) - set().union(*found.values())
-    linears = {file for file in left if file.startswith("nf4_linear/")}
-    assert left == linears  # other architectures' strategies, which serve where they are forced
+        found |= set(files)
+    every = {file for file in jit.source_files() if jit.is_for(file, architecture)}
+    assert every - found == forced_only
+    assert found <= every
 
 
-def test_threads_compile_everything_and_leave_errors_to_who_wants_the_kernel(compiled):
+@pytest.mark.parametrize("cores", [1, 2, 8])
+def test_threads_compile_everything_and_leave_errors_to_who_wants_the_kernel(
+    compiled, monkeypatch, cores
+):
+    monkeypatch.setattr(precompile, "usable_cores", lambda: cores)
+    failures = []
+    monkeypatch.setattr(threading, "excepthook", failures.append)
     files = ["one.cu", "wrong.cu", "two.cu", "three.cu"]
-    for thread in precompile.compile_beside(files, "sm_80"):
+    threads = precompile.compile_beside(files, "sm_80")
+    for thread in threads:
         thread.join()
+    assert len(threads) == max(1, cores // 2)
     assert sorted(compiled) == sorted(files)
+    assert compiled == files or cores > 2
+    assert not failures
 
 
-def test_a_model_begins_it_once_and_only_on_a_gpu(compiled, monkeypatch):
+@pytest.fixture
+def _not_begun():
+    precompile._begin_once.cache_clear()
+    yield
+    precompile._begin_once.cache_clear()
+
+
+@pytest.mark.usefixtures("_not_begun")
+@pytest.mark.parametrize(
+    ("device", "capability", "rank", "begins"),
+    [
+        ("cuda", (8, 0), None, True),
+        ("cuda", (8, 0), "0", True),
+        ("cuda", (8, 0), "1", False),  # another process of this host does
+        ("cuda", (7, 5), None, False),  # kernels do not run there
+        ("cpu", (8, 0), None, False),
+    ],
+)
+def test_a_model_begins_it_once(compiled, monkeypatch, device, capability, rank, begins):
     monkeypatch.setattr(jit, "is_available", lambda: True)
     monkeypatch.setattr(jit, "architecture_of", lambda device: "sm_80")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
-    capability = [(7, 5)]
-    precompile._begin_once.cache_clear()
-    precompile.begin(torch.device("cpu"), torch.bfloat16)
-    precompile.begin(torch.device("cuda"), torch.bfloat16)
-    capability[0] = (8, 0)
-    assert compiled == []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    if rank is None:
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+    else:
+        monkeypatch.setenv("LOCAL_RANK", rank)
     for _ in "ab":
-        precompile.begin(torch.device("cuda"), torch.bfloat16)
+        precompile.begin(torch.device(device), torch.bfloat16)
     for thread in threading.enumerate():
         if thread.name == "qlora-kit-compile":
             thread.join()
-    assert sorted(compiled) == sorted(precompile.needed("sm_80", torch.bfloat16))
-    precompile._begin_once.cache_clear()
+    wanted = precompile.needed("sm_80", torch.bfloat16) if begins else []
+    assert sorted(compiled) == sorted(wanted)
 
 
 def test_a_process_ends_without_what_nobody_has_begun():
@@ -88,6 +126,7 @@ def test_a_process_ends_without_what_nobody_has_begun():
         "def slow(file, architecture):\n"
         "    print(file, flush=True)\n"
         "    time.sleep(0.3)\n"
+        "    print('done', file, flush=True)\n"
         "jit.compile_source = slow\n"
         "precompile.compile_beside([f'{i}.cu' for i in range(5000)], 'sm_80')\n"
         "time.sleep(0.1)\n"
@@ -95,7 +134,10 @@ def test_a_process_ends_without_what_nobody_has_begun():
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
     )
-    assert 1 <= len(done.stdout.split()) < 500
+    lines = done.stdout.splitlines()
+    begun = [line for line in lines if not line.startswith("done")]
+    assert 1 <= len(begun) < 500
+    assert sorted(lines) == sorted([*begun, *(f"done {file}" for file in begun)])
     assert done.stderr == ""
 
 

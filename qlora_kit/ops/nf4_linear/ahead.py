@@ -43,7 +43,7 @@ _HELPING_ROWS = 1024
 wait for; with more, that only delays the first of them."""
 
 _WIDE_ENOUGH_TO_SHARE = 2048
-"""Columns of a result whose last round of tiles is counted as shared: see `columns_of`."""
+"""Fewest columns of a result whose last round of tiles is counted as shared: see `columns_of`."""
 
 _KERNELS = {
     (dtype, columns): Kernels(f"nf4_linear/hopper/ahead/{name}_{columns}.cu")

@@ -219,7 +219,7 @@ __device__ __forceinline__ void ahead(const TensorMap& left, const TensorMap& ri
     Barrier* full = reinterpret_cast<Barrier*>(map + 256);
     Barrier* empty = full + S::STAGES;
     Note* notes = reinterpret_cast<Note*>(empty + S::STAGES);
-    static_assert(NOTES >= S::STAGES + 2, "no room");
+    static_assert(NOTES >= S::STAGES + 2, "a note would be written over before it is read");
     int* turn_of = reinterpret_cast<int*>(notes + NOTES);
     const Grid<S> grid(p);
     const int half = cluster_rank();
@@ -268,7 +268,7 @@ __device__ __forceinline__ void ahead(const TensorMap& left, const TensorMap& ri
             if (!small_comes) wait_for_previous_kernel();
             Desk* desk = reinterpret_cast<Desk*>(stages + S::STAGES - 1) + warp - DECODERS - 1;
             Decoder<T, S>{p, grid, *table, map, *desk, lane}.help();
-            fence_shared_copies();
+            fence_shared_copies();  // the neighbour's engine may write here next
             __syncwarp();
         }
         consumer.waiting = S::STAGES - 1;
