@@ -121,16 +121,18 @@ def test_a_model_begins_it_once(compiled, monkeypatch, device, capability, rank,
 
 def test_a_process_ends_without_what_nobody_has_begun():
     script = (
-        "import os, time\n"
+        "import os, threading, time\n"
         "from qlora_kit.ops import jit, precompile\n"
+        "begun = threading.Event()\n"
         "def slow(file, architecture):\n"
+        "    begun.set()\n"
         "    os.write(1, f'{file}\\n'.encode())\n"
         "    time.sleep(0.3)\n"
         "    os.write(1, f'done {file}\\n'.encode())\n"
         "precompile.usable_cores = lambda: 16\n"
         "jit.compile_source = slow\n"
         "precompile.compile_beside([f'{i}.cu' for i in range(5000)], 'sm_80')\n"
-        "time.sleep(0.1)\n"
+        "assert begun.wait(50)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
