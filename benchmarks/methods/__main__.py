@@ -22,7 +22,6 @@ missing.
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -40,6 +39,7 @@ from benchmarks.methods.schedule import Board, bases, costs_of, speed_jobs, trai
 from benchmarks.methods.work import reduced
 from benchmarks.ops.plot_nf4_linear import newest
 from qlora_kit.checkpoint.source import open_source
+from qlora_kit.core.cores import usable_cores
 
 DOCUMENT = ROOT / "docs" / "methods.md"
 FIGURE = ROOT / "docs" / "methods.svg"
@@ -68,8 +68,7 @@ def shapes_of(words: Sequence[str]) -> tuple[Shape, ...]:
 
 def default_workers(gpu: bool) -> int:
     """Three for every four cores, where a GPU waits for a launch most of the time; else one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) * 3 // 4) if gpu else 1
+    return max(1, usable_cores() * 3 // 4) if gpu else 1
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
